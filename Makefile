@@ -45,7 +45,7 @@ docs: install ## the pages of docs/ and the API reference as a site, in build/si
 screenshots: install-test ## each page of video-r1 studio at three widths, in screenshots/
 	cd tests && ../$(PY) studio_screenshots.py ../screenshots $(ARGS)
 
-gpu-check: install-test ## on a machine with a GPU: everything that tests on CPUs cannot show, in ten minutes
+gpu-check: install-test ## on a machine with a GPU: everything that tests on CPUs cannot show, in 45 minutes at most
 	@$(PY) tests/gpu_check.py $(ARGS)
 
 bench: install-test ## every benchmark (ARGS="update rollout": some); figures and tables of docs/ follow

@@ -7,7 +7,8 @@ Each name is a benchmark of this folder, with options of its own where it stands
 is checked out into a temporary folder; both run in this Python environment, each benchmark as a process of
 its own, and who begins changes from round to round. Prints one JSON object: for each benchmark and each of
 its figures in seconds, the median of both and `ratio`, the other commit's seconds ÷ this tree's within a
-round (above 1: this tree is faster), with the smallest and the largest.
+round (above 1: this tree is faster), with the smallest and the largest. Each benchmark's part goes to stderr
+as soon as it is done.
 """
 
 from __future__ import annotations
@@ -77,6 +78,7 @@ def main() -> None:
                     }
                     for name in pairs[0][0].keys() & pairs[0][1].keys()
                 }
+                print(json.dumps({text: report[text]}), file=sys.stderr, flush=True)
         finally:
             subprocess.run(["git", "worktree", "remove", "--force", other], cwd=HERE, check=True)
     print(json.dumps(report))

@@ -224,19 +224,15 @@ def launches(found: Sequence[Figures]) -> str:
 
 
 def gpu_steps(found: Sequence[Figures]) -> str:
-    """A step on GPUs as it is estimated."""
-    recipes = (
-        "`video-r1-7b-tgrpo` on 8 H100",
-        "`video-r1-7b-tgrpo-lora` on one H100",
-        "`video-r1-3b-tgrpo` on one H100",
-    )
+    """Return the estimated steps on GPUs."""
     rows = []
-    for recipe, case in zip(recipes, found[0]["estimated, not measured"].values(), strict=True):
-        steps = [case[when] for when in ("before", "after")]
-        decoding = " → ".join(f"{step['parts']['decoding']:.1f}" for step in steps)
-        cells = [f"{step['seconds']:.1f} s, {100 * step['mfu']:.0f} %" for step in steps]
-        rows.append([recipe, *cells, f"{decoding} s"])
-    return rows_of(("recipe", "before: seconds, MFU", "now", "of which decoding"), rows)
+    for name, case in found[0]["estimated, not measured"].items():
+        seconds, questions = case["seconds"], case["questions"]
+        cells = [f"{case['peak_gib']} GiB", f"{seconds:.1f} s", f"{case['parts']['decoding']:.1f} s"]
+        hours = 8000 / questions * seconds / 3600
+        rows.append([name, str(questions), *cells, f"{seconds / questions:.2f} s", f"{hours:.1f}"])
+    heads = ("", "questions a step", "peak", "step", "of it decoding", "a question", "hours, 8,000 questions")
+    return rows_of(heads, rows)
 
 
 def ratios(runs: Sequence[Figures]) -> str:

@@ -28,11 +28,10 @@ import torch
 from benchmarks._command import benchmark_parser
 from benchmarks._timing import compare, in_turns, machine, seconds, spread
 from video_r1.data.decoding.decoders import read_media
-from video_r1.data.decoding.media import shuffled_order
 from video_r1.data.manifests.records import Sample
-from video_r1.data.prompts import PromptBuilder
+from video_r1.data.prompts import PromptBuilder, shuffled_order
 from video_r1.data.reading import derived_generator
-from video_r1.evaluation.evaluate import evaluate
+from video_r1.evaluation.predictions import evaluate
 from video_r1.evaluation.question_loop import sampling_seed
 from video_r1.lab.clips import write_clip
 from video_r1.lab.model import base_folder, frame_side

@@ -29,7 +29,7 @@ from benchmarks.rollout import TOKENIZER
 from video_r1.data.prompts import Prompt
 from video_r1.models.group_forward import encode_vision, group_logprobs
 from video_r1.models.loading import add_lora
-from video_r1.plan.estimate import Launches, estimate
+from video_r1.plan.estimate import step_seconds
 from video_r1.plan.memory import Sharding, memory_plan
 from video_r1.recipe import load_recipe
 from video_r1.rollout.engine import SamplingSettings
@@ -109,30 +109,33 @@ def update(model: Any, prompt: Prompt) -> Callable[[], None]:
     return lambda: group_logprobs(model, [prompt], [completions]).logprobs.sum().backward()
 
 
-BEFORE = Launches(token=60, block=319, layer=285, replayed=False)  # of transformers alone
-CASES = {
-    "7b on 8 H100": ("video-r1-7b-tgrpo", "7b", Sharding("FSDP2", 8, True, True, True)),
-    "7b LoRA on 1 H100": ("video-r1-7b-tgrpo-lora", "7b", Sharding()),
-    "3b on 1 H100": ("video-r1-3b-tgrpo", "3b", Sharding()),
+EIGHT = Sharding("FSDP2", 8, True, True, True)
+ASLEEP = {"vllm_tensor_parallel_size": 1, "vllm_enable_sleep_mode": True}
+FOUR = {"gradient_accumulation_steps": 4}
+CASES: dict[str, tuple[str, str, Sharding, dict[str, Any]]] = {
+    "7b on 8 H100": ("video-r1-7b-tgrpo", "7b", EIGHT, {}),
+    "7b on 8 H100, a vLLM on each GPU": ("video-r1-7b-tgrpo", "7b", EIGHT, {"vllm_tensor_parallel_size": 1}),
+    "7b on 8 H100, a vLLM on each GPU that sleeps": ("video-r1-7b-tgrpo", "7b", EIGHT, ASLEEP),
+    "7b on 8 H100, four questions a GPU and step": ("video-r1-7b-tgrpo", "7b", EIGHT, FOUR),
+    "7b LoRA on 1 H100": ("video-r1-7b-tgrpo-lora", "7b", Sharding(), {}),
+    "3b on 1 H100": ("video-r1-3b-tgrpo", "3b", Sharding(), {}),
 }
 
 
 def estimated() -> dict[str, dict[str, Any]]:
-    """Estimate seconds and MFU of a step (plan/estimate.py): with the launches of transformers alone and its
-    sampler, and with today's launches and the recipe's own sampler.
-    """
+    """Estimate the seconds of a step of each case (plan/estimate.py)."""
     found: dict[str, dict[str, Any]] = {}
-    for name, (recipe, size, sharding) in CASES.items():
+    for name, (recipe, size, sharding, changes) in CASES.items():
         with torch.device("meta"):
             config = build_model(SIZES[size], torch.device("meta"), torch.float32).config
-        before = replace(BEFORE, token=102) if recipe.endswith("lora") else BEFORE
-        for when, launches, changes in (("before", before, {"use_vllm": False}), ("after", Launches(), {})):
-            plan = memory_plan(config, load_recipe("rl", recipe, changes), sharding=sharding)
-            step = estimate(config, plan.recipe, plan.traced, plan.row, sharding, "h100", launches)
-            parts = {part: round(value.seconds, 2) for part, value in step.parts.items()}
-            found.setdefault(name, {"questions": step.questions})[when] = {
-                "seconds": round(step.seconds, 2), "mfu": round(step.mfu, 3), "parts": parts,
-            }  # fmt: skip
+        read = load_recipe("rl", recipe, changes)
+        plan = memory_plan(config, read, gpu_memory=80 * 10**9, sharding=sharding)
+        parts = {part: round(value, 2) for part, value in step_seconds(config, plan, "h100").items()}
+        found[name] = {
+            "questions": read.values()["gradient_accumulation_steps"] * sharding.processes,
+            "seconds": round(sum(parts.values()), 2), "parts": parts,
+            "peak_gib": round(plan.peak / 2**30, 1),
+        }  # fmt: skip
     return found
 
 

@@ -24,8 +24,7 @@ from benchmarks._command import benchmark_parser
 from benchmarks._sizes import SIZES, build_model, question, text
 from benchmarks._timing import compare, machine
 from video_r1.data.prompts import Prompt
-from video_r1.models.group_forward import group_logprobs
-from video_r1.models.head import token_logprobs
+from video_r1.models.group_forward import group_logprobs, token_logprobs
 
 IGNORED = -100
 Result = tuple[Tensor, Tensor]  # −Σ log p of the responses' tokens, and how many of them are the likeliest

@@ -5,10 +5,10 @@
 from __future__ import annotations
 
 import json
-import shutil
 from pathlib import Path
 from typing import Any
 
+from pair_fixtures import media as _media
 from pair_fixtures import write_pairs
 
 from video_r1.lab.clips import write_lab
@@ -38,12 +38,6 @@ def write_benchmarks(root: Path, clips: list[Path]) -> None:
     _longvideobench(root / "longvideobench", clips)
     write_pairs(root, clips)
     _charades_sta(root / "charades_sta", clips)
-
-
-def _media(clip: Path, *places: Path) -> None:
-    for place in places:
-        place.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copy(clip, place)
 
 
 def _json(path: Path, value: Any) -> None:

@@ -6,7 +6,7 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from playwright import sync_api
@@ -45,49 +45,16 @@ def fits(page: sync_api.Page) -> None:
     assert page.evaluate(WIDE) == []
 
 
-class FilePage:
-    """A page that shows files. Since one was opened, `problems` collects script errors, dialogs and refusals
-    of its policy, and `requests` the addresses that it asked for.
-    """
+def show(page: sync_api.Page, path: Path, width: int = 1280, dark: bool = False) -> None:
+    """Open a file in a page of this width, and wait until its charts have been laid out."""
+    page.set_viewport_size({"width": width, "height": 900})
+    page.emulate_media(color_scheme="dark" if dark else "light")
+    page.goto(path.resolve().as_uri())
+    settle(page)
 
-    def __init__(self, browser: sync_api.Browser) -> None:
-        self._browser = browser
-        self._page: sync_api.Page | None = None
-        self.problems: list[str] = []
-        self.requests: list[str] = []
 
-    @property
-    def page(self) -> sync_api.Page:
-        assert self._page is not None, "no file is open"
-        return self._page
-
-    def open(self, path: Path, width: int = 1280, height: int = 900, dark: bool = False) -> None:
-        if self._page is not None:
-            self._page.close()
-        self._page = page = self._browser.new_page(
-            viewport={"width": width, "height": height}, color_scheme="dark" if dark else "light"
-        )
-        self.problems, self.requests = [], []
-        page.on("pageerror", lambda error: self.problems.append(str(error)))
-        page.on("console", self._heard)
-        page.on("dialog", lambda dialog: self.problems.append(dialog.message))
-        page.on("request", lambda asked: self.requests.append(asked.url))
-        page.goto(path.resolve().as_uri())
-        self.settle()
-
-    def _heard(self, said: sync_api.ConsoleMessage) -> None:
-        if said.type in ("error", "warning"):
-            self.problems.append(said.text)
-
-    def settle(self) -> None:
-        """Two frames later the charts have been laid out."""
-        self.run(
-            "new Promise(r => requestAnimationFrame(() => requestAnimationFrame(() => setTimeout(r, 50))))"
-        )
-
-    def run(self, expression: str) -> Any:
-        """The value of a script expression in the page (a promise's when it is one)."""
-        return self.page.evaluate(expression)
-
-    def press(self, key: str) -> None:
-        self.page.keyboard.press(key)
+def settle(page: sync_api.Page) -> None:
+    """Wait for two frames."""
+    page.evaluate(
+        "new Promise(r => requestAnimationFrame(() => requestAnimationFrame(() => setTimeout(r, 50))))"
+    )

@@ -11,7 +11,6 @@ from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +25,7 @@ QUESTION = re.compile(r"Question (\d+):")
 
 
 def rationale(number: int, seed: int, index: int) -> str:
-    """Thirty words that name the question, the seed and the completion."""
+    """Return thirty words that name the question, the seed and the completion."""
     story = " ".join(f"then{word} happens" for word in range(12))
     return f"In question {number} with seed {seed} and draw {index} first it begins, {story} and it ends."
 
@@ -34,13 +33,10 @@ def rationale(number: int, seed: int, index: int) -> str:
 class ChatEndpoint:
     """Answers "B" with a rationale to every question, unless the next event in `script[number]` is another.
 
-    Events: an HTTP status; "busy", "later": 429 with Retry-After of no or one second; "garbage", "empty": no
-    chat completion; "half": the answer is cut off; "drop": no answer; "slow", "trickle": an answer that comes
-    late, or byte by byte; "one": one completion instead of all; "abort": a completion that broke off;
-    "wrong": the wrong answer; "length": the token limit; "bare": no tags. Of a request to stream: "whole": it
-    is not; "apart": the reasoning stands in a field of its own; "dies", "fails", "stalls": after three pieces
-    the connection ends, an error is told, or nothing comes any more. `gate`: requests that have to be under
-    way before any is answered.
+    Events: an HTTP status; "busy": 429 with Retry-After 0; "garbage", "empty": no chat completion; "half":
+    half an answer; "drop": no answer; "slow": a late answer; "one": one completion instead of all; "abort":
+    an aborted completion; "wrong": the wrong answer; "length": the token limit; "bare": no tags. `gate`:
+    requests that must be in flight before any is answered. `right`: the right answer.
     """
 
     def __init__(self, model: str = "teacher", owner: str = "tests") -> None:
@@ -48,15 +44,13 @@ class ChatEndpoint:
         self.script: defaultdict[int, list[Any]] = defaultdict(list)
         self.always: Any = None  # an event for every request without a script
         self.pause, self.gate, self.right = 0.0, 0, "B"
-        self.beat = 0.0  # seconds between two pieces of a streamed answer
-        self.closing = threading.Event()
         self.requests: list[dict[str, Any]] = []
         self.headers: list[dict[str, str]] = []
         self.times: list[float] = []
         self.under_way = self.most_under_way = self.answered = 0
         self.changed = threading.Condition()
         self.listed = self.takes_video = True
-        self.positions: str | None = None  # what it says of its rule of positions
+        self.positions: str | None = None  # its rule of positions, for collective_rpc
         owner_ = self
 
         class Handler(BaseHTTPRequestHandler):
@@ -109,15 +103,12 @@ class ChatEndpoint:
     def act(self, handler: Any, event: Any, number: int, body: dict[str, Any]) -> None:
         if event == "drop":
             return
-        if event in ("busy", "later"):
-            seconds = {"Retry-After": "0" if event == "busy" else "1"}
-            return self.reply(handler, 429, {"error": {"message": "slow down"}}, seconds)
+        if event == "busy":
+            return self.reply(handler, 429, {"error": {"message": "slow down"}}, {"Retry-After": "0"})
         if isinstance(event, int):
             return self.reply(handler, event, {"error": {"message": f"this is a {event}"}})
         if event == "garbage":
             return self.reply(handler, 200, "<html>busy</html>")
-        if event == "unstreamable" and body.get("stream"):
-            return self.reply(handler, 400, {"error": {"message": "stream is not supported"}})
         if event == "empty":
             return self.reply(handler, 200, {"choices": []})
         seed, finish = body.get("seed", 0), {"length": "length", "abort": "abort"}.get(event, "stop")
@@ -127,39 +118,7 @@ class ChatEndpoint:
             text = f"<think>{rationale(number, seed, index)}</think>\n<answer>{answer}</answer>"
             message = {"role": "assistant", "content": "It is B." if event == "bare" else text}
             choices.append({"index": index, "message": message, "finish_reason": finish})
-        if body.get("stream") and event not in ("whole", "half", "trickle"):
-            return self.stream(handler, event, choices)
-        self.reply(handler, 200, {"choices": choices[::-1]}, cut=event == "half", trickle=event == "trickle")
-
-    def stream(self, handler: Any, event: Any, choices: list[dict[str, Any]]) -> None:
-        """The choices word by word, in turns."""
-        handler.send_response(200)
-        handler.send_header("Content-Type", "text/event-stream; charset=utf-8")
-        handler.end_headers()
-        handler.close_connection = True
-
-        def say(value: Any) -> None:
-            handler.wfile.write(
-                f"data: {value if isinstance(value, str) else json.dumps(value)}\n\n".encode()
-            )
-            handler.wfile.flush()
-
-        say({"choices": [{"index": 0, "delta": {"role": "assistant", "content": ""}}]})
-        for count, deltas in enumerate(zip_longest(*(pieces_of(one, event == "apart") for one in choices))):
-            time.sleep(self.beat)
-            if event in ("dies", "fails", "stalls") and count == 3:
-                if event == "fails":
-                    say({"error": {"message": "the engine is out of memory"}})
-                if event == "stalls":
-                    self.closing.wait(60)
-                return
-            for index, delta in enumerate(deltas):
-                if delta:
-                    say({"choices": [{"index": index, "delta": delta, "finish_reason": None}]})
-        for one in choices:
-            say({"choices": [{"index": one["index"], "delta": {}, "finish_reason": one["finish_reason"]}]})
-        say({"choices": [], "usage": {"completion_tokens": 20 * len(choices)}})
-        say("[DONE]")
+        self.reply(handler, 200, {"choices": choices[::-1]}, cut=event == "half")
 
     def reply(
         self,
@@ -168,40 +127,23 @@ class ChatEndpoint:
         value: Any,
         headers: dict[str, str] | None = None,
         cut: bool = False,
-        trickle: bool = False,
     ) -> None:
         text = value.encode() if isinstance(value, str) else json.dumps(value).encode()
         handler.send_response(status)
         for name, content in {"Content-Length": str(len(text)), **(headers or {})}.items():
             handler.send_header(name, content)
         handler.end_headers()
-        if trickle:
-            for byte in text:
-                handler.wfile.write(bytes([byte]))
-                time.sleep(0.02)
-        else:
-            handler.wfile.write(text[: len(text) // 2] if cut else text)
+        handler.wfile.write(text[: len(text) // 2] if cut else text)
         handler.close_connection = True
 
     def close(self) -> None:
-        self.closing.set()
         self.http.shutdown()
         self.http.server_close()
 
 
-def pieces_of(choice: dict[str, Any], apart: bool) -> list[dict[str, str]]:
-    """The deltas of a choice, a word each; apart: its reasoning in a field of its own."""
-    text = choice["message"]["content"]
-    if not apart:
-        return [{"content": word} for word in re.findall(r"\S+\s*", text)]
-    reasoning, _, answer = text.removeprefix("<think>").partition("</think>")
-    words = [{"reasoning_content": word} for word in re.findall(r"\S+\s*", reasoning)]
-    return words + [{"content": word} for word in re.findall(r"\S+\s*", answer)]
-
-
 @contextmanager
 def chat_endpoint(**settings: Any) -> Iterator[ChatEndpoint]:
-    """An endpoint for the length of the block."""
+    """Serve an endpoint inside the block."""
     endpoint = ChatEndpoint(**settings)
     try:
         yield endpoint
@@ -210,7 +152,7 @@ def chat_endpoint(**settings: Any) -> Iterator[ChatEndpoint]:
 
 
 def images_of(request: dict[str, Any]) -> list[str]:
-    """The media types and data of a request, decoded: `type:bytes`."""
+    """Return the media types of a request and the number of their pieces of data."""
     found = []
     for part in request["messages"][0]["content"]:
         for kind in ("image_url", "video_url"):
@@ -222,7 +164,7 @@ def images_of(request: dict[str, Any]) -> list[str]:
 
 
 def write_questions(folder: Path, count: int, clips: int = 1, bad: tuple[int, ...] = ()) -> Path:
-    """A manifest of multiple-choice questions: the first `clips` about a clip, the others about a picture.
+    """Write a manifest of multiple-choice questions: the first `clips` about a clip, the others an image.
 
     The media of the questions in `bad` cannot be read.
     """

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -51,6 +52,7 @@ def own_copies(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     from video_r1.data.sources import remote
 
     monkeypatch.setattr(remote, "PAUSE", 0.0)
+    remote.from_rows.clear()
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
     remote.open_remote_cache.cache_clear()
 
@@ -104,7 +106,7 @@ def manifest(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     assert before.items() <= stamps(path.parent).items(), "a test changed the shared manifest"
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def vllm_engine() -> Iterator[Any]:
     """A VLLMEngine of the lab's base in float32, up to 1,024 tokens. Tests load their weights first."""
     from video_r1.lab.model import base_folder
@@ -117,28 +119,29 @@ def vllm_engine() -> Iterator[Any]:
     engine.close()
 
 
-@pytest.fixture(scope="module")
-def studio_browser() -> Iterator[Any]:
-    pytest.importorskip("starlette", reason="the extra studio is not installed")
+@pytest.fixture(scope="session")
+def chromium() -> Iterator[Any]:
+    """The browser of all tests."""
     pytest.importorskip("playwright", reason="playwright is not installed")
-    from browser import chromium, find_chromium
+    import browser
 
-    if find_chromium() is None:
+    if browser.find_chromium() is None:
         pytest.skip("no chromium on this machine")
-    with chromium() as browser:
-        yield browser
+    with browser.chromium() as opened:
+        yield opened
 
 
 @pytest.fixture
-def page(studio_browser: Any) -> Iterator[Any]:
+def page(chromium: Any) -> Iterator[Any]:
     """A page that must show no errors, policy violations or requests to other hosts."""
     problems: list[str] = []
-    shown = studio_browser.new_page(viewport={"width": 1280, "height": 900})
+    own = re.compile(r"(http://127\.0\.0\.1:|file:|data:image/jpeg|blob:)")
+    shown = chromium.new_page(viewport={"width": 1280, "height": 900})
     shown.on("pageerror", lambda error: problems.append(str(error)))
     shown.on(
         "console", lambda said: problems.append(said.text) if said.type in ("error", "warning") else None
     )
-    shown.on("request", lambda asked: None if "//127.0.0.1:" in asked.url else problems.append(asked.url))
+    shown.on("request", lambda asked: None if own.match(asked.url) else problems.append(asked.url))
     shown.on("dialog", lambda dialog: problems.append(dialog.message))
     yield shown
     assert problems == [] and shown.evaluate("window.pwned") is None

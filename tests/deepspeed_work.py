@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import json
 import os
-import signal
 from pathlib import Path
 from typing import Any
 
 import deepspeed  # pyright: ignore[reportMissingImports]  # an extra; the tests are skipped without it
-import distributed_runs
 import peft
 import torch
 from accelerate.state import PartialState
@@ -24,10 +22,10 @@ from transformers import training_args
 
 from video_r1.lab.model import base_folder
 from video_r1.models.families import family_of
-from video_r1.models.loading import freeze_vision, load_model
+from video_r1.models.loading import load_model
 from video_r1.rollout.engine import SamplingSettings
 from video_r1.training.sft import SFTConfig, SFTTrainer
-from video_r1.training.tgrpo import TGRPOConfig, TGRPOTrainer
+from video_r1.training.tgrpo import TGRPOConfig
 
 
 def on_cpu(zero: str | None) -> dict[str, Any]:
@@ -197,43 +195,26 @@ def bad_numbers(folder: Path, name: str, zero: str | None, changes: dict[str, An
     trainer.train()
 
 
-def variant(folder: Path, name: str, zero: str | None, changes: dict[str, Any]) -> None:
-    """T-GRPO of adapters (`kind` "lora"), whose reference has them as they were at first, or beside a frozen
-    vision tower ("frozen"); also in one process, without ZeRO.
-    """
-    processes, kind = int(os.environ.get("WORLD_SIZE", "1")), changes.pop("kind")
+def part(folder: Path, name: str, zero: str | None, changes: dict[str, Any]) -> None:
+    """Two T-GRPO steps; a run in the folder resumes."""
+    manifest = str(folder / "manifest.json")
+    make_trainer(folder / "model", manifest, folder / name, **common(zero, **changes)).train()
+
+
+def adapters(folder: Path, name: str, zero: str | None, changes: dict[str, Any]) -> None:
+    """T-GRPO of adapters that add something from the start; also in one process, without ZeRO."""
+    processes = int(os.environ.get("WORLD_SIZE", "1"))
     settings: dict[str, Any] = common(zero, beta=0.1, per_device_train_batch_size=4 // processes, **changes)
+    settings["learning_rate"] = 1.0
     if processes == 1:
         settings |= {"use_cpu": True, "ddp_backend": None}
     # The settings come first, as in a recipe's run: under ZeRO-3 the model is loaded in shares.
     TGRPOConfig(**training_arguments(folder / name, **settings))
-    model, adapters = load_model(folder / "model"), None
-    if kind == "lora":
-        torch.manual_seed(0)  # of the adapters
-        adapters = peft.LoraConfig(  # that add something from the start
-            r=4, target_modules=family_of(model).text_layers, task_type="CAUSAL_LM", init_lora_weights=False
-        )
-        settings["learning_rate"] = 1.0
-    else:
-        freeze_vision(model)
-    manifest = str(folder / "manifest.json")
-    trainer = make_trainer(model, manifest, folder / name, peft=adapters, evaluated=manifest, **settings)
-    assert trainer.vision_is_frozen
+    model, manifest = load_model(folder / "model"), str(folder / "manifest.json")
+    torch.manual_seed(0)  # of the adapters
+    lora = peft.LoraConfig(
+        r=4, target_modules=family_of(model).text_layers, task_type="CAUSAL_LM", init_lora_weights=False
+    )
+    trainer = make_trainer(model, manifest, folder / name, peft=lora, evaluated=manifest, **settings)
     trainer.train()
     trainer.publish_model()
-
-
-def command_line(folder: Path, words: list[str], phases: Any) -> None:
-    """As in distributed_runs.py. LAST_STEP: the second process kills itself in the update of that step."""
-    on_cpu(None)
-    last = int(os.environ.get("LAST_STEP", "0"))
-    trainer_class: Any = TGRPOTrainer
-    training_step = trainer_class.training_step
-
-    def deadly(trainer: Any, *args: Any, **kwargs: Any) -> Any:
-        if trainer.state.global_step + 1 == last and trainer.args.process_index == 1:
-            os.kill(os.getpid(), signal.SIGKILL)
-        return training_step(trainer, *args, **kwargs)
-
-    trainer_class.training_step = deadly
-    distributed_runs.command_line(folder, words, phases)

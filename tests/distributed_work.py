@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import peft
-import pytest
 import torch
 from accelerate.state import PartialState
 from accelerate.utils import DistributedType
@@ -19,7 +18,6 @@ from torch.distributed import FileStore  # pyright: ignore[reportPrivateImportUs
 from torch.distributed.tensor import DTensor
 from transformers import TrainerCallback
 
-from video_r1.errors import ConfigError
 from video_r1.models.group_forward import group_logprobs
 from video_r1.models.loading import load_model
 from video_r1.rollout.vllm.weight_sync import checkpoint_weights
@@ -182,7 +180,9 @@ def part_of_a_run(folder: Path, processes: int, name: str, steps: int, accumulat
     settings = {
         **common(processes, steps=steps),
         **{"per_device_train_batch_size": 1, "gradient_accumulation_steps": accumulation},
-        **{"lr_scheduler_type": "constant", "optim": "adamw_torch"},
+        # A large epsilon: AdamW follows the gradients, whose last bits depend on the order in which
+        # ranks are added up. With a small one a gradient near 0 makes a whole step by its sign.
+        **{"lr_scheduler_type": "constant", "optim": "adamw_torch", "adam_epsilon": 1.0},
     }
     trainer = make_trainer(folder / "model", str(folder / "manifest.json"), folder / name, **settings)
     seen.guard = trainer.guard
@@ -207,13 +207,6 @@ def as_on_a_gpu(folder: Path) -> None:
         group_logprobs(wanted, prompts, completions).logprobs.sum().backward()
     for (name, one), two in zip(plain.named_parameters(), model.parameters(), strict=True):
         torch.testing.assert_close(two.grad, one.grad, msg=name)
-
-
-def refused(folder: Path, message: str) -> None:
-    """A trainer that is not built, for this reason."""
-    let_accelerate_shard_on_cpu()
-    with pytest.raises(ConfigError, match=message):
-        make_trainer(folder / "model", str(folder / "manifest.json"), folder / "refused", **common(2))
 
 
 def handed_over(folder: Path) -> None:

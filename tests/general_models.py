@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_models import CORPUS
+from tiny_models import tiny_tokenizer
 from transformers import (
     Gemma4AudioFeatureExtractor,
     Gemma4Config,
@@ -46,8 +46,6 @@ from transformers import (
     SmolVLMProcessor,
     SmolVLMVideoProcessor,
 )
-
-from video_r1.lab import model as lab
 
 GENERAL = ("smolvlm", "internvl", "llava_onevision", "gemma4", "glm4v", "glm46v")
 GENERAL_ROWS = ["smolvlm", *(pytest.param(family, marks=pytest.mark.slow) for family in GENERAL[1:])]
@@ -114,7 +112,7 @@ def chat_template(family: str) -> str:
 
 def general_tokenizer(family: str) -> Qwen2Tokenizer:
     """The byte-level tokenizer of `tiny_models`, with the family's special tokens by their names."""
-    plain = lab.build_tokenizer(CORPUS, vocab_size=380)
+    plain = tiny_tokenizer()
     names = NAMES[family]
     plain.add_special_tokens(
         {"extra_special_tokens": [*names.values(), *OTHERS.get(family, [])]},

@@ -23,7 +23,7 @@ def write_pairs(root: Path, clips: list[Path]) -> None:
     _timeblind(root / "timeblind", clips)
 
 
-def _media(clip: Path, *places: Path) -> None:
+def media(clip: Path, *places: Path) -> None:
     for place in places:
         place.parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(clip, place)
@@ -40,7 +40,7 @@ def _vinoground(folder: Path, clips: list[Path]) -> None:
             text.append({**shared, "video_name": name, "question": question})
             question = "Which video segment matches this caption? Caption: he eats." + SEGMENTS
             video.append({**shared, "video_name": both, "question": question})
-            _media(clips[number], folder / name, folder / both)
+            media(clips[number], folder / name, folder / both)
     (folder / "vinoground_textscore.json").write_text(json.dumps(text))
     (folder / "vinoground_videoscore.json").write_text(json.dumps(video))
     (folder / "vinoground.csv").write_text("index,major,minor\n0,action,cyclical;contextual\n1,object,\n")
@@ -62,7 +62,7 @@ def _mvp(folder: Path, clips: list[Path], split: str) -> None:
         ]
         (folder / subset).mkdir(parents=True, exist_ok=True)
         datasets.Dataset.from_list(rows).to_parquet(folder / subset / f"{split}-00000-of-00001.parquet")
-        _media(clips[0], *(folder / "videos" / row["video_path"].lstrip("/") for row in rows))
+        media(clips[0], *(folder / "videos" / row["video_path"].lstrip("/") for row in rows))
 
 
 def _timeblind(folder: Path, clips: list[Path]) -> None:
@@ -89,5 +89,5 @@ def _timeblind(folder: Path, clips: list[Path]) -> None:
     folder.mkdir(parents=True)
     (folder / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     for name in ("vid", "mcq_vid"):
-        _media(clips[0], folder / f"videos/{name}_00000_0.mp4")
-        _media(clips[1], folder / f"videos/{name}_00000_1.mp4")
+        media(clips[0], folder / f"videos/{name}_00000_0.mp4")
+        media(clips[1], folder / f"videos/{name}_00000_1.mp4")

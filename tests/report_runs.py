@@ -68,34 +68,23 @@ def metrics_line(step: int, steps: int, random_: random.Random) -> dict[str, Any
         "reward/temporal": noisy(0.3 * gap * learned, 0.015),
         "reward/temporal/video": noisy(0.36 * gap * learned, 0.018),
         "reward/format": noisy(0.3 + 0.68 * min(1, 2.2 * done), 0.04),
-        "reward/length": noisy(0.1 * done, 0.02),
         "reward/total": round(learned + gap, 4),
         "temporal/p": line["reward/accuracy"],
         "temporal/p_shuffled": p_shuffled,
         "temporal/gap": round(line["reward/accuracy"] - p_shuffled, 4),
-        "temporal/share_ordered_better": noisy(0.3 + gap, 0.08),
         "temporal/credit": noisy(0.01, 0.005),
-        "temporal/credit_groups": noisy(0.02, 0.02),
-        "completion/length": round(
-            48 - 20 * math.exp(-((done - 0.3) ** 2) / 0.02) + 14 * done + random_.gauss(0, 2), 2
-        ),
+        "completion/length": round(48 + 14 * done + random_.gauss(0, 2), 2),
         "completion/length/video": round(52 + 12 * done + random_.gauss(0, 3), 2),
         "completion/length/image": round(38 + 4 * done + random_.gauss(0, 3), 2),
         "completion/truncated": noisy(0.1 * (1 - done), 0.02),
-        "completion/self_reflection": noisy(0.02 + 0.1 * done, 0.02),
-        "policy/clip_ratio": noisy(0.01, 0.004),
         "policy/kl": round(0.04 * done + abs(random_.gauss(0, 0.004)), 5),
         "policy/entropy": round(0.9 - 0.5 * done + random_.gauss(0, 0.03), 4),
         "loss": round(random_.gauss(0, 0.02), 5),
         "learning_rate": 1e-6 * 0.5 * (1 + math.cos(math.pi * done)),
-        "grad_norm": round(0.8 + abs(random_.gauss(0, 0.5)), 4),
         "groups/no_variance": noisy(0.5 - 0.25 * done, 0.08),
         "media/skipped": 1.0 if step % 97 == 0 else 0.0,
-        "speed/rollouts_per_second": round(46 + random_.gauss(0, 3), 2),
         "speed/tokens_per_second": round(1840 + random_.gauss(0, 90), 1),
-        "seconds/decode": round(0.2 + abs(random_.gauss(0, 0.03)), 3),
         "seconds/rollout": round(1.9 + random_.gauss(0, 0.1), 3),
-        "seconds/reward": round(0.02 + abs(random_.gauss(0, 0.004)), 4),
         "seconds/update": round(1.2 + random_.gauss(0, 0.07), 3),
     }
     return line
@@ -141,14 +130,10 @@ def group_line(
     advantages = (totals - totals.mean()) / (totals.std() + 1e-4)
     for item, total, advantage in zip(ordered, totals.tolist(), advantages.tolist(), strict=True):
         item["total"], item["advantage"] = round(total, 4), round(advantage, 4)
-    shuffled = (
-        []
-        if image
-        else [
-            completion(random_, random_.random() < skill * 0.45, True, "B", random_.choice("ACD"))
-            for _ in range(4)
-        ]
-    )
+    shuffled = [
+        completion(random_, random_.random() < skill * 0.45, True, "B", random_.choice("ACD"))
+        for _ in range(0 if image else 4)
+    ]
     for item in shuffled:
         item["rewards"] = {name: item["rewards"][name] for name in ("accuracy", "format")}
     order = list(range(len(frames)))
@@ -190,17 +175,10 @@ def write_rl_run(
         for k in range(2)
     ]
     write_lines(run / "rollouts.jsonl", groups)
+    reasons = {88: "the file ends in the middle of a frame", 301: "there is no video stream"}
     write_lines(
         run / "quarantine.jsonl",
-        [
-            {
-                "path": "videos/88.mp4",
-                "problem_id": 88,
-                "step": 12,
-                "reason": "the file ends in the middle of a frame",
-            },
-            {"path": "videos/301.mp4", "problem_id": 301, "step": 97, "reason": "there is no video stream"},
-        ],
+        [{"path": f"videos/{i}.mp4", "problem_id": i, "reason": why} for i, why in reasons.items()],
     )
     write_lines(run / "left_out.jsonl", left_out_lines(steps))
     (run / "config.yaml").write_text(
@@ -281,8 +259,7 @@ def write_controls(folder: Path, rate: float, direct: float) -> None:
         ])  # fmt: skip
 
 
-def write_demo(demo: Path) -> dict[str, Any]:
-    """A demo's folder; returns its summary, whose figures are over the videos."""
+def write_demo(demo: Path) -> None:
     write_rl_run(demo / "rl")
     random_ = random.Random(2)
     write_lines(
@@ -298,23 +275,9 @@ def write_demo(demo: Path) -> dict[str, Any]:
             for step in range(5, 201, 5)
         ],
     )
-    rates = {"base": (0.21, 0.2), "sft": (0.46, 0.34), "rl": (0.73, 0.37)}
-    figures = {
-        name: write_evaluation(demo / f"eval-{name}", *rate)["frames"]["8"] for name, rate in rates.items()
-    }
-    videos = {name: figure["by_modality"]["video"] for name, figure in figures.items()}
-    (demo / "lab").mkdir()
-    summary = {
-        "seconds": {"total": 548.2, "lab": 31.0, "sft": 88.1, "rl": 262.5, "eval-rl": 55.2},
-        "model_parameters": 1_640_000,
-        "test_questions": 200,
-        "accuracy": {n: {o: videos[n][o]["accuracy"] for o in ("ordered", "shuffled")} for n in rates},
-        "interval95": {n: {o: videos[n][o]["interval95"] for o in ("ordered", "shuffled")} for n in rates},
-        "format_rate": {n: {o: figures[n][o]["format_rate"] for o in ("ordered", "shuffled")} for n in rates},
-        "temporal_gap": {n: videos[n]["temporal_gap"] for n in rates},
-    }
-    (demo / "summary.json").write_text(json.dumps(summary), "utf-8")
-    return summary
+    for name, rates in {"base": (0.21, 0.2), "sft": (0.46, 0.34), "rl": (0.73, 0.37)}.items():
+        write_evaluation(demo / f"eval-{name}", *rates)
+    (demo / "summary.json").write_text(json.dumps({"seconds": {"total": 548.2, "lab": 31.0, "rl": 262.5}}))
 
 
 def write_hostile_run(run: Path) -> None:

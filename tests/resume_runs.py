@@ -17,8 +17,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 import yaml
+from safetensors.torch import load_file
 from tiny_models import tiny_checkpoint
 from tiny_questions import read_lines, training_arguments, write_manifest
 from torch import Tensor
@@ -166,8 +168,23 @@ def read_whole_lines(path: Path) -> list[dict[str, Any]]:
         return []
 
 
-def comparable(run: Path) -> list[dict[str, Any]]:
-    """The run's metrics without what depends on the clock."""
-    timed = ("time", "seconds/", "speed/", "memory/")
+def comparable(run: Path, *without: str) -> list[dict[str, Any]]:
+    """The run's metrics without what depends on the clock, and without names that begin as `without`."""
+    timed = ("time", "seconds/", "speed/", "memory/", *without)
     lines = read_lines(run / "metrics.jsonl")
     return [{k: v for k, v in line.items() if not k.startswith(timed)} for line in lines]
+
+
+def same_figures(one: Path, two: Path, within: float = 1e-5) -> None:
+    """Loss and every logged figure."""
+    for alone, together in zip(comparable(one), comparable(two), strict=True):
+        assert together.keys() == alone.keys()
+        for name, value in alone.items():
+            assert together[name] == pytest.approx(value, abs=within), (alone["step"], name)
+
+
+def same_weights(one: Path, two: Path, within: float = 1e-5) -> None:
+    """All weights in the models of two run folders."""
+    weights = [load_file(run / "model.safetensors") for run in (one, two)]
+    for name, value in weights[0].items():
+        torch.testing.assert_close(weights[1][name], value, rtol=0, atol=within, msg=name)

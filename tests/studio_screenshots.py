@@ -42,8 +42,9 @@ VIEWS = {
     "compare": "#/compare/runs%2Ft-grpo/runs%2Fgrpo",
     "ask": "#/ask",
     "data": "#/data/lab%2Frl.json",
-    "evaluations": "#/evaluations/runs%2Feval-rl/runs%2Feval-sft",
-    "controls": "#/evaluations/runs%2Fcontrols/runs%2Fcontrols%20(direct)",
+    "evaluations": "#/evaluations/runs%2Feval-sft/runs%2Feval-rl",
+    "evaluation": "#/run/runs%2Feval-rl",
+    "controls": "#/evaluations/runs%2Fcontrols%20(direct)/runs%2Fcontrols",
 }
 WIDTHS = (390, 1280, 2560)
 MARGIN = 16
@@ -190,7 +191,7 @@ def pictures(out: Path, demo: Path, browser: Browser) -> None:
             ask_question(page, "demo/rl", "demo/lab/test.json", telling=True)
             page.wait_for_timeout(500)
             save(page, ".answers", 745, out / "studio-ask.webp")
-            page.goto(f"{address}#/evaluations/demo%2Feval-rl/demo%2Feval-sft")
+            page.goto(f"{address}#/evaluations/demo%2Feval-sft/demo%2Feval-rl")
             expect(page.locator(".versus")).to_be_visible()
             page.wait_for_timeout(500)
             save(page, "body", 900, out / "studio-evaluations.webp")

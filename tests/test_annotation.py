@@ -1,4 +1,4 @@
-"""Whole annotations: what is written, what is sent, and an endpoint that fails in every way."""
+"""Whole annotations: the files, the requests, and an endpoint that fails in every way."""
 
 from __future__ import annotations
 
@@ -8,13 +8,9 @@ import threading
 import weakref
 from collections import Counter
 from collections.abc import Iterator
-from datetime import datetime
-from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 import torch
 from chat_endpoint import (
@@ -32,6 +28,7 @@ from chat_endpoint import (
 from video_r1 import chat_client as client
 from video_r1.annotation import teachers
 from video_r1.annotation.teachers import sample_seed
+from video_r1.data import reading
 from video_r1.data.manifests.records import load_manifest
 from video_r1.errors import ConfigError, VideoR1Error
 
@@ -44,7 +41,7 @@ def endpoint() -> Iterator[ChatEndpoint]:
 
 @pytest.fixture(autouse=True)
 def short_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(client, "FIRST_PAUSE", 0.01)
+    monkeypatch.setattr(client, "PAUSE", 0.01)
 
 
 # ---- What is written
@@ -66,19 +63,6 @@ def test_rows_are_the_manifests_with_rationales(endpoint: ChatEndpoint, tmp_path
     assert all(sample.process for sample in load_manifest(out, tmp_path))
     assert files(out.parent) == {"cot.json", "cot.rejected.jsonl", "cot.journal.jsonl"}
     assert (out.parent / "cot.rejected.jsonl").read_text() == ""
-
-
-def test_a_table_with_dates_and_decimal_numbers(endpoint: ChatEndpoint, tmp_path: Path) -> None:
-    """What JSON has no value for, found in a row that is written at the very end."""
-    rows = json.loads(write_questions(tmp_path, 2, clips=2).read_text())
-    table, seen = tmp_path / "t.parquet", datetime(2026, 1, 2, 3, 4)
-    more = {"seen": seen, "day": seen.date(), "price": Decimal("1.50")}
-    pq.write_table(pa.Table.from_pylist([{**row, **more} for row in rows]), table)
-    for name in ("cot.json", "cot.jsonl"):
-        annotate(endpoint.url, table, tmp_path / name)
-        kept = [sample.extra for sample in load_manifest(tmp_path / name)]
-        assert len(kept) == 2
-        assert kept[0].items() >= {"seen": str(seen), "day": "2026-01-02", "price": "1.50"}.items()
 
 
 def test_rejected_ones_stand_beside_with_the_reason(
@@ -115,14 +99,6 @@ def test_k_samples_are_drawn_with_their_own_seeds(endpoint: ChatEndpoint, tmp_pa
     seeds = [sample_seed(42, "q1", draw) for draw in (0, 1, 2, 2)]
     expected = [rationale(1, seed, index) for seed, index in zip(seeds, (0, 0, 0, 1), strict=True)]
     assert [text[len("<think>") :].partition("</think>")[0] for text in texts] == expected
-
-
-def test_nothing_kept_is_a_failure_with_empty_files(endpoint: ChatEndpoint, tmp_path: Path) -> None:
-    endpoint.always = "wrong"
-    with pytest.raises(VideoR1Error, match="no rationale was kept"):
-        annotate(endpoint.url, write_questions(tmp_path, 2), tmp_path / "cot.json")
-    assert json.loads((tmp_path / "cot.json").read_text()) == []
-    assert len(lines(tmp_path / "cot.rejected.jsonl")) == 2
 
 
 # ---- What is sent
@@ -291,18 +267,18 @@ def test_many_requests_wait_with_the_frames_of_a_few_in_memory(
     at_once, held, others = 150, 4, set(threading.enumerate())
     alive: weakref.WeakSet[torch.Tensor] = weakref.WeakSet()
     most, decoders, threads = 0, set(), set()
-    read = teachers.read_cached
+    read = reading.read_media_at
 
     def counted(*arguments: Any) -> Any:
         nonlocal most
-        media = read(*arguments)
+        (media,) = read(*arguments)
         alive.add(media.frames)
         decoders.add(threading.get_ident())
         threads.update(one for one in threading.enumerate() if "process_request" not in one.name)
         most = max(most, len(alive))
-        return media
+        return [media]
 
-    monkeypatch.setattr(teachers, "read_cached", counted)
+    monkeypatch.setattr(reading, "read_media_at", counted)
     before = resource.getrlimit(resource.RLIMIT_NOFILE)
     # The endpoint's ends are open here too.
     monkeypatch.setattr(client, "OTHER_FILES", at_once + 150)
@@ -322,11 +298,3 @@ def test_many_requests_wait_with_the_frames_of_a_few_in_memory(
     # No thread waits for an answer: besides those that decode there are the event loop and its resolvers.
     assert len([one for one in threads - others if not one.name.startswith("asyncio_")]) <= held + 1
     assert len(threads - others) < at_once / 5
-
-
-def test_more_requests_than_the_system_has_files_for(endpoint: ChatEndpoint, tmp_path: Path) -> None:
-    most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
-    if most == resource.RLIM_INFINITY:
-        pytest.skip("this system sets no limit")
-    with pytest.raises(ConfigError, match=rf"this system allows {most}; lower concurrency"):
-        annotate(endpoint.url, write_questions(tmp_path, 1), tmp_path / "cot.json", concurrency=most)

@@ -1,4 +1,4 @@
-"""The whole circle with the packaged base: SFT, annotation by what came of it, and SFT on the annotation.
+"""SFT of the packaged base, annotation by the result, and SFT on the annotation.
 
 The teacher runs in this process, and behind a real `vllm serve` on loopback.
 """
@@ -18,8 +18,7 @@ from server_process import ServerProcess
 from video_r1.annotation.annotate import Counts, run_annotate
 from video_r1.cli import main
 from video_r1.data import reading
-from video_r1.data.decoding.decoders import read_media
-from video_r1.data.decoding.frame_cache import read_cached_at
+from video_r1.data.decoding.decoders import read_media, read_media_at
 from video_r1.data.manifests.records import load_manifest
 from video_r1.data.prompts import PromptBuilder
 from video_r1.lab.model import base_folder
@@ -102,7 +101,7 @@ def test_interrupted_between_and_within_batches(
     read: list[str] = []
     generate, calls = TransformersEngine.generate, []
     monkeypatch.setattr(
-        reading, "read_cached_at", lambda sample, *how: read.append("") or read_cached_at(sample, *how)
+        reading, "read_media_at", lambda sample, *how: read.append("") or read_media_at(sample, *how)
     )
 
     def interrupted(self: Any, prompts: Any, *arguments: Any) -> Any:
@@ -139,15 +138,12 @@ def server(teacher: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[
 
 @pytest.mark.slow
 @pytest.mark.vllm
-@pytest.mark.parametrize("frames_as", ["video", "images"])
-def test_a_teacher_on_vllm(server: ServerProcess, teacher: Path, tmp_path: Path, frames_as: Any) -> None:
+def test_a_teacher_on_vllm(server: ServerProcess, teacher: Path, tmp_path: Path) -> None:
     manifest = write_questions(tmp_path, 4, clips=2)
     for path in server.recorded.iterdir():
         path.unlink()
-    counts = annotate(server.url, manifest, tmp_path / "cot.json", frames_as=frames_as, temperature=0.3)
+    counts = annotate(server.url, manifest, tmp_path / "cot.json", frames_as="video", temperature=0.3)
     assert counts.rationales.total() == 12 and counts.questions.total() == 4
-    if frames_as == "images":  # the teacher has seen its clips as videos only
-        return
     assert counts.questions == {"kept": 4}
     assert {sample.process for sample in load_manifest(tmp_path / "cot.json")} == {PROCESS}
 

@@ -1,5 +1,7 @@
 """Answers as training reads them (strictly) and as evaluation reads them (tolerantly)."""
 
+import time
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -68,6 +70,7 @@ def test_parse_number(text: str, number: float | None) -> None:
         ("left or right", ""),
         ("E", ""),
         ("no idea", ""),
+        ("Wait, B? No, A.", ""),
         ("<think>so the answer is C, but", ""),
         ("", ""),
     ],
@@ -121,7 +124,8 @@ COLOURS = ("A. red", "B. blue", "C. not blue at all", "D. a dog")
         ("A. red\nB. blue\nC. not blue at all\nD. a dog", ""), ("A. red, B. blue. The answer is B", "B"),
         ("B. blue, not red", "B"), ("A red car", "A"), ("A dog", "D"), ("The answer is A dog", "D"),
         ("The answer is a dog.", "D"), ("The answer is a small one", ""), ("A man walks by.", ""),
-        ("I see a man.", ""), ("the answer is a", "A"), ("the answer is a or b", ""),
+        ("I see a man.", ""), ("A best describes it.", "A"), ("A best friend walks by.", ""),
+        ("the answer is a", "A"), ("the answer is a or b", ""),
         ("option a is right", "A"), ("No doubt blue", "B"), ("Not sure, blue", "B"),
     ],
 )  # fmt: skip
@@ -164,6 +168,20 @@ def test_options_without_letters_and_no_options_at_all() -> None:
         ("$-30", -30),
         ("__-30__", -30),
         ("答案是-30。", -30),
+        ("−5", -5),
+        ("- 5", -5),
+        ("x = - 5", -5),
+        ("- 5 cats\n- 3 dogs", 3),  # a list
+        ("1/2", 0.5),
+        ("The answer is -1 1/2.", -1.5),
+        (r"\frac{1}{2}", 0.5),
+        ("3/4/2024", None),
+        ("1/0", None),
+        ("10^3", 1000),
+        (r"2 \times 10^{3}", 2000),
+        ("9^999", None),
+        ("5 m^2", 5),
+        ("about 1 200 people", 1200),
         ("many", None),
     ],
 )
@@ -190,3 +208,12 @@ def test_any_output_is_read_without_an_error(output: str, problem_type: str) -> 
         assert answer in ("", "A", "B", "C", "D")
     if problem_type == "numerical" and answer:
         assert parse_number(answer) is not None
+
+
+@pytest.mark.parametrize("piece", ["<answer>", "B is ", "<think>", "1,", "A, ", "not "])
+def test_long_nonsense_is_read_at_once(piece: str) -> None:
+    output, began = piece * (40_000 // len(piece)), time.process_time()
+    for problem_type in ("multiple choice", "numerical", "OCR"):
+        read_answer(output, problem_type, OPTIONS)
+    extract_answer(output)
+    assert time.process_time() - began < 0.5

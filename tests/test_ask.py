@@ -6,6 +6,7 @@ import shutil
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,6 +14,7 @@ import torch
 from PIL import Image
 from tiny_models import moving_square, tiny_processor, write_clip
 
+from video_r1.data import reading
 from video_r1.data.decoding.decoders import read_media
 from video_r1.data.decoding.media import Media
 from video_r1.data.manifests.records import Sample
@@ -93,21 +95,8 @@ def test_streamed_text_is_the_completion(checkpoint: Path, clip: Path) -> None:
     assert "".join(pieces) == rollout.text and len(pieces) > 5
     assert len(rollout.token_ids) > 10
 
-    class AtOnce:
-        """An engine that cannot be heard while it works."""
-
-        def generate(self, prompts: Any, sampling: Any, counts: Any = None) -> list[list[Rollout]]:
-            return engine.generate(prompts, sampling, counts)
-
-        def update_weights(self, model: Any) -> None: ...
-
-        def rest(self) -> None: ...
-
-        def close(self) -> None: ...
-
-    whole: list[str] = []
-    ((again,),) = heard(AtOnce(), builder.tokenizer, [prompt], sampling, lambda _, piece: whole.append(piece))
-    assert torch.equal(again.token_ids, rollout.token_ids)
+    whole: list[str] = []  # of an engine that cannot be heard while it works
+    heard(Says(rollout.text), builder.tokenizer, [prompt], sampling, lambda _, piece: whole.append(piece))
     assert whole == [rollout.text]
 
 
@@ -207,8 +196,8 @@ def test_contrasts_and_follow_up_questions(
     """The shares of each order with their intervals; the clip is decoded once for all questions."""
     engine, decoded = SeesOrder(), []
     monkeypatch.setattr("video_r1.evaluation.session.open_engine", lambda *_: engine)
-    read = session.read_cached
-    monkeypatch.setattr(session, "read_cached", lambda *a: decoded.append(a) or read(*a))
+    read = reading.read_media_at
+    monkeypatch.setattr(reading, "read_media_at", lambda *a: decoded.append(a) or read(*a))
     settings = AskSettings(
         model=str(checkpoint), path=str(clip), question=["Where to, left or right?", "And then?"],
         options=["left", "right"], answer="right", contrast=["shuffled", "blind"], samples=8,
@@ -221,8 +210,29 @@ def test_contrasts_and_follow_up_questions(
     found = [" ".join(line.split()) for line in lines]
     assert "ordered 8 of 8 0.68 to 1.00 B ×8" in found
     assert found.count("shuffled 4 of 8 0.22 to 0.78 +0.50 [+0.07, +0.78] A ×4, B ×4") == 2
+    assert lines[-1] == (
+        "The order of the frames matters here: with its frames shuffled, fewer answers are right."
+    )
     assert (engine.sampling.temperature, engine.sampling.top_p, engine.sampling.n) == (1.0, 1.0, 8)
     assert len(set(engine.sampling.seed)) == 3
+
+
+def test_a_model_that_is_better_without_the_clip(clip: Path) -> None:
+    sample = question("Where?", clip, options=["left", "right"], answer="B")
+
+    def said(asked: Sample, **right: int) -> str:
+        prompts: Any = [SimpleNamespace(order=order) for order in right]
+        texts = ["<answer>B</answer>"] * 8 + ["<answer>A</answer>"] * 8
+        groups = [
+            [Rollout(torch.tensor([1]), torch.zeros(1), text, "stop") for text in texts[8 - count :][:8]]
+            for count in right.values()
+        ]
+        return session.verdict(asked, session.views_of(asked, prompts, groups))
+
+    better = "The model answers better without the clip: 88 % are right, 25 % with the clip in order."
+    assert said(sample, ordered=2, shuffled=3, blind=7) == better
+    assert said(sample, ordered=5, shuffled=5, blind=6).startswith("These answers do not show")
+    assert said(sample, ordered=8, blind=8) == "" == said(sample, ordered=8)
 
 
 def test_without_a_right_answer_the_majority_in_order_counts(checkpoint: Path, clip: Path) -> None:

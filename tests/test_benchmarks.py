@@ -4,22 +4,22 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import datasets
 import pytest
+import tiny_questions
 from benchmark_fixtures import lab_clips, reference_row, write_benchmarks
-from PIL import Image
 
 from video_r1.data.answers import answer_of, options_of
-from video_r1.data.decoding.media import decode_media
 from video_r1.errors import ManifestError, RequestError
 from video_r1.evaluation.benchmarks import BENCHMARKS
 from video_r1.evaluation.benchmarks.loading import Questions, load_questions
 from video_r1.evaluation.benchmarks.readers import as_choice
 from video_r1.evaluation.benchmarks.spec import manifest_rows
-from video_r1.settings.frames import FrameBudget
 
 
 @pytest.fixture(scope="module")
@@ -188,6 +188,7 @@ REFERENCE = [
      ("action_prediction", (1.0, 2.5))),
     ("mvbench", {"problem_id": 1601, "data_type": "frame"}, "MVBench/tvqa/frames_fps3_hq/c.mp4",
      ("episodic_reasoning", WHOLE)),
+    ("mvbench", {"problem_id": 1600}, "MVBench/clevrer/v.mp4", ("egocentric_navigation", WHOLE)),
     ("tempcompass", {"original_question_type": ""}, "TempCompass/videos/1.mp4", ("", WHOLE)),
     ("videomme", {"task_type": "OCR Problems", "data_source": None}, "VideoMME/f.mp4",
      ("OCR Problems", WHOLE)),
@@ -238,24 +239,10 @@ def test_the_references_json_beside_copies_of_the_hub(
     file.parent.mkdir(parents=True)
     file.write_bytes(b"a clip or a frame")
     (found,) = load(name, tmp_path, tmp_path / "out").samples
-    is_folder, is_cut = file.suffix == ".jpg", "segment" in place
+    is_folder = file.suffix == ".jpg"
     assert Path(found.path) == (file.parent if is_folder else file).resolve()
     assert found.fps == (3 if is_folder else None)
-    assert (found.start is not None) == is_folder and found.extra.get("cut", False) == is_cut
-
-
-def test_frames_of_a_folder_are_read(root: Path, tmp_path: Path) -> None:
-    """TVQA's clips are folders of three frames a second."""
-    shutil.copytree(root / "mvbench", tmp_path / "mvbench")
-    folder = tmp_path / "mvbench/tvqa/frames_fps3_hq/castle_s07e04_seg02_clip_14"
-    folder.with_suffix(".mp4").unlink()
-    folder.mkdir()
-    for number in range(1, 13):
-        Image.new("RGB", (56, 56), (20 * number, 0, 0)).save(folder / f"{number:05}.jpg")
-    (found,) = [s for s in load("mvbench", tmp_path, tmp_path / "out").samples if s.path == str(folder)]
-    media = decode_media(found, FrameBudget(fps=3.0))
-    assert (found.start, found.end, found.fps) == (0.0, 2.5, 3)
-    assert media.timestamps.max() < 2.5 and len(media.frames) == 8  # of the 12
+    assert (found.start is not None) == is_folder  # a clip that is cut to its window has none
 
 
 def test_open_answers_of_videommmu(tmp_path: Path) -> None:
@@ -278,18 +265,8 @@ def test_open_answers_of_videommmu(tmp_path: Path) -> None:
     assert [row["solution"] for row in found] == [f"<answer>{answer}</answer>" for answer in solutions]
 
 
-def test_the_reference_numbers_mvbench_task_after_task() -> None:
-    tasks = {1: "action_antonym", 200: "action_antonym", 201: "action_count", 4000: "unexpected_action"}
-    named = BENCHMARKS["mvbench"].task_in_reference
-    assert {number: named({"problem_id": number}) for number in tasks} == tasks
-
-
 def test_which_annotation_counts(root: Path, tmp_path: Path) -> None:
-    for path in (root / "mmvu").rglob("*"):
-        if path.is_file():
-            copy = tmp_path / path.relative_to(root)
-            copy.parent.mkdir(parents=True, exist_ok=True)
-            copy.write_bytes(path.read_bytes())
+    shutil.copytree(root / "mmvu", tmp_path / "mmvu")
     row = reference_row(1, "./Evaluation/MMVU/videos/Chemistry/0.mp4")
     (tmp_path / "eval_mmvu.json").write_text(json.dumps([row]))
     assert load("mmvu", tmp_path, tmp_path / "out").samples[0].problem_id == "mmvu-validation_1"
@@ -303,19 +280,13 @@ def test_which_annotation_counts(root: Path, tmp_path: Path) -> None:
 
 def test_what_is_missing_is_listed_with_where_to_get_it(root: Path, tmp_path: Path) -> None:
     with pytest.raises(RequestError) as refused:
-        load("vsibench", root, tmp_path, allow_missing=False)
+        load("vsibench", root, tmp_path / "out", allow_missing=False)
     assert "the annotation has 6 questions, not 5,130" in str(refused.value)
-    for path in (root / "vsibench").rglob("*"):
-        if path.is_file() and "scannet" not in path.parts:
-            copy = tmp_path / path.relative_to(root)
-            copy.parent.mkdir(parents=True, exist_ok=True)
-            copy.write_bytes(path.read_bytes())
+    shutil.copytree(root / "vsibench", tmp_path / "vsibench", ignore=shutil.ignore_patterns("scannet"))
     with pytest.raises(RequestError) as refused:
         load("vsibench", tmp_path, tmp_path / "out", allow_missing=False)
-    assert "1 media files are missing" in str(refused.value)
-    assert "scannet/scene0011_00.mp4" in str(refused.value)
-    assert "hf download nyu-visionx/VSI-Bench --repo-type dataset" in str(refused.value)
-    assert "unzip arkitscenes.zip" in str(refused.value)
+    for part in ("1 media files are missing: ", "scannet/scene0011_00.mp4", "hf download nyu", "unzip ark"):
+        assert part in str(refused.value)
     rest = load("vsibench", tmp_path, tmp_path / "out")
     assert len(rest.samples) == 5
     assert str(rest.coverage) == "5 of 5,130 questions, 1 media files missing"
@@ -340,17 +311,8 @@ def test_options_are_counted(root: Path, tmp_path: Path) -> None:
 
 
 def test_a_manifest_of_ones_own(tmp_path: Path) -> None:
-    row = {
-        "problem_id": 1,
-        "problem": "?",
-        "data_type": "video",
-        "problem_type": "free-form",
-        "options": [],
-        "solution": "<answer>x</answer>",
-        "path": "a.mp4",
-        "task_type": "mine",
-    }
-    rows = [row, {**row, "problem_id": 2, "path": "b.mp4"}, {**row, "problem_id": 3}]
+    clips = {1: "a.mp4", 2: "b.mp4", 3: "a.mp4"}
+    rows = [tiny_questions.row(number, "free-form", "video", clip) for number, clip in clips.items()]
     manifest = tmp_path / "mine.json"
     manifest.write_text(json.dumps(rows))
     (tmp_path / "a.mp4").write_bytes(b"a clip")
@@ -361,6 +323,17 @@ def test_a_manifest_of_ones_own(tmp_path: Path) -> None:
     assert (questions.name, str(questions.coverage)) == ("mine", "2 of 3 questions, 1 media files missing")
     with pytest.raises(RequestError, match="benchmarks: vsibench"):
         load_questions("vsi-bench", None, tmp_path / "out")
+
+
+def test_wrong_requests_are_refused_before_torch_is_imported(tmp_path: Path) -> None:
+    (tmp_path / "bad.json").write_text("[{}]")
+    wrong = [[], ["--bench", "mvbnch"], ["--bench", "mvbench"], ["bad.json"], ["bad.json", "--bench", "mvp"]]
+    code = (
+        "import sys; from video_r1.cli import main; "
+        f"print([main(['eval', 'model', *words]) for words in {wrong}], 'torch' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
+    assert done.stdout.splitlines()[-1] == "[2, 2, 2, 2, 2] False", done.stderr
 
 
 def test_lettered_options_and_answers() -> None:

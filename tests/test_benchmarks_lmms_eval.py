@@ -15,8 +15,8 @@ from typing import Any
 import pytest
 
 from video_r1.data.manifests.records import Sample
-from video_r1.evaluation.evaluate import score_output
 from video_r1.evaluation.metrics import mean_relative_accuracy, task_mean
+from video_r1.evaluation.predictions import score_output
 
 _SPEC = importlib.util.find_spec("lmms_eval")
 pytestmark = pytest.mark.skipif(
@@ -31,23 +31,15 @@ THOUGHT = "<think>First {t}. It is not {M}.</think>\n"
 FORMS = {
     "tagged": THOUGHT + "<answer>{L}</answer>",
     "tagged, with a full stop": THOUGHT + "<answer>{L}.</answer>",
-    "tagged, in brackets": THOUGHT + "<answer>({L})</answer>",
     "tagged, with its text": THOUGHT + "<answer>{L}. {t}</answer>",
     "letter": "{L}",
     "full stop": "{L}.",
-    "brackets": "({L})",
     "letter and text": "{L}. {t}",
-    "colon": "{L}: {t}",
     "bold": "**{L}**",
-    "answer:": "Answer: {L}",
     "answer is": "The answer is {L}.",
-    "correct answer": "So the correct answer is ({L}).",
     "option": "Option {L}",
     "boxed": "\\boxed{{{L}}}",
-    "best option": "The best option is ({L}) {t}.",
     "reasoned": "First a man enters. Then he moves. The answer is {L}",
-    "another one named": "It is not {M}. The answer is {L}.",
-    "letter, then a reason": "{L}\nBecause of the frames.",
     "no answer": "I cannot tell.",
     # From here on the two are known to differ.
     "text": THOUGHT + "<answer>{t}</answer>",

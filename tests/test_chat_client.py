@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-import multiprocessing
 import threading
 import time
 from collections.abc import AsyncIterator, Iterator
-from contextlib import ExitStack, closing
+from contextlib import ExitStack
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from urllib.parse import unquote
 
@@ -19,18 +19,12 @@ from chat_endpoint import annotate, chat_endpoint, images_of, wait_for, write_qu
 from tiny_questions import read_lines
 
 from video_r1 import chat_client
-from video_r1.chat_client import Failover, ServerFailure, ServerRefusal, get, post
-from video_r1.data.decoding.media import Media
-from video_r1.data.manifests.records import Sample
-from video_r1.data.prompts import TextPrompts
+from video_r1.chat_client import SKIP, Failover, ServerFailure, ServerRefusal, get, post
 from video_r1.errors import ConfigError, VideoR1Error
-from video_r1.evaluation import ask
 from video_r1.evaluation.evaluate import run_eval
-from video_r1.evaluation.session import ModelSession, View, sampling_of
 from video_r1.rollout import endpoint_engine
-from video_r1.rollout.engine import SamplingSettings
 from video_r1.rollout.engine_factory import is_endpoint, open_engine
-from video_r1.settings.decoding import AnnotateSettings, AskSettings, EvalSettings, addresses
+from video_r1.settings.decoding import AnnotateSettings, EvalSettings, addresses
 
 SIZES: dict[str, Any] = {"frame_pixels": 56 * 56, "image_pixels": 56 * 56, "model": "teacher"}
 
@@ -87,14 +81,14 @@ def test_a_body_is_let_go_when_it_is_sent(url: str) -> None:
         yield b"3"
         sent.append(True)
 
-    answer = chat_client.wait_for(chat_client.request("POST", f"{url}/", None, 10.0, parts(), 3))
+    answer = chat_client.wait_for(chat_client.request(f"{url}/", None, 10.0, parts(), 3))
     assert (answer["body"], answer["chunked"], sent) == ("123", None, [True])
 
 
 @pytest.mark.parametrize(("path", "error", "message"), [
     ("404/no", ServerRefusal, "HTTP 404 at /404/no: no"),
     ('422/{"error":{"message":"odd"}}', ServerRefusal, ": odd"),
-    ("307/", ServerRefusal, "HTTP 307 at /307/: it has moved to 7"),
+    ("307/", ServerRefusal, "HTTP 307 at /307/: 7"),
     ("429/many", ServerFailure, "HTTP 429 at /429/many: many"),
     ("503/dead", ServerFailure, "HTTP 503 at /503/dead: dead"),
     ("200/<html>", ServerFailure, "JSONDecodeError: "),
@@ -119,16 +113,6 @@ def test_no_connection(url: str, message: str) -> None:
     assert message in str(raised.value)
 
 
-def test_a_forked_process_has_a_loop_of_its_own(url: str) -> None:
-    get(f"{url}/200/1", None, 10.0)
-    process = multiprocessing.get_context("fork").Process(target=get, args=(f"{url}/200/1", None, 10.0))
-    process.start()
-    process.join(20)
-    alive = process.is_alive()
-    process.kill()
-    assert not alive and process.exitcode == 0
-
-
 class Clock:
     now = 100.0
 
@@ -137,12 +121,14 @@ class Clock:
 
 
 @pytest.fixture
-def clock() -> Clock:
-    return Clock()
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    clock = Clock()
+    monkeypatch.setattr(chat_client, "time", SimpleNamespace(monotonic=clock))
+    return clock
 
 
 def fail(pool: Failover, retry_after: float | None = None) -> str:
-    """The address of a request that fails."""
+    """Return the address of a request that fails."""
     with pytest.raises(ServerFailure), pool.asking() as address:
         raise ServerFailure("away", retry_after)
     return address.url
@@ -156,80 +142,48 @@ def answer(pool: Failover) -> str:
 # ---- Which address is asked
 
 
-def test_the_least_busy_one_is_asked(clock: Clock) -> None:
-    pool = Failover(["a", "b", "c"], clock)
+def test_the_least_busy_address_is_asked() -> None:
+    pool = Failover(["a", "b", "c"])
     with ExitStack() as under_way:
         first = [under_way.enter_context(pool.asking()).url for _ in range(7)]
         assert sorted(first[:3]) == sorted(first[3:6]) == ["a", "b", "c"]
-        short = pool.asking()
-        with short as address:
-            assert address.url != first[6]
-        assert answer(pool) == address.url  # it has one fewer again
+        assert answer(pool) != first[6]
 
 
-def test_one_that_fails_is_left_out_and_tried_by_one_request(clock: Clock) -> None:
-    pool = Failover(["a", "b"], clock)
-    assert fail(pool) == "a" and pool.any_ready()
-    assert {answer(pool) for _ in range(3)} == {"b"}
-    clock.now += 1.0
+def test_a_failed_address_is_skipped_and_tried_by_one_request(clock: Clock) -> None:
+    pool = Failover(["a", "b"])
+    for _ in range(2):
+        assert fail(pool) == "a" and pool.any_ready()
+        clock.now += SKIP - 0.1
+        assert {answer(pool) for _ in range(3)} == {"b"}
+        clock.now += 0.1
     with pool.asking() as tries, pool.asking() as other:
         assert (tries.url, other.url) == ("a", "b")
         assert answer(pool) == "b"  # busier than a, but a has not answered yet
-    assert tries.failures == 0 and answer(pool) == "a"
+    assert not tries.failed and answer(pool) == "a"
 
 
-def test_it_is_left_out_twice_as_long_each_time_until_it_answers(clock: Clock) -> None:
-    pool = Failover(["a", "b"], clock)
-    for rest in (1.0, 2.0, 4.0, 8.0, 16.0, 30.0, 30.0):
-        assert fail(pool) == "a"
-        clock.now += rest - 0.1
-        assert answer(pool) == "b"
-        clock.now += 0.1
-    assert answer(pool) == "a"
-    assert fail(pool) == "a"
-    clock.now += 1.0
-    assert answer(pool) == "a"
-
-
-def test_requests_that_fail_together_count_once(clock: Clock) -> None:
-    pool = Failover(["a", "b"], clock)
-    with pytest.raises(ExceptionGroup), ExitStack() as under_way:
-        busy = [under_way.enter_context(pool.asking()) for _ in range(8)]
-        assert {address.url for address in busy} == {"a", "b"}
-        for address in busy:
-            pool._failed(address, ServerFailure("away"))
-        assert {address.failures for address in busy} == {1}
-        raise ExceptionGroup("", [ServerFailure("away")])
-
-
-def test_when_all_are_left_out_the_one_that_returns_first_is_asked(clock: Clock) -> None:
-    pool = Failover(["a", "b"], clock)
-    assert fail(pool) == "a"
-    clock.now += 0.5
-    assert fail(pool) == "b" and not pool.any_ready() and pool.pause() == 0.0
-    assert fail(pool) == "a"  # it rests until 101 as before
-    pool.is_back("b")
-    assert pool.any_ready() and answer(pool) == "b"
-
-
-def test_a_pause_is_that_of_the_one_who_asks_for_it(clock: Clock) -> None:
-    pool = Failover(["a", "b"], clock)
-    assert fail(pool, retry_after=60.0) == "a" and pool.pause() == 0.0
-    assert fail(pool, retry_after=20.0) == "b" and pool.pause() == 20.0
-    clock.now += 20.0
-    assert answer(pool) == "b" and pool.pause() == 0.0
-    clock.now += 40.0
+def test_when_all_are_skipped_the_first_to_return_is_asked(clock: Clock) -> None:
+    pool = Failover(["a", "b"])
+    assert fail(pool, retry_after=60.0) == "a"
+    assert fail(pool, retry_after=20.0) == "b" and not pool.any_ready()
+    assert answer(pool) == "b" and pool.any_ready()
+    assert fail(pool) == "b"
+    clock.now += SKIP
+    assert answer(pool) == "b"
+    pool.is_back("a")
     assert answer(pool) == "a"
 
 
-def test_addresses_in_settings() -> None:
+@pytest.mark.parametrize(("kind", "values", "message"), [
+    (EvalSettings, {"engine": "http://a:1,http://b:2/v1"}, "either all addresses or none"),
+    (EvalSettings, {"engine": "http://a:1,vllm"}, "transformers, vllm or addresses"),
+    (AnnotateSettings, {"teacher": "http://a:1,checkpoint"}, "several endpoints"),
+])  # fmt: skip
+def test_addresses_in_settings(kind: Any, values: dict[str, str], message: str) -> None:
     assert addresses("http://a:1/, http://b:2/v1 ,http://a:1") == ("http://a:1", "http://b:2/v1")
-    with pytest.raises(ConfigError, match="either all addresses or none"):
-        EvalSettings(engine="http://a:1,http://b:2/v1")
-    with pytest.raises(ConfigError, match="transformers, vllm or addresses"):
-        EvalSettings(engine="http://a:1,vllm")
-    with pytest.raises(ConfigError, match="several endpoints"):
-        AnnotateSettings(teacher="http://a:1,checkpoint")
+    with pytest.raises(ConfigError, match=message):
+        kind(**values)
 
 
 # ---- Several chat endpoints
@@ -237,7 +191,7 @@ def test_addresses_in_settings() -> None:
 
 @pytest.fixture(autouse=True)
 def short_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(chat_client, "FIRST_PAUSE", 0.01)
+    monkeypatch.setattr(chat_client, "PAUSE", 0.01)
 
 
 def seeds(requests: list[dict[str, Any]]) -> dict[str, set[int]]:
@@ -277,7 +231,7 @@ def test_an_annotation_outlives_one_of_its_endpoints(
         assert seeds(first.requests).keys() & seeds(second.requests).keys()
         assert seeds(first.requests + second.requests) == expected
     assert (tmp_path / "both.json").read_bytes() == (tmp_path / "alone.json").read_bytes()
-    assert f"{first.url}: " in caplog.text and "skipped for 1 s" in caplog.text
+    assert f"{first.url}: " in caplog.text and "skipped until it answers" in caplog.text
 
 
 def test_an_evaluation_shares_its_requests(tmp_path: Path) -> None:
@@ -291,23 +245,6 @@ def test_an_evaluation_shares_its_requests(tmp_path: Path) -> None:
         run_eval(settings)
         assert len(first.requests) == len(second.requests) == 4
     assert len(read_lines(tmp_path / "out" / "predictions-16.jsonl")) == 8
-
-
-def test_all_away_is_waited_for(tmp_path: Path) -> None:
-    manifest = write_questions(tmp_path, 30)
-    with chat_endpoint() as first, chat_endpoint() as second:
-        first.pause = second.pause = 0.02
-
-        def kill() -> None:
-            wait_for(second, 3)
-            first.close()
-            second.close()
-
-        killing = threading.Thread(target=kill)
-        killing.start()
-        with pytest.raises(VideoR1Error, match=r" and http.* has not answered for 0.3 s.*continues"):
-            annotate(f"{first.url},{second.url}", manifest, tmp_path / "cot.json", concurrency=4, wait=0.3)
-        killing.join()
 
 
 def test_servers_of_different_models_are_refused(tmp_path: Path) -> None:
@@ -357,21 +294,10 @@ def test_evaluation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, owner: str)
     assert kinds == ({"video_url", "image_url"} if owner == "vllm" else {"image_url"})
 
 
-def test_failures_that_pass_are_tried_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(chat_client, "FIRST_PAUSE", 0.01)
-    with chat_endpoint() as server:
-        server.script[0] = [503, "busy", "garbage", "empty"]
-        server.script[2] = ["half", "drop", "abort"]
-        records = evaluated(tmp_path, server.url)
-        assert len(server.requests) == 6 + 7
-    assert len(records) == 6 and all(record["score"] == 1.0 for record in records)
-
-
 @pytest.mark.parametrize(("event", "message"), [(400, "refused.*this is a 400"), (500, "failed 3 times")])
 def test_failures_that_stay(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, event: int, message: str
 ) -> None:
-    monkeypatch.setattr(chat_client, "FIRST_PAUSE", 0.01)
     for module in (chat_client, endpoint_engine):
         monkeypatch.setattr(module, "ATTEMPTS", 3)
     with chat_endpoint() as server:
@@ -380,85 +306,6 @@ def test_failures_that_stay(
             evaluated(tmp_path, server.url)
         server.always = None
         assert len(evaluated(tmp_path, server.url)) == 6  # started again, it continues
-
-
-def asked_aloud(folder: Path, url: str, samples: int = 2) -> tuple[list[View], list[list[str]]]:
-    """The views of question 1 in order and shuffled, and the pieces that were heard of each."""
-    write_questions(folder, count=1)
-    settings = AskSettings(
-        path=str(folder / "clip.mp4"), question=["Question 1: where?"], options=["left", "right"], engine=url,
-        samples=samples, **SIZES,
-    )  # fmt: skip
-    heard: list[list[str]] = [[], []]
-    sample = ask.question_sample(settings, "Question 1: where?")
-    with closing(ModelSession(settings)) as interview:
-        prompts = interview.prompts(sample, ["ordered", "shuffled"])
-        sampling = sampling_of(settings)
-        return interview.ask(sample, prompts, samples, sampling, lambda i, t: heard[i].append(t)), heard
-
-
-@pytest.mark.parametrize("event", [None, "apart", "one"])
-def test_an_answer_is_heard_as_it_is_written(tmp_path: Path, event: Any) -> None:
-    with chat_endpoint() as server:
-        server.always = event
-        views, heard = asked_aloud(tmp_path, server.url)
-        assert all(request["stream"] for request in server.requests)
-        assert len(server.requests) == (4 if event == "one" else 2)
-    for view, pieces in zip(views, heard, strict=True):
-        said = [piece for piece in pieces if piece]
-        assert len(said) > 20 and len(pieces) > len(said)  # the second one was noticed as it grew
-        assert "".join(said).split() == view.rollouts[0].text.split()
-        assert view.rollouts[0].text.startswith("<think>In question 1") and view.answers == ["B", "B"]
-        assert view.rollouts[0].text != view.rollouts[1].text
-        assert [len(rollout.token_ids) for rollout in view.rollouts] == [20, 20]
-
-
-@pytest.mark.parametrize("event", ["whole", "unstreamable"])
-def test_an_endpoint_that_does_not_stream_is_heard_at_its_end(tmp_path: Path, event: str) -> None:
-    with chat_endpoint() as server:
-        server.always = event
-        views, heard = asked_aloud(tmp_path, server.url)
-    assert [pieces for pieces in heard] == [[view.rollouts[0].text] for view in views]
-
-
-@pytest.mark.parametrize(("event", "message"), [
-    ("dies", "broke off after 6 pieces"), ("fails", "the engine is out of memory"),
-    ("stalls", "not a word within 0.5 s"), (401, "refused a request"), (503, "failed: HTTP 503"),
-])  # fmt: skip
-def test_an_endpoint_that_breaks_while_it_writes_says_so_at_once(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, event: Any, message: str
-) -> None:
-    monkeypatch.setitem(SIZES, "timeout", 0.5)
-    with chat_endpoint() as server:
-        server.always = event
-        began = time.monotonic()
-        with pytest.raises(VideoR1Error, match=message):
-            asked_aloud(tmp_path, server.url)
-        assert time.monotonic() - began < 20  # the pause of one that stalls is longer
-        assert len(server.requests) <= 2  # nothing is tried again: what was heard cannot be taken back
-        server.always = None
-        assert asked_aloud(tmp_path, server.url)[0][0].answers == ["B", "B"]
-
-
-def test_an_answer_that_nobody_hears_any_more_is_given_up(tmp_path: Path) -> None:
-    with chat_endpoint() as server:
-        server.beat = 0.05
-        engine = open_engine(EvalSettings(engine=server.url, **SIZES), None)
-        media = Media(torch.zeros(1, 3, 28, 28, dtype=torch.uint8), torch.zeros(1), 0.0, "image")
-        sample = Sample("q", "Question 1: where?", "image", "free-form", "<answer>B</answer>", "image.png")
-        pieces: list[str] = []
-
-        def hear(prompt: int, completion: int, piece: str) -> None:
-            pieces.append(piece)
-            if len(pieces) == 3:
-                raise KeyError("stop")
-
-        began = time.monotonic()
-        generate: Any = engine.generate
-        with pytest.raises(KeyError, match="stop"):
-            generate([TextPrompts().build(sample, media)], SamplingSettings(max_tokens=64), on_text=hear)
-        assert time.monotonic() - began < 1.5 and len(pieces) == 3
-        engine.close()
 
 
 def test_it_cannot_be_trained_with() -> None:

@@ -1,6 +1,5 @@
 """`video-r1 data check`: every file opened, every problem printed, the counts right; and progress."""
 
-import io
 import json
 from collections import Counter
 from pathlib import Path
@@ -119,6 +118,19 @@ def test_the_tables_of_counts(media):
     )
 
 
+def test_one_letter_that_is_right_too_often_is_warned_of():
+    """8 of 11 with three options: "A" is more than a guess. 4 of 4 with two may be chance."""
+    letters = [(3, "A")] * 8 + [(3, "B")] * 3 + [(2, "B")] * 4 + [(4, letter) for letter in "ABCD" * 9]
+    samples = [
+        Sample(n, "q", "video", "multiple choice", f"<answer>{letter}</answer>", "p", tuple("ABCD"[:count]))
+        for n, (count, letter) in enumerate(letters)
+    ]
+    assert [line for line in format_counts(samples).splitlines() if "warning" in line] == [
+        "warning: 73 % of the 11 questions with 3 options have the answer A (a guess: 33 %): "
+        "a model can learn to say A without looking; rl --shuffle_options true varies its position"
+    ]
+
+
 # --- progress --------------------------------------------------------------------------------------
 
 
@@ -129,13 +141,12 @@ def clock(monkeypatch):
     return now
 
 
-def test_plain_lines_come_every_ten_seconds_with_rate_and_time_left(clock):
-    stream = io.StringIO()
-    with Progress(100, "reading", "files", stream=stream) as bar:
+def test_plain_lines_come_every_ten_seconds_with_rate_and_time_left(clock, capsys):
+    with Progress(100, "reading", "files") as bar:
         for _ in range(100):
             clock[0] += 1.0
             bar.update()
-    lines = stream.getvalue().splitlines()
+    lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 10 + 1
     assert lines[0] == "reading: 10/100 files, 1.00 files/s, 1:30 left"
     assert lines[-1] == "reading: 100/100 files, 1.00 files/s, 1:40 taken"

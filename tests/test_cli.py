@@ -19,7 +19,7 @@ from video_r1.cli import find_command, main, read_request, split_words
 from video_r1.commands import COMMANDS
 from video_r1.errors import MediaError, RequestError
 from video_r1.processes import Interrupted
-from video_r1.recipe import load_recipe
+from video_r1.recipe import load_recipe, save_resolved
 from video_r1.settings.decoding import AskSettings
 from video_r1.settings.training import TGRPOSettings
 
@@ -27,11 +27,9 @@ from video_r1.settings.training import TGRPOSettings
 @pytest.mark.parametrize(
     "words",
     [
-        ["--help"],
         ["rl", "--help"],
         ["rl", "lab-tgrpo", "--print_config"],
         ["recipes"],
-        ["completion", "bash"],
     ],
 )
 def test_help_answers_at_once_without_torch(words: list[str]) -> None:
@@ -69,20 +67,6 @@ def test_help_lists_every_setting_with_default_and_example(
     assert all(len(line) <= 110 for line in text.splitlines())
 
 
-def test_help_shows_types_and_defaults(capsys: pytest.CaptureFixture[str]) -> None:
-    main(["rl", "-h"])
-    text = " ".join(capsys.readouterr().out.split())
-    assert "--num_generations int G: completions per question with its frames in order [8]" in text
-    assert (
-        "--temporal_rule margin | threshold | weight | likelihood | likelihood_step | likelihood_apart"
-        in text
-    )
-    said = "JSON, JSON-lines or Parquet file, address or Hugging Face id [required]"
-    assert said in text
-    assert "accuracy=1, format=1, temporal=1, length=1" in text
-    assert "lab-tgrpo" in text
-
-
 @pytest.mark.parametrize("name", COMMANDS)
 def test_every_example_of_the_help_is_a_valid_request(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -98,13 +82,10 @@ def test_every_example_of_the_help_is_a_valid_request(
 @pytest.mark.parametrize(("words", "plain", "options"), [
     (["a", "--beta", "0.1", "b"], ["a", "b"], {"beta": "0.1"}),
     (["--beta=0.1"], [], {"beta": "0.1"}),
-    (["--learning-rate", "1"], [], {"learning_rate": "1"}),
     (["--beta", "-1"], [], {"beta": "-1"}),
     (["--use_vllm"], [], {"use_vllm": True}),
-    (["--use_vllm", "lab.yaml"], ["lab.yaml"], {"use_vllm": True}),
     (["--use_vllm", "false", "lab.yaml"], ["lab.yaml"], {"use_vllm": "false"}),
     (["--length_range", "1", "2", "--beta", "1"], [], {"length_range": ["1", "2"], "beta": "1"}),
-    (["--length_range", "1,2"], [], {"length_range": "1,2"}),
     (["--warmup_steps", "10", "lab.yaml"], ["lab.yaml"], {"warmup_steps": "10"}),  # not this project's own
     (["--full_determinism", "--beta", "1"], [], {"full_determinism": True, "beta": "1"}),
     (["--train_manifest=a=b"], [], {"train_manifest": "a=b"}),
@@ -132,23 +113,24 @@ def test_several_questions(words: list[str]) -> None:
 
 
 @pytest.mark.parametrize(("words", "said"), [
-    (["trian"], "trian is not a command"),
     (["rll"], "did you mean rl?"),
-    (["dta", "check"], "did you mean data?"),
-    (["ask", "run", "no-such.mp4", "Why?"], "no-such.mp4: no such file"),
+    (["ask", "lab-base", "no-such.mp4", "Why?"], "no-such.mp4: no such file"),
     (["data"], "say data make or data check"),
     (["data", "lag"], "data lag is not a command"),
     (["rl", "no-such.yaml"], "no-such.yaml: no such recipe"),
     (["rl", "lab-tgrpo", "more"], "'more' is one word too many"),
     (["rl", "lab-tgrpo", "--beta"], "--beta needs a value"),
     (["rl", "lab-tgrpo", "--betta", "1"], "did you mean beta?"),
+    (["rl", "lab-tgrpo", "--lr", "1"], "did you mean learning_rate?"),
+    (["sft", "lab-sft", "--epochs", "1"], "did you mean num_train_epochs?"),
+    (["sft", "lab-sft", "--model", "x"], "did you mean model_name_or_path? see"),
+    (["rl", "lab-tgrpo", "--endpoint", "http://x/v1"], "did you mean judge_endpoint?"),
+    (["eval", "run", "m.json", "--endpoint", "http://x/v1"], "did you mean engine?"),
+    (["annotate", "m.json", "--url", "http://x/v1"], "did you mean teacher?"),
     (["rl", "lab-tgrpo", "--num_generations", "1"], "num_generations (option --num_generations) is 1"),
-    (["eval", "run"], "needs a manifest or benchmarks"),
     (["eval", "run", "test.json", "--model", "other"], "model is given twice"),
-    (["data", "lab", "out", "--shortcut", "2"], "shortcut (option --shortcut) is 2.0"),
-    (["data", "check"], "manifest is missing"),
+    (["lab", "make", "out", "--shortcut", "2"], "shortcut (option --shortcut) is 2.0"),
     (["annotate", "train.json", "--out", "cot.json"], "teacher is missing"),
-    (["report", "no/such/run"], "no/such/run: no such run folder"),
 ])  # fmt: skip
 def test_a_wrong_request_is_one_line_and_exit_code_2(
     words: list[str], said: str, capsys: pytest.CaptureFixture[str]
@@ -161,12 +143,41 @@ def test_a_wrong_request_is_one_line_and_exit_code_2(
     assert said in captured.err
 
 
+def test_missing_files_are_refused_before_torch_is_imported(tmp_path: Path) -> None:
+    for name in ("some.json", "run/adapter_config.json"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("[]")
+    requests = {
+        "data make none.csv --out x.json": "none.csv: no such manifest or table",
+        "data check non.json": "non.json: no such manifest or table",
+        "data audit none/x.parquet --model lab-base": "none/x.parquet: no such manifest or table",
+        "rl lab-tgrpo --train_manifest none.json": "none.json: no such manifest or table",
+        "sft lab-sft --train_manifest some.json --model_name_or_path runs/none": "runs/none: no such folder",
+        "annotate some.json --teacher run --out o.json": "run: these are adapters",
+        "eval lab-base": "eval needs a manifest or benchmarks",
+        "eval lab-base --bench mvbnch": "'mvbnch' is neither a benchmark nor a manifest file",
+        "eval runs/none some.json": "runs/none: no such folder",
+        "ask runs/none some.json Why?": "runs/none: no such folder",
+        "serve some.json": "some.json: this is a file",
+        "merge runs/none out": "runs/none: there is no such folder",
+        "plan lab-tgrpo --model_config runs/none": "runs/none: no such folder",
+    }
+    code = "import sys\nfrom video_r1.cli import main\nfor words in sys.argv[1:]: main(words.split())\n"
+    code += "assert not {'torch', 'transformers'} & sys.modules.keys()"
+    done = subprocess.run(
+        [sys.executable, "-c", code, *requests], cwd=tmp_path, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    for line, said in zip(done.stderr.splitlines(), requests.values(), strict=True):
+        assert said in line
+
+
 def test_a_file_stands_where_figures_are_to_go(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     row = {"problem_id": 1, "problem": "Why?", "data_type": "video", "problem_type": "free-form"}
     manifest = tmp_path / "one.json"
     manifest.write_text(json.dumps([{**row, "solution": "<answer>So</answer>", "path": "a.mp4"}]))
     before = manifest.read_bytes()
-    assert main(["eval", "run", str(manifest), "--out", str(manifest)]) == 2
+    assert main(["eval", "lab-base", str(manifest), "--out", str(manifest)]) == 2
     assert "one.json is a file; name a new folder" in capsys.readouterr().err
     assert manifest.read_bytes() == before
 
@@ -247,28 +258,42 @@ def test_what_would_run_is_printed_as_a_recipe(
     assert main(["rl", "lab-tgrpo", "--print_config", "--betta", "1"]) == 2
 
 
-def test_the_lab_and_the_check_run_from_the_command_line(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+def test_secrets_are_neither_printed_nor_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    folder = tmp_path / "lab"
-    assert main(["data", "lab", str(folder), "--train", "3", "--test", "2", "--workers", "1"]) == 0
-    assert len(json.loads((folder / "rl.json").read_text())) == 3
-    assert "3 training and 2 test questions" in capsys.readouterr().out
-    assert main(["data", "check", str(folder / "rl.json"), "--workers", "1"]) == 0
-    next((folder / "videos").iterdir()).write_bytes(b"")
-    codes = [
-        main(["data", "check", str(folder / f"{name}.json"), "--workers", "1"]) for name in ("rl", "test")
-    ]
-    assert sorted(codes) == [0, 1]  # the damaged file belongs to one of the two
-    assert main(["data", "check", str(tmp_path / "none.json")]) == 2
+    monkeypatch.chdir(tmp_path)
+    judge = ["--judge_endpoint", "http://me:hunter2@127.0.0.1:9/v1", "--judge_fields"]
+    judge += ['{"extra": {"Authorization": "Bearer hunter2"}, "max_tokens": 64}', "--reward_funcs", "judge"]
+    words = ["rl", "lab-tgrpo", *judge, "--output_dir", "run"]
+    assert main([*words, "--print_config"]) == 0
+    said = capsys.readouterr().out
+    assert "http://***@127.0.0.1:9/v1" in said and "max_tokens: 64" in said
+    recipe = read_request("rl", words[1:])
+    save_resolved(recipe, "run")
+    config = video_r1.TGRPOConfig(**recipe.arguments_for(video_r1.TGRPOConfig) | {"use_cpu": True})
+    monkeypatch.setattr("video_r1.cli.carry_out", lambda recipe: signal.raise_signal(signal.SIGINT))
+    assert main(words) == 130
+    row = {"problem_id": 1, "problem": "Why?", "data_type": "image", "problem_type": "free-form"}
+    (tmp_path / "m.json").write_text(
+        json.dumps([{**row, "solution": "<answer>So</answer>", "path": "a.png"}])
+    )
+    monkeypatch.undo()
+    teacher = ["annotate", str(tmp_path / "m.json"), "--teacher", "http://me:hunter2@127.0.0.1:9/v1"]
+    assert main([*teacher, "--out", str(tmp_path / "o.json"), "--wait", "0"]) == 2
+    said += capsys.readouterr().err
+    assert "http://***@127.0.0.1:9/v1: no endpoint answered within 0 s" in said
+    shown = said + (tmp_path / "run" / "config.yaml").read_text()
+    assert "hunter2" not in shown + json.dumps(config.to_dict()) and shown.count("***") >= 5
 
 
-def test_commands_pass_their_settings_on(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What a command is told reaches the function that does the work, by the same name."""
+def test_commands_pass_their_settings_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The settings reach the function that does the work by the same names."""
     import video_r1.data.check
     import video_r1.lab.clips
 
     seen: dict[str, Any] = {}
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "m.json").write_text("[]")
     monkeypatch.setattr(
         video_r1.data.check, "run_check", lambda manifest, **rest: seen.update(manifest=manifest, **rest) or 1
     )
@@ -278,7 +303,7 @@ def test_commands_pass_their_settings_on(monkeypatch: pytest.MonkeyPatch) -> Non
         "remote_cache": None, "remote_cache_gb": 50.0, "allowed_roots": [],
     }  # fmt: skip
     monkeypatch.setattr(video_r1.lab.clips, "write_lab", lambda settings: seen.update(vars(settings)))
-    assert main(["data", "lab", "out", "--seed", "5", "--shortcut=0.5", "--shuffle_options"]) == 0
+    assert main(["lab", "make", "out", "--seed", "5", "--shortcut=0.5", "--shuffle_options"]) == 0
     assert (seen["folder"], seen["train"], seen["test"], seen["seed"]) == ("out", 4000, 500, 5)
     assert (seen["shortcut"], seen["shuffle_options"]) == (0.5, True)
 

@@ -125,25 +125,6 @@ def test_it_is_asked_once_a_process_and_not_of_a_commit(
     assert RemoteCache(tmp_path / "copies", 10**9).state("memory://b/t") == cache.state("memory://b/t") != ()
 
 
-def test_of_many_archives_those_used_last_are_in_memory(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """By their members: one archive may have more than a thousand others."""
-    monkeypatch.setattr(remote, "MEMBERS", 10)
-    cache = RemoteCache(tmp_path / "copies", 10**9)
-    sizes = {"a": 4, "b": 4, "c": 2, "d": 3, "e": 20, "f": 1}
-    shards = {name: archive(tmp_path / f"{name}.tar", *[b"x"] * size) for name, size in sizes.items()}
-
-    def held(*used: str) -> list[str]:
-        for name in used:
-            cache.part(f"tar://0.mp4::{shards[name]}")
-        return [Path(str(key[0])).stem for key in cache._indexes]
-
-    assert held("a", "b", "c") == ["a", "b", "c"]
-    assert held("a", "d") == ["c", "a", "d"]
-    assert held("e") == ["e"] and held("f") == ["f"]
-
-
 @pytest.mark.parametrize("inside", ["parquet://video/1::", "tar://1.mp4::", "tar://."])
 def test_a_pipe_is_no_table_and_no_archive(tmp_path: Path, inside: str) -> None:
     pipe = tmp_path / "a.tar"

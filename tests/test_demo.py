@@ -1,26 +1,30 @@
-"""The quick demo, as a user starts it; and what it says when a stage fails."""
+"""The demo with a few questions and steps; and what it says when a stage fails."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+import torch
 
+from video_r1.cli import main
 from video_r1.errors import VideoR1Error
 from video_r1.lab import demo
 from video_r1.recipe import load_recipe
 
 
 @pytest.mark.slow
-def test_the_quick_demo_goes_through_all_stages(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "video_r1", "demo", "--quick", "--out", str(tmp_path)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=900)
-    assert done.returncode == 0, done.stderr
-    assert [line for line in done.stdout.splitlines() if line.startswith("== ")] == [
+def test_a_tiny_demo_goes_through_all_stages(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(demo, "QUICK", demo.Size(train=40, test=12, sft=4, rl=2))
+    threads = torch.get_num_threads()
+    assert main(["demo", "--quick", "--out", str(tmp_path)]) == 0
+    torch.set_num_threads(threads)
+    printed, errors = capfd.readouterr()
+    assert [line for line in printed.splitlines() if line.startswith("== ")] == [
         "== lab", "== sft", "== rl", "== eval-base", "== eval-sft", "== eval-rl",
     ]  # fmt: skip
-    assert "it learns nothing" in done.stdout and "Traceback" not in done.stderr
+    assert "it learns nothing" in printed and "Traceback" not in errors
     summary = json.loads((tmp_path / "summary.json").read_text())
     assert set(summary["accuracy"]) == {"base", "sft", "rl"} and (tmp_path / "report.html").is_file()
     lines = [json.loads(line) for line in (tmp_path / "rl/metrics.jsonl").read_text().splitlines()]

@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 from distributed_process import run_processes
-from safetensors.torch import load_file
+from resume_runs import same_figures, same_weights
 from tiny_models import tiny_checkpoint
 from tiny_questions import read_lines, write_manifest
 from torch import Tensor
+
+from video_r1.errors import ConfigError
+from video_r1.training.sharded import check_sharding_of
 
 pytestmark = pytest.mark.dist
 FSDP2 = {
@@ -33,16 +38,6 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def same_figures(one: Path, two: Path) -> None:
-    """Loss and every logged figure within 1e-5."""
-    logs = [read_lines(run / "metrics.jsonl") for run in (one, two)]
-    for alone, together in zip(*logs, strict=True):
-        assert alone.keys() == together.keys()
-        for name, value in alone.items():
-            if not name.startswith(("time", "seconds/", "speed/", "memory/")):
-                assert together[name] == pytest.approx(value, abs=1e-5), name
-
-
 def same_run(one: Path, two: Path) -> None:
     """Loss and every logged figure, every gradient and every weight, within 1e-5."""
     same_figures(one, two)
@@ -51,9 +46,7 @@ def same_run(one: Path, two: Path) -> None:
         assert alone.keys() == together.keys() and len(alone) > 20
         for name, value in alone.items():
             torch.testing.assert_close(together[name], value, rtol=0, atol=1e-5, msg=name)
-    weights = [load_file(run / "model.safetensors") for run in (one, two)]
-    for name, value in weights[0].items():
-        torch.testing.assert_close(weights[1][name], value, rtol=0, atol=1e-5, msg=name)
+    same_weights(one, two)
 
 
 @pytest.mark.slow
@@ -94,25 +87,19 @@ def test_sft_equals_one_process(
     same_run(folder / "sft-1", run)
 
 
-VERSION_1 = {
-    **{"FSDP_VERSION": "1", "FSDP_RESHARD_AFTER_FORWARD": "FULL_SHARD"},
-    **{"FSDP_CPU_RAM_EFFICIENT_LOADING": "false", "FSDP_SYNC_MODULE_STATES": "false"},  # they need a GPU
-}
-
-
-@pytest.mark.slow
 @pytest.mark.parametrize(
-    ("changes", "message"),
+    ("version", "kind", "message"),
     [
-        (VERSION_1, "trains and saves models here: set fsdp_version: 2 in"),
-        ({"FSDP_STATE_DICT_TYPE": "SHARDED_STATE_DICT"}, "set fsdp_state_dict_type: FULL_STATE_DICT in"),
+        (1, "FULL_STATE_DICT", "trains and saves models here: set fsdp_version: 2 in"),
+        (2, "SHARDED_STATE_DICT", "set fsdp_state_dict_type: FULL_STATE_DICT in"),
     ],
 )
-def test_fsdp_that_cannot_train_or_save_is_refused(
-    folder: Path, changes: dict[str, str], message: str
-) -> None:
-    """What accelerate takes where its file does not say otherwise."""
-    run_processes(2, "distributed_work:refused", folder, message, environment={**FSDP2, **changes})
+def test_fsdp_that_cannot_train_or_save_is_refused(version: int, kind: str, message: str) -> None:
+    """These are accelerate's defaults."""
+    plugin = SimpleNamespace(fsdp_version=version, state_dict_type=SimpleNamespace(name=kind))
+    accelerator: Any = SimpleNamespace(state=SimpleNamespace(fsdp_plugin=plugin))
+    with pytest.raises(ConfigError, match=message):
+        check_sharding_of(torch.nn.Linear(1, 1), accelerator)
 
 
 @pytest.mark.slow

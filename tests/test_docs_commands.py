@@ -1,19 +1,14 @@
-"""Every command line in a code block of README.md and docs/ runs in a short form, or is parsed and planned.
+"""Every command line in a code block of README.md and docs/ runs in a short form, or is parsed.
 
-runs      on a CPU, in a folder that has what its block names: tables, clips and manifests of some questions.
-          SHORT is added to its words; models are the packaged one, engines the process itself, and /data is
-          that folder.
-planned   recipes of sft and rl for GPUs: read by the real parser, then `plan`ned with a model of four narrow
-          layers on the GPUs, and with the sharding, of its launcher.
-read      by the real parser alone; READ says why.
-
-A command that has no rule fails. The lines of first-day.md run in test_first_day.py.
+It runs on a CPU, in a folder that has what its block names: tables, clips and manifests of some questions.
+SHORT is added to its words; models are the packaged one, engines the process itself, /data that folder.
+Recipes for GPUs and the commands of READ are parsed alone. A command that has no rule fails. The lines of
+first-day.md run in test_first_day.py.
 """
 
 from __future__ import annotations
 
 import json
-import re
 import shlex
 import shutil
 from collections.abc import Mapping
@@ -105,47 +100,31 @@ def test_each_line_of_a_block(
 
 
 def follow(line: str) -> None:
-    """Does with a line what its rule says. AssertionError: it has none, or does not work."""
+    """Do with a line what its rule says. AssertionError: it has none, or does not work."""
     words = shlex.split(line.replace("$R/", f"{RECIPES}/"), comments=True)
     found = request(words)
     if found is None:
         return  # other programs; test_docs.py checks the make targets
     command, rest = find_command(found)
     recipe = read_request(command, [word for word in rest if word != "--smoke"])
-    launcher = words[: words.index("video_r1")] if "video_r1" in words else []
     values = recipe.values()
-    if command in TRAINS and "--smoke" not in rest and (recipe.made_for.gpus != 0 or values.get("use_vllm")):
-        assert main(["plan", *rest, "--model_config", "narrow", *machine(launcher)]) == 0
-    elif command not in READ and not launcher and not out_of_reach(values):
+    for_gpus = recipe.made_for.gpus != 0 or values.get("use_vllm") or "video_r1" in words
+    if command in TRAINS and "--smoke" not in rest and for_gpus:
+        return
+    if command not in READ and not out_of_reach(values):
         assert command in SHORT, f"no rule for the command {command}"
         run_short(command, rest, values)
 
 
 def out_of_reach(values: Mapping[str, Any]) -> bool:
-    """What no test has: addresses, and the files of benchmarks."""
+    """Return whether it needs addresses or the files of benchmarks, which no test has."""
     return bool(values.get("bench")) or any(
         "://" in value for value in values.values() if isinstance(value, str)
     )
 
 
-def machine(launcher: list[str]) -> list[str]:
-    """The options of `plan` for the GPUs that a launcher starts on, by its options and its file."""
-    given = {
-        word[2:]: launcher[place + 1] for place, word in enumerate(launcher[:-1]) if word.startswith("--")
-    }
-    file = Path(given.get("config_file", ""))
-    kind = file.stem.partition("-")[0]
-    machines = int(given.get("nnodes", 1))
-    gpus = given.get("num_processes") or given.get("nproc_per_node")
-    if file.suffix:
-        assert file.is_file()
-        gpus = gpus or re.findall(r"^num_processes: (\d+)", file.read_text(), re.MULTILINE)[0]
-    sharding = ["--sharding", {"ddp": "none"}.get(kind, kind)] if kind else []
-    return [*(["--gpus", str(machines * int(gpus))] if gpus else []), *sharding]
-
-
 def run_short(command: str, words: list[str], values: Mapping[str, Any]) -> None:
-    """Runs it on what is there: other models are the packaged one, other manifests the folder's."""
+    """Run it on what is there: other models are the packaged one, other manifests the folder's."""
     models = {values[name] for name in MODELS if values.get(name)}
     instead = {model: "lab-base" for model in models if not Path(model, "config.json").is_file()}
     for manifest in {values[name] for name in MANIFESTS if values.get(name) in words}:

@@ -3,14 +3,10 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
-import torch
 
-from benchmarks import docs_tables, rollout, sft, update
 from benchmarks.docs_tables import DOCS, MAKERS, PAGES, blocks, written_anew
 
 
@@ -44,27 +40,3 @@ def test_a_page_is_written_anew(tmp_path: Path) -> None:
     assert made.splitlines()[1] == "|---|---|---|---|---|---|"
     assert made.endswith(" | 0.123 [0.000, 0.500] | 1.00 |")
     assert written_anew(anew, tmp_path) == anew
-
-
-def printed(module: Any, words: str, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> dict[str, Any]:
-    threads = torch.get_num_threads()
-    monkeypatch.setattr(sys, "argv", [module.__name__, *words.split()])
-    module.main()
-    torch.set_num_threads(threads)
-    return json.loads(capsys.readouterr().out)
-
-
-@pytest.mark.slow
-def test_tables_of_what_the_benchmarks_print(monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
-    """The makers whose files nobody has yet take what is printed today."""
-    small = "--size lab --completion 4 --group 2 --rounds 1"
-    updated = printed(update, f"{small} --ragged 1", monkeypatch, capsys)
-    rolled_out = printed(rollout, small, monkeypatch, capsys)
-    fine_tuned = printed(sft, "--rounds 1 --response 8 --vocabulary 256", monkeypatch, capsys)
-    row = docs_tables.update([updated]).splitlines()[2]
-    assert row.startswith("| lab: prompt ") and ", completions of 3 to 4, G = 2 | " in row
-    first, second = docs_tables.states([updated, rolled_out]).splitlines()[2:]
-    assert (
-        f"| {updated['ratio']:.1f} (" in first and "benchmarks.rollout --json --family qwen2_5_vl" in second
-    )
-    assert docs_tables.sft([fine_tuned]).count(" MiB | ") == 2

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,12 +14,11 @@ from benchmarks._sizes import PATCH, SIZES, build_model, question, text
 from benchmarks._timing import flops
 from video_r1.cli import main
 from video_r1.models.group_forward import group_logprobs
-from video_r1.plan.estimate import Launches, estimate
-from video_r1.plan.memory import MemoryPlan, memory_plan
+from video_r1.plan.estimate import row_flops, step_seconds
+from video_r1.plan.memory import MemoryPlan, memory_plan, sharding_of
+from video_r1.plan.shapes import published_config
 from video_r1.recipe import Recipe, load_recipe
 
-BEFORE = Launches(token=60, block=319, layer=285, replayed=False)
-NOW = Launches()
 SIZE = SIZES["small"]
 COMPLETION, GROUP = 64, 8
 
@@ -51,25 +51,41 @@ def test_flops_of_the_update_are_those_that_are_counted(config: Any) -> None:
     counted = flops(lambda: group_logprobs(model, [prompt], completions).logprobs.sum().backward())
     plan = planned(config, recipe_of())
     assert plan.row.prompt == len(prompt.input_ids)
-    found = estimate(config, plan.recipe, plan.traced, plan.row, plan.sharding, "h100")
-    assert found.useful_flops == pytest.approx(counted, rel=0.1)
+    assert 3 * row_flops(config, plan, COMPLETION) == pytest.approx(counted, rel=0.1)
 
 
 def test_what_makes_a_step_longer(config: Any) -> None:
     plan = planned(config, recipe_of())
 
-    def seconds(recipe: Recipe = plan.recipe, gpu: str = "h100", launches: Any = NOW) -> dict[str, float]:
-        found = estimate(config, recipe, plan.traced, plan.row, plan.sharding, gpu, launches)
-        return {name: part.seconds for name, part in found.parts.items()}
+    def seconds(gpu: str = "h100", **changes: Any) -> dict[str, float]:
+        sharding = sharding_of({}, 4, changes.pop("sharding", "none"))
+        recipe = recipe_of(vllm_gpu_memory_utilization=0.3, **changes)
+        return step_seconds(config, memory_plan(config, recipe, gpu_memory=10**10, sharding=sharding), gpu)
 
-    assert (
-        seconds(launches=BEFORE)["decoding"] > 2 * seconds()["decoding"]
-    )  # a small model waits for launches
-    assert seconds(recipe_of(use_vllm=True), launches=BEFORE)["decoding"] == seconds()["decoding"]
-    assert seconds(gpu="a100")["prefill"] > 3 * seconds()["prefill"]
-    again = seconds(recipe_of(gradient_checkpointing=True))
-    assert again["update"] >= seconds()["update"] and again["prefill"] == seconds()["prefill"]
-    assert seconds(recipe_of(beta=0.0))["reference"] < seconds()["reference"]
+    usual = step_seconds(config, plan, "h100")
+    assert step_seconds(config, plan, "a100")["prefill"] > 3 * usual["prefill"]
+    again = seconds(gradient_checkpointing=True)
+    assert again["update"] >= usual["update"] and "exchange" in seconds(sharding="fsdp2")
+    assert seconds(beta=0.0)["reference"] == 0 < usual["reference"]
+    vllm: dict[str, Any] = {"use_vllm": True, "bf16": True}
+    asleep = seconds(**vllm, vllm_enable_sleep_mode=True)
+    assert asleep["sleeping"] > 0 and "sleeping" not in seconds(**vllm)
+    assert seconds(**vllm)["decoding"] < seconds(**vllm, vllm_tensor_parallel_size=2)["decoding"]  # small
+
+
+def test_a_step_of_7b_on_eight_h100() -> None:
+    """With a sleeping vLLM on each GPU 5.5 to 8.5 s are expected, 3.1 without the longest completion."""
+    asleep = {
+        "vllm_enable_sleep_mode": True,
+        "vllm_tensor_parallel_size": 1,
+        "gradient_accumulation_steps": 1,
+    }
+    recipe = load_recipe("rl", "video-r1-7b-tgrpo", asleep)
+    config = published_config("Qwen/Qwen2.5-VL-7B-Instruct")
+    plan = memory_plan(config, recipe, gpu_memory=80 * 10**9, sharding=sharding_of({}, 8, "fsdp2"))
+    parts = step_seconds(config, plan, "h100")
+    assert 5.5 < sum(parts.values()) < 8.5
+    assert parts["decoding"] > 0.5 * sum(parts.values())
 
 
 def test_vllms_share_has_to_suffice(config: Any) -> None:
@@ -87,14 +103,18 @@ def test_vllms_share_has_to_suffice(config: Any) -> None:
 
 
 @pytest.mark.slow
-def test_plan_prints_it(config: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_plan_prints_it(
+    config: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     config.save_pretrained(tmp_path)
     words = ["plan", "video-r1-3b-tgrpo", "--model_config", str(tmp_path), "--gpu", "h100"]
     assert main(words) == 0
     out = capsys.readouterr().out
     assert "of 74.51 GiB" in out  # its memory is known
-    for part in ("prefill", "decoding", "reference", "update", "optimizer", "total"):
+    for part in ("prefill", "decoding", "reference", "update", "optimizer"):
         assert f"\n  {part} " in out
-    assert "estimated, not measured" in out and "MFU" in out and "assumed: 50% of 989 TFLOP/s" in out
+    assert "estimated, not measured" in out and "assumed: 50% of 989 TFLOP/s" in out
+    assert re.search(r"a step of 8 questions: [\d.]+ s .*; 1,000 steps: [\d.]+ hours\n", out)
     assert main([*words, "--vllm_gpu_memory_utilization", "0.001"]) == 1
     assert "vLLM's share is too small: set vllm_gpu_memory_utilization" in capsys.readouterr().out

@@ -15,14 +15,13 @@ from PIL import Image
 from tiny_models import moving_square, write_clip
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
-from video_r1.data.decoding import frame_cache
+from video_r1.data import reading
 from video_r1.data.manifests.records import Sample
 from video_r1.data.prompts import Prompt, PromptBuilder
 from video_r1.data.rollouts import Rollout
 from video_r1.data.sources.media_types import ClipRef
 from video_r1.errors import RequestError
-from video_r1.evaluation import evaluate as evaluation
-from video_r1.evaluation.evaluate import score_output
+from video_r1.evaluation import predictions
 from video_r1.evaluation.metrics import OVERLAP_SHARES, share_figure
 from video_r1.evaluation.summary import summary_table
 from video_r1.rollout.engine import SamplingSettings
@@ -93,7 +92,7 @@ class ScriptedEngine:
 def evaluate(
     samples: Sequence[Sample], engine: Any, builder: PromptBuilder, *, folder: Path, **settings: Any
 ) -> dict[str, Any]:
-    return evaluation.evaluate(
+    return predictions.evaluate(
         samples, engine, builder, BUDGET, EvalSettings(**{"order": BOTH, "seed": 0, **settings}), folder
     )
 
@@ -125,25 +124,14 @@ def test_both_orders_of_clips_and_images(builder: PromptBuilder, media: Path, tm
     assert json.loads((tmp_path / "summary.json").read_text()) == json.loads(json.dumps(summary))
     assert "1.000 [1.000, 1.000]" in summary_table(summary)
 
-
-def test_the_shuffled_frames_are_the_ordered_ones_in_the_order_of_the_seed(
-    builder: PromptBuilder, media: Path, tmp_path: Path
-) -> None:
-    permutations = []
-    for attempt, seed in enumerate((0, 0, 1)):
-        engine = ScriptedEngine()
-        evaluate(
-            [sample(1, media), sample(2, media)], engine, builder,
-            folder=tmp_path / str(attempt), frames=[8], seed=seed,
-        )  # fmt: skip
-        ordered, shuffled = engine.prompts[:2]
-        assert shuffled.permutation is not None
-        assert torch.equal(shuffled.media[0].frames, ordered.media[0].frames[shuffled.permutation])
-        assert not torch.equal(shuffled.media[0].frames, ordered.media[0].frames)
-        permutations.append([prompt.permutation.tolist() for prompt in engine.prompts[1::2]])  # type: ignore
-    assert permutations[0] == permutations[1]
-    assert permutations[0] != permutations[2]
-    assert permutations[0][0] != permutations[0][1]  # each question has its own
+    orders = []
+    for asked, ordered, shuffled in ((engine, 0, 1), (engine, 2, 3), (ScriptedEngine(), 0, 1)):
+        if not asked.prompts:
+            evaluate(samples, asked, builder, folder=tmp_path / "seed", frames=[8], seed=1)
+        order, frames = asked.prompts[shuffled].permutation, asked.prompts[ordered].media[0].frames
+        assert order is not None and torch.equal(asked.prompts[shuffled].media[0].frames, frames[order])
+        orders.append(tuple(order.tolist()))
+    assert len(set(orders)) == 3 and tuple(range(8)) not in orders  # by question and by seed
 
 
 def test_every_contrast_beside_the_ordered_clip(builder: PromptBuilder, media: Path, tmp_path: Path) -> None:
@@ -187,8 +175,8 @@ def test_direct_and_reasoned_answers_are_compared(
 ) -> None:
     """Of four questions 0, 1 and 2 are right with reasoning, 2 and 3 without: gains 1, 1, 0, -1."""
     read = []
-    real = frame_cache.read_media_at
-    monkeypatch.setattr(frame_cache, "read_media_at", lambda s, b, c: read.append(s.start) or real(s, b, c))
+    real = reading.read_media_at
+    monkeypatch.setattr(reading, "read_media_at", lambda s, b, c: read.append(s.start) or real(s, b, c))
     samples = [
         sample(
             n, media, problem=f"Where, #{n}?", start=n * 0.01, data_source="lab/odd" if n % 2 else "lab/even"
@@ -243,28 +231,26 @@ def test_chats_are_not_asked_for_direct_answers(builder: PromptBuilder, media: P
 def test_a_clip_is_decoded_once_for_all_frame_counts_orders_and_neighbouring_questions(
     builder: PromptBuilder, media: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    read: list[tuple[float | None, Sequence[int], str]] = []
-    real = frame_cache.read_media_at
+    read: list[tuple[float | None, tuple[int, ...]]] = []
+    real = reading.read_media_at
 
     def counting(clip: ClipRef, budget: FrameBudget, counts: Sequence[int]) -> Any:
-        read.append((clip.start, counts, threading.current_thread().name))
+        read.append((clip.start, tuple(counts)))
         return real(clip, budget, counts)
 
-    monkeypatch.setattr(frame_cache, "read_media_at", counting)
+    monkeypatch.setattr(reading, "read_media_at", counting)
     # Two questions about each window, in one batch and across two batches.
     samples = [sample(number, media, start=number // 2 * 0.01) for number in range(6)]
     engine = ScriptedEngine()
     evaluate(samples, engine, builder, folder=tmp_path, frames=[4, 8], batch_size=3)
-    assert [start for start, _, _ in sorted(read)] == [0, 0.01, 0.02]
-    assert {tuple(counts) for _, counts, _ in read} == {(4, 8)}
-    assert all(name.startswith("media") for _, _, name in read)
+    assert sorted(read) == [(0, (4, 8)), (0.01, (4, 8)), (0.02, (4, 8))]
     assert len(engine.prompts) == 6 * 2 * 2
 
 
 def test_decoding_runs_while_the_engine_generates(
     builder: PromptBuilder, media: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real, later_read = frame_cache.read_media_at, threading.Event()
+    real, later_read = reading.read_media_at, threading.Event()
     waited = []
 
     def noticed(clip: ClipRef, budget: FrameBudget, counts: Sequence[int]) -> Any:
@@ -282,7 +268,7 @@ def test_decoding_runs_while_the_engine_generates(
             return super().generate(prompts, sampling, counts)
 
     generating = threading.Event()
-    monkeypatch.setattr(frame_cache, "read_media_at", noticed)
+    monkeypatch.setattr(reading, "read_media_at", noticed)
     samples = [sample(number, media, start=number * 0.01) for number in range(4)]
     evaluate(samples, Waiting(), builder, folder=tmp_path, frames=[8], batch_size=1)
     assert waited == [True] * 4
@@ -385,23 +371,10 @@ def test_a_damaged_line_in_the_middle_is_named(builder: PromptBuilder, media: Pa
             evaluate(samples, ScriptedEngine(), builder, folder=tmp_path, frames=[8])
 
 
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"samples": []}, "no samples"),
-        ({"order": ["backwards"]}, "backwards"),
-        ({"answer": ["direct", "direct"]}, "answer"),
-        ({"frames": [8, 8]}, "frames"),
-    ],
-)
-def test_requests_that_cannot_be_met(
-    builder: PromptBuilder, media: Path, tmp_path: Path, changes: dict[str, Any], message: str
-) -> None:
-    settings = {"samples": [sample(1, media)], "folder": tmp_path} | changes
-    with pytest.raises(RequestError, match=message):
-        evaluate(engine=ScriptedEngine(), builder=builder, **settings)
-    with pytest.raises(RequestError, match="twice"):
-        evaluate([sample(1, media)] * 2, ScriptedEngine(), builder, folder=tmp_path)
+def test_samples_that_cannot_be_asked(builder: PromptBuilder, media: Path, tmp_path: Path) -> None:
+    for samples, message in (([], "no samples"), ([sample(1, media)] * 2, "twice")):
+        with pytest.raises(RequestError, match=message):
+            evaluate(samples, ScriptedEngine(), builder, folder=tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -429,7 +402,7 @@ def test_scores_of_outputs(
     question = sample(
         1, media, problem_type=problem_type, solution=f"<answer>{truth}</answer>", options=options
     )
-    scored = score_output(question, output)
+    scored = predictions.score_output(question, output)
     assert scored.prediction == prediction
     assert (scored.score, scored.strict_score, scored.format) == pytest.approx((score, strict, in_format))
 

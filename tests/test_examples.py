@@ -26,13 +26,6 @@ def small(out: Path, **changes: Any) -> dict[str, Any]:
     return {name: value for name, value in settings.items() if name != "output_dir"}
 
 
-@pytest.mark.parametrize("path", sorted(EXAMPLES.glob("*.py")), ids=lambda path: path.stem)
-def test_they_are_short_and_say_how_to_start_them(path: Path) -> None:
-    text = path.read_text(encoding="utf-8")
-    assert len(text.splitlines()) <= 60 and f"python examples/{path.name} " in text
-    assert f"test_{path.stem}" in globals()  # which runs it
-
-
 def test_own_reward(checkpoint: Path, manifest: Path, tmp_path: Path) -> None:
     run("own_reward", checkpoint, manifest, tmp_path, **small(tmp_path))
     lines = read_lines(tmp_path / "metrics.jsonl")

@@ -13,15 +13,13 @@ import torch
 from media_files import SMALL, picture, sample
 from PIL import Image
 
-from video_r1.data.check import check_media, run_check
-from video_r1.data.decoding.decoders import read_media, read_media_at
-from video_r1.data.decoding.frame_cache import FrameCache, cache_key, read_cached
-from video_r1.data.decoding.media import decode_media
+from video_r1.data.check import check_media
+from video_r1.data.decoding.decoders import read_media
+from video_r1.data.decoding.frame_cache import FrameCache, cache_key
 from video_r1.data.making.clip_index import ClipIndex
 from video_r1.data.making.layouts import Rejected
 from video_r1.data.manifests.records import Sample, check_manifest
-from video_r1.data.prompts import TextPrompts, contrast_prompt
-from video_r1.data.reading import derived_generator
+from video_r1.data.prompts import TextPrompts
 from video_r1.data.sources.media_types import FOLDER_FPS, frame_names
 from video_r1.errors import MediaError
 
@@ -81,15 +79,6 @@ def test_the_wanted_frames_at_their_times(tmp_path: Path, seconds: float) -> Non
     part = read_media(clip_of(folder, start=1.0, end=3.0), budget)  # frames 2 to 5
     assert part.timestamps.tolist() == [0.0, 0.5, 1.0, 1.5] and part.duration == 2.0
     assert torch.equal(part.frames, torch.stack([pixels(n) for n in range(2, 6)]))
-
-
-def test_several_frame_counts_from_one_reading(tmp_path: Path) -> None:
-    question, budget = clip_of(frames_in(tmp_path / "clip", range(12))), replace(SMALL, seconds=0)
-    found = read_media_at(question, budget, (4, 8))
-    apart = [decode_media(question, replace(budget, max_frames=count)) for count in (4, 8)]
-    assert [len(media.frames) for media in found] == [4, 8]
-    for one, other in zip(found, apart, strict=True):
-        assert torch.equal(one.frames, other.frames) and torch.equal(one.timestamps, other.timestamps)
 
 
 def empty(folder: Path) -> Path:
@@ -153,17 +142,12 @@ def test_an_image_is_no_folder(tmp_path: Path) -> None:
         read_media(sample(frames_in(tmp_path / "clip", range(2)), "image"), SMALL)
 
 
-@pytest.mark.parametrize("path", ["clips/0001/", "clips/0001", "./clips/./0001"])
-def test_a_row_names_a_folder(tmp_path: Path, path: str) -> None:
+@pytest.mark.parametrize("fps", ["8", 0, float("nan")])
+def test_a_row_names_a_folder_and_its_rate(tmp_path: Path, fps: Any) -> None:
     folder = frames_in(tmp_path / "clips" / "0001", range(4))
-    found = check_manifest([{**ROW, "path": path, "fps": 8}], tmp_path)
-    assert found.problems == [] and found.samples[0].path == str(folder) and found.samples[0].fps == 8.0
-    assert found.samples[0].extra == {"fps": 8}
-
-
-@pytest.mark.parametrize("fps", ["8", 0, -1, True, float("nan")])
-def test_rates_that_are_none(tmp_path: Path, fps: Any) -> None:
-    frames_in(tmp_path / "clips" / "0001", range(4))
+    for path in ("clips/0001/", "./clips/./0001"):
+        found = check_manifest([{**ROW, "path": path, "fps": 8}], tmp_path)
+        assert found.problems == [] and found.samples[0].path == str(folder) and found.samples[0].fps == 8.0
     (problem,) = check_manifest([{**ROW, "fps": fps}], tmp_path).problems
     assert "fps is" in problem.text and "above 0" in problem.text
     (tmp_path / "a.mp4").touch()  # of a file it is a field like any other
@@ -200,30 +184,12 @@ def test_folders_do_not_lead_out(tmp_path: Path) -> None:
 def test_the_cache_sees_a_frame_that_changed(tmp_path: Path) -> None:
     folder, cache = frames_in(tmp_path / "clip", range(4)), FrameCache(tmp_path / "cache", 10**9)
     budget = replace(SMALL, seconds=0)
-    first = read_cached(clip_of(folder), budget, cache)
-    assert torch.equal(read_cached(clip_of(folder), budget, cache).frames, first.frames) and cache.hits == 1
+    (first,) = cache.read(clip_of(folder), budget, (4,))
     Image.fromarray(picture(99)).save(folder / "2.png")  # the folder itself does not change by that
-    changed = read_cached(clip_of(folder), budget, cache)
-    assert torch.equal(changed.frames[2], pixels(99)) and cache.hits == 1
+    (changed,) = cache.read(clip_of(folder), budget, (4,))
+    assert torch.equal(changed.frames[2], pixels(99)) and not torch.equal(first.frames[2], pixels(99))
     keys = {cache_key(clip_of(folder, extra=extra), budget, 4) for extra in ({}, {"fps": 4}, {"fps": 8})}
     assert len(keys) == 3
-
-
-def test_contrasts_shuffle_the_frames(tmp_path: Path) -> None:
-    question = clip_of(frames_in(tmp_path / "clip", range(8)))
-    media = read_media(question, replace(SMALL, seconds=0))
-    prompt = contrast_prompt(question, media, TextPrompts(), "reversed", derived_generator(0))
-    assert prompt is not None and torch.equal(prompt.media[0].frames, media.frames.flip(0))
-
-
-def test_data_check_counts_them(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    frames_in(tmp_path / "clips" / "0001", range(8))
-    manifest = tmp_path / "train.json"
-    manifest.write_text(
-        json.dumps([{**ROW, "fps": 4}, {**ROW, "problem_id": 2, "path": "clips/0001", "fps": 2}])
-    )
-    assert run_check(manifest, workers=1) == 0
-    assert "2 media files or windows opened" in capsys.readouterr().out  # at two rates
 
 
 def test_make_finds_folders(tmp_path: Path) -> None:

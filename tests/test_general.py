@@ -256,12 +256,3 @@ def test_a_placeholder_is_never_sampled() -> None:
     scored = group_logprobs(model, prompts, [[rollout.token_ids for rollout in group]]).logprobs
     sampled = torch.cat([rollout.logprobs for rollout in group])
     torch.testing.assert_close(sampled, scored.detach(), atol=1e-5, rtol=0)
-
-
-def test_it_says_once_that_it_is_slower(caplog: pytest.LogCaptureFixture) -> None:
-    general_forward.warn_that_it_is_slower.cache_clear()
-    model, prompts = build("smolvlm"), build_prompts("smolvlm")[:1]
-    for _ in range(2):
-        group_logprobs(model, prompts, [completions_of(3)])
-    said = [record.getMessage() for record in caplog.records if "general path" in record.getMessage()]
-    assert len(said) == 1 and said[0].startswith("SmolVLMForConditionalGeneration takes the general path")

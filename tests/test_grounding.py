@@ -78,12 +78,6 @@ def test_overlap_of_spans_is_a_share(first, second):
     assert span_iou(first, first) == (first[1] > first[0])
 
 
-@given(boxes, boxes)
-def test_overlap_of_boxes_is_a_share(first, second):
-    assert 0 <= box_iou(first, second) <= 1
-    assert box_iou(first, second) == pytest.approx(box_iou(second, first))
-
-
 @pytest.mark.parametrize(
     ("kind", "answer", "truth", "score"),
     [

@@ -19,14 +19,14 @@ from tgrpo_trainers import make_trainer, weights
 from tiny_questions import read_lines
 
 from video_r1.errors import ConfigError, VideoR1Error
+from video_r1.files import tolerated, warn_once
 from video_r1.training import callbacks
 from video_r1.training.checkpoints import last_whole_checkpoint
-from video_r1.training.metrics import tolerated
 
 
 @pytest.fixture(autouse=True)
 def forget_warnings() -> None:
-    callbacks.warn_once.cache_clear()
+    warn_once.cache_clear()
 
 
 # ---- Numbers
@@ -74,6 +74,15 @@ def test_skipped_updates_are_counted_on(checkpoint: Path, manifest: Path, tmp_pa
     guard.on_train_begin(None, state, None)  # pyright: ignore[reportArgumentType]
     assert (guard.skipped, guard.in_a_row) == (3, 2)
     assert len(read_lines(tmp_path / "skipped_updates.jsonl")) == 3
+
+
+def test_a_step_of_cut_completions_is_warned_of(
+    checkpoint: Path, manifest: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    changes = {"mask_truncated_completions": True, "max_completion_length": 1, "max_steps": 2}
+    make_trainer(checkpoint, str(manifest), tmp_path, **changes).train()
+    said = [record.message for record in caplog.records if "mask_truncated" in record.message]
+    assert len(said) == 1 and "max_completion_length (1 tokens), so it learns nothing" in said[0]
 
 
 # ---- Disks

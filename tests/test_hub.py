@@ -24,14 +24,11 @@ from video_r1.plan.shapes import model_config
         ("Qwen/Qwen2.5-VL-7B-Instruct", True),
         ("a-b/c.d_e", True),
         ("runs/sft", False),
-        ("data/train", False),
         ("here/sft", False),  # a folder of that name exists
         ("./sft", False),
-        ("../a/sft", False),
         ("/a/sft", False),
         ("~/sft", False),
         ("a/b/c", False),
-        ("sft", False),
         ("a/", False),
     ],
 )
@@ -55,7 +52,7 @@ def closed_hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 @pytest.mark.parametrize("load", [load_model, load_processor, model_config])
-@pytest.mark.parametrize("name", ["runs/sft", "./sft", "/nowhere/sft", "a/b/sft"])
+@pytest.mark.parametrize("name", ["runs/sft", "/nowhere/sft"])
 def test_a_missing_folder_is_refused_without_asking_the_hub(
     load: Any, name: str, closed_hub: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:

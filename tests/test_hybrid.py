@@ -14,11 +14,8 @@ from transformers.models.qwen3_5 import modeling_qwen3_5
 
 from video_r1.models import gated_delta
 from video_r1.models.attention import fork_layout
-from video_r1.models.checked import Checked
 from video_r1.models.group_forward import group_logprobs
-from video_r1.rollout import shared_prefix
 from video_r1.rollout.engine import SamplingSettings
-from video_r1.rollout.shared_prefix import DecodingStep
 from video_r1.rollout.transformers import TransformersEngine
 
 CLIP = ("video", (2, 4, 4))
@@ -60,26 +57,6 @@ def test_a_prompt_shorter_than_the_convolution(family: str) -> None:
     assert_same_gradients(ours, gradients(model, expected, weights))
 
 
-def test_states_alone_carry_gradients_into_the_prompt() -> None:
-    """Where attention adds nothing, what a completion knows of its prompt went through the forked state."""
-    torch.manual_seed(0)
-    model: Any = build("qwen3_5")
-    torch.nn.init.zeros_(model.model.language_model.layers[1].self_attn.o_proj.weight)
-    prompt, completions = make_prompt("qwen3_5", 3, CLIP, 4), tokens_of(7, 5, 6)
-    found = []
-    for score in (
-        lambda: group_logprobs(model, [prompt], [completions]).logprobs,
-        lambda: expanded_logprobs(model, prompt, completions, 1.0)[0],
-    ):
-        logprobs = score()
-        later = torch.cat([part[2:] for part in logprobs.split([7, 5, 6])])  # not the first token's
-        found.append(gradients(model, later, torch.ones(len(later))))
-    assert_same_gradients(found[0], found[1])
-    for name in ("visual.merger.linear_fc2.weight", "layers.0.linear_attn.conv1d.weight"):
-        (gradient,) = (grad for key, grad in found[0].items() if key.endswith(name))
-        assert float(gradient.abs().max()) > 0
-
-
 def test_the_prompt_is_read_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """Tokens through the rule of a row: the prompt and the completions, and not a prompt for each of them."""
     model = build("qwen3_5")
@@ -95,19 +72,6 @@ def test_the_prompt_is_read_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(modeling_qwen3_5, gated_delta.RULE, gated_delta.forked_rule(counting))
     group_logprobs(model, [prompt], [completions])
     assert seen == [(1, 100), (8, 8)] * 2
-
-
-def test_a_hybrid_model_generates_as_before() -> None:
-    """The functions in transformers' module change nothing for calls without a row, however often."""
-    model = build("qwen3_5")
-    prompt = make_prompt("qwen3_5", 3, CLIP, 2)
-    features = {name: value for name, value in prompt.features.items()}
-    before = model.generate(prompt.input_ids[None], **features, max_new_tokens=8, do_sample=False)
-    for _ in range(2):
-        group_logprobs(model, [prompt], [tokens_of(4, 4)])
-    after = model.generate(prompt.input_ids[None], **features, max_new_tokens=8, do_sample=False)
-    assert torch.equal(before, after)
-    assert "video_r1" not in model.config.to_json_string()
 
 
 @pytest.mark.parametrize("family", ["qwen3_5", pytest.param("qwen3_5_moe", marks=pytest.mark.slow)])
@@ -133,24 +97,3 @@ def test_hybrid_completions_do_not_depend_on_the_batch(family: str) -> None:
     hook.remove()
     short, long = sorted({len(prompt.input_ids) for prompt in twins})
     assert prefills == [(1, short), (2, long)]  # equal lengths together
-
-
-@pytest.mark.parametrize("broken", [True, False])
-def test_recorded_hybrid_steps_begin_at_the_same_state(broken: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As on a GPU, where the first step runs several times: each begins where the token before it ended."""
-
-    def replayed(tokens: Tensor, position: Tensor, decoding: DecodingStep) -> Tensor:
-        if decoding.outdated:  # as a recording does: once to set up, then for good
-            shared_prefix.plain_step(tokens, position, decoding)
-            decoding.graph, decoding.buffers = object(), decoding.cache.keys  # pyright: ignore[reportAttributeAccessIssue]
-        logits = shared_prefix.plain_step(tokens, position, decoding)
-        return logits + 1 if broken else logits
-
-    checked = Checked("decoding by a CUDA graph", replayed, shared_prefix.plain_step)
-    engine = TransformersEngine(build_model("qwen3_5", stop_share=0.1), PROCESSORS["qwen3_5"])
-    prompts, settings = build_prompts("qwen3_5"), SamplingSettings(n=3, max_tokens=40, seed=1)
-    expected = engine.generate(prompts, settings)
-    monkeypatch.setattr(shared_prefix, "RECORDED_ON", ("cpu",))
-    monkeypatch.setattr(shared_prefix, "replayed_step", checked)
-    assert_same(engine.generate(prompts, settings), expected)
-    assert checked.agrees is not broken

@@ -14,11 +14,10 @@ import pytest
 from media_files import decoded_frames
 from PIL import Image
 from tgrpo_trainers import make_trainer
-from tiny_questions import read_lines, training_arguments
+from tiny_questions import read_lines
 
 from video_r1.data.manifests.records import load_manifest
 from video_r1.data.sources import remote
-from video_r1.training.sft import SFTConfig, SFTTrainer
 
 FIGURES = ("loss", "grad_norm", "reward/total", "temporal/p", "media/skipped", "completion/length")
 
@@ -51,9 +50,8 @@ def in_other_forms(manifest: Path, folder: Path) -> Path:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("stage", ["sft", "rl"])
 def test_a_training_has_the_same_figures(
-    checkpoint: Path, manifest: Path, tmp_path: Path, stage: str, monkeypatch: pytest.MonkeyPatch
+    checkpoint: Path, manifest: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
     remote.open_remote_cache.cache_clear()
@@ -64,14 +62,10 @@ def test_a_training_has_the_same_figures(
     assert forms == {"tar", "parquet"}
     for name, questions in (("files", manifest), ("forms", other)):
         run = tmp_path / name
-        changes: dict[str, Any] = {"max_steps": 3, "logging_steps": 1}
-        if stage == "rl":
-            trainer = make_trainer(checkpoint, str(questions), run, num_generations=2, **changes)
-        else:
-            config = SFTConfig(**training_arguments(run, **changes))
-            trainer = SFTTrainer(str(checkpoint), args=config, train_dataset=str(questions))
+        changes: dict[str, Any] = {"max_steps": 2, "logging_steps": 1, "num_generations": 2}
+        trainer = make_trainer(checkpoint, str(questions), run, **changes)
         trainer.train()
         lines = [line for line in read_lines(run / "metrics.jsonl") if "loss" in line]
         found.append([{name: line.get(name) for name in FIGURES} for line in lines])
         assert not (run / "quarantine.jsonl").exists()
-    assert len(found[0]) == 3 and found[0] == found[1]
+    assert len(found[0]) == 2 and found[0] == found[1]

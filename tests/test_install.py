@@ -57,32 +57,15 @@ def test_the_versions_for_cuda_fit_together(tmp_path: Path) -> None:
     assert found["vllm"].startswith("0.32.") and "triton" in found
 
 
-@pytest.mark.slow
-def test_the_versions_for_cpus_fit_together(tmp_path: Path) -> None:
-    """Torch is the build that install.sh looks for elsewhere; everything besides comes from the index."""
-    pins = dict(pin.split("==") for pin in (ROOT / "constraints.txt").read_text().split() if "==" in pin)
-    fetch = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "--retries", "1"]
-    fetch += ["-d", str(tmp_path), "--extra-index-url", CPU_BUILDS, f"torch=={pins['torch']}+cpu"]
-    if subprocess.run(fetch, capture_output=True).returncode:
-        pytest.skip("torch's build for CPUs is out of reach")
-    extras = "dev,lora,qlora,deepspeed,trackers,smolvlm,math,studio"
-    found = from_the_public_index(
-        tmp_path, "--find-links", str(tmp_path), "-c", str(ROOT / "constraints.txt"), f"{ROOT}[{extras}]"
-    )
-    assert found["torch"] == f"{pins['torch']}+cpu" and found["torchvision"] == pins["torchvision"]
-    assert not any(name.startswith("nvidia-cu") for name in found)
-
-
 @pytest.mark.skipif(sys.platform != "linux", reason="elsewhere the index has torch for CPUs")
-@pytest.mark.parametrize("cuda", ["None", "'13.0'"])
-def test_without_torch_for_cpus_the_set_up_says_where_it_is(tmp_path: Path, cuda: str) -> None:
-    """Pip is a stand-in that installed torch for CPUs, or the index's build with CUDA, which is gigabytes."""
+def test_without_torch_for_cpus_the_set_up_says_where_it_is(tmp_path: Path) -> None:
+    """Pip is a stand-in that installed the index's build with CUDA, which is gigabytes."""
     python = tmp_path / "bin" / "python"
     python.parent.mkdir()
     python.write_text(f'#!/bin/sh\necho "$@" >> {tmp_path}/log\necho {tmp_path}\n')
     python.chmod(0o755)
     (tmp_path / "torch").mkdir()
-    (tmp_path / "torch" / "version.py").write_text(f"cuda: Optional[str] = {cuda}\n")
+    (tmp_path / "torch" / "version.py").write_text("cuda: Optional[str] = '13.0'\n")
     environment = {**os.environ, "VENV": str(tmp_path), "ACCELERATOR": "cpu", "PYTHON": sys.executable}
     done = subprocess.run(
         [ROOT / "setup" / "install.sh"], capture_output=True, text=True, env=environment, timeout=60
@@ -91,9 +74,8 @@ def test_without_torch_for_cpus_the_set_up_says_where_it_is(tmp_path: Path, cuda
     (torch,) = [call for call in calls if "--no-deps" in call]
     requirements = Path(torch.split(" -r ")[1]).read_text()  # a file adds to the configured indexes
     assert f"--extra-index-url {CPU_BUILDS}\n" in requirements and "torch==2.13" in requirements
-    for_cpus = cuda == "None"
-    assert (done.returncode == 0) == (tmp_path / "installed").exists() == for_cpus
-    assert (f"its builds are at {CPU_BUILDS}" in done.stderr) == ("uninstall" in calls[-1]) == (not for_cpus)
+    assert done.returncode == 1 and not (tmp_path / "installed").exists() and "uninstall" in calls[-1]
+    assert f"its builds are at {CPU_BUILDS}" in done.stderr
 
 
 FAKE_TORCH = """
@@ -153,6 +135,14 @@ def test_the_image_has_all_that_users_can_install() -> None:
     named = re.findall(r"-e '\.\[(.+)\]'", SCRIPT + (ROOT / "Dockerfile").read_text())
     installed = {extra for extras in named for extra in extras.split(",")}
     assert installed == about["optional-dependencies"].keys() - {"bench", "docs"}
+
+
+def test_the_image_does_not_run_as_root() -> None:
+    words = [word for word, _ in instructions()]
+    (user,) = [rest for word, rest in instructions() if word == "USER"]
+    assert user not in ("root", "0") and words.index("USER") > max(
+        i for i, w in enumerate(words) if w == "RUN"
+    )
 
 
 def test_the_image_has_what_its_steps_need() -> None:

@@ -15,7 +15,7 @@ from video_r1.data.decoding.decoders import read_media
 from video_r1.data.manifests.records import load_manifest
 from video_r1.errors import RequestError
 from video_r1.lab.clips import write_lab
-from video_r1.lab.questions import FAMILIES, IMAGE_FAMILIES, NAMED_FAMILIES, VIDEO_FAMILIES
+from video_r1.lab.questions import FAMILIES, NAMED_FAMILIES, VIDEO_FAMILIES
 from video_r1.lab.scenes import FPS, LABEL, MARKS, MOMENTS, SECONDS, SIDE, Look, box_of, render
 from video_r1.rewards.scoring import box_iou, correctness
 from video_r1.settings.commands import LabSettings
@@ -33,12 +33,6 @@ def lab(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def write(folder: Path, **settings: Any) -> None:
     write_lab(LabSettings(folder=str(folder), workers=1, **settings))
-
-
-def test_families_cover_all_answer_types() -> None:
-    assert len(VIDEO_FAMILIES) >= 10 and len(IMAGE_FAMILIES) >= 3
-    types = {family(np.random.default_rng(0)).problem_type for family in VIDEO_FAMILIES.values()}
-    assert types == {"multiple choice", "numerical", "OCR", "free-form", "regression"}
 
 
 def test_every_question_is_well_formed() -> None:
@@ -192,11 +186,6 @@ def test_rationales_may_read_the_mark(tmp_path: Path) -> None:
         assert is_reading or row["process"] == other["process"]
 
 
-@pytest.mark.parametrize(
-    ("arguments", "found"),
-    [({"families": ["nope"]}, "nope"), ({"shortcut": 1.5}, "at most 1"), ({"train": -1}, "at least 0")],
-)
-def test_wrong_requests_are_refused(tmp_path: Path, arguments: dict[str, Any], found: str) -> None:
-    with pytest.raises(RequestError, match=found):
-        everything: dict[str, Any] = {"train": 1, "test": 1} | arguments
-        write(tmp_path, **everything)
+def test_an_unknown_family_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(RequestError, match="nope"):
+        write(tmp_path, train=1, test=1, families=["nope"])

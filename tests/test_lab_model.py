@@ -15,9 +15,6 @@ from video_r1.lab.model import (
     FRAME_TIMES,
     Conversations,
     base_folder,
-    build_processor,
-    build_tokenizer,
-    corpus,
     frame_side,
     patches,
 )
@@ -71,11 +68,9 @@ def asked(processor, tmp_path_factory: pytest.TempPathFactory) -> list[tuple[Pro
     return asked
 
 
-def test_pretraining_asks_as_the_processor_does(family: str) -> None:
+def test_pretraining_asks_as_the_processor_does(family: str, processor) -> None:
     """The same pixels in the same layout, the same tokens: placeholders, and times where there are any."""
     timestamps = KNOWN[family].timestamp_tokens > 0
-    tokenizer = build_tokenizer(corpus(0, rows=200))
-    processor = build_processor(tokenizer, family)
     conversations = Conversations(processor, timestamps, seed=0)
     row = next(
         row for row in map(conversations.row, map(np.random.default_rng, range(20))) if not row.is_image

@@ -110,11 +110,9 @@ def test_rows_are_checked_by_the_constructor(tmp_path: Path, monkeypatch: pytest
         SFTTrainer(model, args, train_dataset=(row for row in rows))  # pyright: ignore[reportArgumentType]
 
 
-def test_a_length_reward_out_of_reach_is_the_trainers_to_refuse(tmp_path: Path) -> None:
-    """Only the trainer knows its rewards. A recipe of the same settings is refused by TGRPOSettings."""
-    args = TGRPOConfig(**training_arguments(tmp_path / "run", max_completion_length=48))
-    model = str(tiny_checkpoint("qwen2_5_vl", tmp_path / "model"))
-    for rewards in (None, ["accuracy", "length"]):
-        with pytest.raises(ConfigError, match="length_range starts at 320 tokens, above max_completion_len"):
-            TGRPOTrainer(model, rewards, args, str(write_manifest(tmp_path)))
-    TGRPOTrainer(model, ["accuracy", "format"], args, str(tmp_path / "manifest.json"))
+def test_the_length_reward_follows_the_longest_completion() -> None:
+    """The lengths of the default are those of 768 tokens; given ones that nothing can reach are refused."""
+    assert TGRPOConfig(output_dir="run", max_completion_length=256, use_cpu=True).length_bounds == [106, 170]
+    assert TGRPOConfig(output_dir="run", max_completion_length=2000, use_cpu=True).length_bounds == [320, 512]
+    with pytest.raises(ConfigError, match="length_range starts at 320 tokens, above max_completion_length"):
+        TGRPOConfig(output_dir="run", max_completion_length=256, length_range=[320, 512], use_cpu=True)

@@ -204,9 +204,3 @@ def test_the_reference_has_the_adapters_that_training_starts_from(
     parted = make_trainer(with_trained_adapters(checkpoint), str(manifest), tmp_path / "parted", **settings)
     parted.train(resume_from_checkpoint=str(tmp_path / "parted" / "checkpoint-2"))
     assert comparable(tmp_path / "parted") == comparable(tmp_path / "whole")
-
-
-def test_contradictions(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    recipe = write_recipe(tmp_path)
-    assert run(recipe, tmp_path / "run", "--load_in_4bit") == 2
-    assert "load_in_4bit (option --load_in_4bit) is true while use_peft is false" in capsys.readouterr().err

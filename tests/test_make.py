@@ -194,18 +194,6 @@ def test_every_layout_is_a_setting_and_knows_its_own_rows_alone() -> None:
         load_recipe("data make", None, {"table": "t", "out": "o.json", "layout": "no"})
 
 
-def test_the_map_of_next_qa_decides_between_clips_of_one_name(shelf: Path, tmp_path: Path) -> None:
-    table = written(
-        tmp_path, "mc.csv",
-        "video,question,answer,qid,type,a0,a1\nsame,what,1,0,CW,x,y\n",
-    )  # fmt: skip
-    rows, refused = make(shelf, table, code=1)
-    assert rows == [] and refused[0]["reason"] == "several clips"
-    written(tmp_path, "map_vid_vidorID.json", {"same": "b/same"})
-    rows, refused = make(shelf, table)
-    assert [row["path"] for row in rows] == ["b/same.mp4"] and refused == []
-
-
 # --- refusals ------------------------------------------------------------------------------------
 
 GOOD = {"question": "q", "answer": "yes", "video": "cup"}
@@ -230,21 +218,18 @@ BAD: list[tuple[dict[str, Any], str, str]] = [
 ]
 
 
-@pytest.mark.parametrize(("change", "reason", "found"), BAD)
 def test_a_refused_row_says_what_was_found_and_how_to_mend_it(
-    change: dict[str, Any],
-    reason: str,
-    found: str,
-    shelf: Path,
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
+    shelf: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    table = written(tmp_path, "t.json", [GOOD | {"id": "good"}, GOOD | {"id": "bad"} | change])
-    rows, (line,) = make(shelf, table)
+    bad = [GOOD | {"id": f"bad-{number}"} | change for number, (change, _, _) in enumerate(BAD)]
+    table = written(tmp_path, "t.json", [GOOD | {"id": "good"}, *bad])
+    rows, refused = make(shelf, table)
     assert [row["problem_id"] for row in rows] == ["good"]
-    assert (line["row"], line["problem_id"], line["reason"]) == (2, "bad", reason)
-    assert found in line["found"] and line["remedy"] == REMEDIES[reason]
-    assert f"{reason}: {REMEDIES[reason]}" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    for number, (line, (_, reason, found)) in enumerate(zip(refused, BAD, strict=True)):
+        assert (line["row"], line["problem_id"], line["reason"]) == (number + 2, f"bad-{number}", reason)
+        assert found in line["found"] and line["remedy"] == REMEDIES[reason]
+        assert f"{reason}: {REMEDIES[reason]}" in said
     assert make(shelf, table, "--strict", code=1)[0] == rows
 
 
@@ -260,31 +245,30 @@ def test_rows_that_cannot_be_read(shelf: Path, tmp_path: Path) -> None:
     ]
 
 
-@pytest.mark.parametrize(
-    ("row", "reason"),
-    [
-        (
-            {
-                "messages": [{"role": "user", "content": "q"}],
-                "videos": ["cup"],
-                "images": ["sign"],
-            },
-            "several media",
-        ),
-        ({"messages": [{"role": "user", "content": "q"}] * 2, "videos": ["cup"]}, "several questions"),
-        (
-            {"messages": [{"role": "user", "content": "q"}], "images": [{"bytes": "x"}]},
-            "media inside the table",
-        ),
+def test_a_table_that_is_not_utf8_says_where(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    table = tmp_path / "t.csv"
+    table.write_bytes("question,answer,video\nq,yes,cup\nq,Müller,cup\n".encode("cp1252"))
+    assert main(["data", "make", str(table), "--out", str(tmp_path / "out.json")]) == 2
+    assert "line 3, column 4 is not UTF-8" in capsys.readouterr().err
+
+
+def test_conversations_that_are_no_question(shelf: Path, tmp_path: Path) -> None:
+    asked = [{"role": "user", "content": "q"}]
+    good = {"messages": asked, "videos": ["cup"], "solution": "yes"}
+    bad: list[tuple[dict[str, Any], str]] = [
+        ({"messages": asked, "videos": ["cup"], "images": ["sign"]}, "several media"),
+        ({"messages": asked * 2, "videos": ["cup"]}, "several questions"),
+        ({"messages": asked, "images": [{"bytes": "x"}]}, "media inside the table"),
         ({"messages": ["q"]}, "unreadable row"),
         ({"messages": [{"role": "user", "content": 3}], "videos": ["cup"]}, "unreadable row"),
         ({"question": "q"}, "unreadable row"),
-    ],
-)
-def test_conversations_that_are_no_question(row: dict, reason: str, shelf: Path, tmp_path: Path) -> None:
-    good = {"messages": [{"role": "user", "content": "q"}], "videos": ["cup"], "solution": "yes"}
-    rows, (line,) = make(shelf, written(tmp_path, "t.jsonl", [good, {"solution": "x", **row}]))
-    assert len(rows) == 1 and line["reason"] == reason and line["row"] == 2
+    ]
+    table = written(tmp_path, "t.jsonl", [good, *({"solution": "x", **row} for row, _ in bad)])
+    rows, refused = make(shelf, table)
+    assert len(rows) == 1
+    assert [(line["row"], line["reason"]) for line in refused] == list(
+        enumerate((reason for _, reason in bad), start=2)
+    )
 
 
 def test_what_is_there_is_not_lost(shelf: Path, tmp_path: Path) -> None:
@@ -349,6 +333,3 @@ def test_subtitles_beside_the_clip_or_from_a_column(shelf: Path, tmp_path: Path)
     assert load_manifest(tmp_path / "out.json", shelf)[0].subtitles == "0:00 Look here."
     rows, refused = make(shelf, table)
     assert refused == [] and not any("subtitles" in row for row in rows)
-
-
-# --- from a table to training --------------------------------------------------------------------

@@ -72,7 +72,7 @@ def test_columns_are_overridden_and_left_out(shelf: Path, tmp_path: Path) -> Non
     [
         (["a0", "a1", "a2"], ("a0", "a1", "a2")), (["A", "B", "C", "answer"], ("A", "B", "C")),
         (["option_1", "option_2"], ("option_1", "option_2")),
-        (["choice b", "choice a"], ("choice a", "choice b")), (["Options", "a0", "a1"], "Options"),
+        (["choice b", "choice a"], ("choice a", "choice b")), (["Options", "a0", "a1"], ("Options",)),
         (["a1", "a3"], None), (["a0"], None),
     ],
 )  # fmt: skip
@@ -93,14 +93,25 @@ def test_other_files(kind: str, shelf: Path, tmp_path: Path) -> None:
         folder.mkdir()
         datasets.Dataset.from_list(made).to_parquet(folder / "train.parquet")
         table = folder / "train.parquet" if kind == "parquet" else folder
-    if kind == "folder":
-        out = tmp_path / "out.json"
-        assert main(["data", "make", str(table), "--media_root", str(shelf), "--out", str(out)]) == 0
-        rows = json.loads(out.read_text())
-    else:
-        rows, _ = make(shelf, table)
+    rows, _ = make(shelf, table)
     assert [row["solution"] for row in rows] == ["<answer>A</answer>", "<answer>B</answer>"]
     assert rows[0]["vec"] == [1.0]
+
+
+def test_tables_at_an_address(
+    memory: Any, shelf: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    memory.pipe("/b/t.csv", b"question,answer,video\nq,yes,cup\n")
+    memory.pipe(
+        "/b/t.json", json.dumps({"data": [{"question": "q", "answer": "yes", "video": "cup"}]}).encode()
+    )
+    out = tmp_path / "out.json"
+    for name in ("t.csv", "t.json"):
+        request = ["data", "make", f"memory://b/{name}", "--media_root", str(shelf), "--out", str(out)]
+        assert main(request) == 0 and json.loads(out.read_text())[0]["path"] == "cup.mp4"
+    monkeypatch.setattr("video_r1.data.manifests.records._LARGEST_FETCHED", 20)
+    assert main(request) == 2
+    assert "memory://b/t.json: is larger than a manifest may be (2e-08 GB)" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -261,6 +272,17 @@ def test_finding_clips(name: str, path: str, shelf: Path) -> None:
     else:
         assert index.find(name) == path
     assert index.find(str(shelf / "cup.mp4")) == "cup.mp4"
+
+
+def test_a_copy_of_the_clips_in_a_subfolder_does_not_count(tmp_path: Path) -> None:
+    for name in ("7.mp4", "old/7.mp4", "old/older/7.mp4", "a/8.mp4", "b/c/8.mp4", "9.mp4", "9.avi"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    index = ClipIndex(str(tmp_path))
+    assert (index.find("7"), index.find("x/7.mp4"), index.find("old/7")) == ("7.mp4", "7.mp4", "old/7.mp4")
+    for name in ("8", "9"):
+        with pytest.raises(Rejected, match="several clips"):
+            index.find(name)
 
 
 def test_links_and_absolute_paths_need_allowed_roots(shelf: Path, tmp_path: Path) -> None:

@@ -23,7 +23,7 @@ from PIL import Image
 from video_r1.data.decoding import decoders
 from video_r1.data.decoding.decoders import Decoders, read_media
 from video_r1.data.decoding.media import decode_media
-from video_r1.errors import ConfigError, MediaError, VideoR1Error
+from video_r1.errors import MediaError, VideoR1Error
 from video_r1.settings.frames import FrameBudget
 
 LARGE = FrameBudget(frame_pixels=640 * 360, image_pixels=2000 * 2000)
@@ -59,12 +59,11 @@ def is_running(process: int) -> bool:
     return stat.exists() and stat.read_text().rpartition(")")[2].split()[0] != "Z"
 
 
-@pytest.mark.parametrize("budget", [SMALL, LARGE, FrameBudget(max_frames=64)])
-def test_a_worker_reads_what_this_process_reads(tmp_path: Path, budget: FrameBudget) -> None:
+def test_a_worker_reads_what_this_process_reads(tmp_path: Path) -> None:
     clip = sample(write_video(tmp_path / "a.mp4", 50, size=(320, 180)), start=0.2, end=1.7)
     image = sample(saved(Image.new("RGB", (300, 200), (9, 8, 7)), tmp_path / "ü\udcff.png"), "image")
     for question in (clip, image):
-        there, here = read_media(question, budget), decode_media(question, budget)
+        there, here = read_media(question, LARGE), decode_media(question, LARGE)
         assert torch.equal(there.frames, here.frames) and torch.equal(there.timestamps, here.timestamps)
         assert (there.duration, there.kind) == (here.duration, here.kind)
 
@@ -130,16 +129,6 @@ def child_processes(process: int) -> list[int]:
         return [int(child) for child in Path(f"/proc/{process}/task/{process}/children").read_text().split()]
     except OSError:  # the process has just ended
         return []
-
-
-def test_a_server_that_was_killed_is_started_again(tmp_path: Path, workers: Decoders) -> None:
-    good = sample(write_video(tmp_path / "good.mp4", 8))
-    read_media(good, SMALL)
-    assert workers.server is not None
-    workers.server[0].kill()
-    (worker,) = workers.idle
-    os.kill(worker.number, signal.SIGKILL)
-    assert len(read_media(good, SMALL).frames) == 4
 
 
 @pytest.mark.parametrize("with_server", [True, False])
@@ -247,7 +236,7 @@ def test_the_workers_end_with_the_process_that_reads(tmp_path: Path) -> None:
     assert len(numbers) == 2 and not any(map(is_running, numbers))
 
 
-@pytest.mark.parametrize("suffix", ["mp4", "mkv", "avi"])
+@pytest.mark.parametrize("suffix", ["mp4", "mkv"])
 def test_thousands_of_streams_are_refused_at_once(tmp_path: Path, suffix: str) -> None:
     path = tmp_path / f"many.{suffix}"
     path.write_bytes(many_streams(good_files(tmp_path), suffix, np.random.default_rng(0)))
@@ -255,18 +244,6 @@ def test_thousands_of_streams_are_refused_at_once(tmp_path: Path, suffix: str) -
     with pytest.raises(MediaError, match="has more than 64 streams"):
         read_media(sample(path), SMALL)
     assert time.monotonic() - start < 20
-
-
-def test_a_picture_that_other_programs_would_have_to_open_is_no_image(tmp_path: Path) -> None:
-    picture = saved(Image.new("RGB", (64, 64)), tmp_path / "a.eps")
-    with pytest.raises(MediaError, match="is not an image in a format"):
-        read_media(sample(picture, "image"), SMALL)
-
-
-def test_limits_without_sense_are_refused() -> None:
-    for seconds, memory in ((-1.0, 1 << 30), (float("nan"), 1 << 30), (1.0, 1 << 20)):
-        with pytest.raises(ConfigError, match="a file may take"):
-            FrameBudget(seconds=seconds, memory=memory)
 
 
 def test_without_a_time_limit_no_process_is_started(tmp_path: Path, workers: Decoders) -> None:

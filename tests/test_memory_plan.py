@@ -36,7 +36,7 @@ from video_r1.errors import ConfigError
 from video_r1.models.group_forward import group_logprobs
 from video_r1.models.loading import add_lora, load_model
 from video_r1.models.lora import is_four_bit
-from video_r1.plan.fake_trace import LiveBytes, gated_delta_rule, states_without_storage
+from video_r1.plan.fake_trace import LiveBytes, gated_delta_rule, rule_without_storage
 from video_r1.plan.memory import MemoryPlan, memory_plan, sharding_of
 from video_r1.recipe import Recipe, load_recipe
 from video_r1.rollout.engine import SamplingSettings
@@ -75,7 +75,10 @@ def test_a_reference_that_follows_the_policy_is_float32() -> None:
     assert rounded < 0.8 * exact
 
 
-def test_a_plan_that_does_not_fit_says_so(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+def test_a_plan_that_does_not_fit_says_so(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     tiny_model("qwen2_vl", tiny_tokenizer()).config.save_pretrained(tmp_path)
     words = ["plan", "lab-tgrpo", "--model_config", str(tmp_path), "--gpu_memory"]
     assert main([*words, "80GB"]) == 0
@@ -170,14 +173,15 @@ def test_a_layer_with_a_state_needs_what_its_kernel_needs() -> None:
 
 def test_layers_with_a_state_have_their_own_rule_again_after_a_plan() -> None:
     real = qwen3_5.torch_chunk_gated_delta_rule
-    with pytest.raises(ZeroDivisionError), states_without_storage(qwen3_5.__name__):
+    with pytest.raises(ZeroDivisionError), rule_without_storage(qwen3_5.__name__):
         assert qwen3_5.torch_chunk_gated_delta_rule is gated_delta_rule
         raise ZeroDivisionError
     assert qwen3_5.torch_chunk_gated_delta_rule is real
 
 
 @pytest.mark.parametrize("lora", [False, True])
-def test_the_plan_agrees_with_a_measured_rollout(lora: bool) -> None:
+def test_the_plan_agrees_with_a_measured_rollout(lora: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("video_r1.models.onednn.MOST_ARRANGED_BYTES", 0)  # copies that only a CPU makes
     model = model_of(128, 4, 2048)
     plan = planned(model, recipe_of(use_peft=lora, lora_r=16))
     policy: Any = add_lora(model, rank=16) if lora else model  # sampled with copies of weights, merged

@@ -9,7 +9,6 @@ from video_r1.evaluation.metrics import (
     bootstrap_means,
     mean_figure,
     mean_relative_accuracy,
-    merged_task,
     paired_difference,
     share_difference,
     share_figure,
@@ -21,19 +20,9 @@ from video_r1.evaluation.summary import summarise, summary_table
 @pytest.mark.parametrize(
     ("predicted", "truth", "score"),
     [
-        (10.0, 10.0, 1.0),
         (9.6, 10.0, 1.0),  # 4 % is below 5 %, the strictest of the ten
-        (9.5, 10.0, 0.9),  # exactly 5 %: not below
-        (10.5, 10.0, 0.9),
         (8.5, 10.0, 0.7),  # 15 %: the tolerances 20, 25, …, 50 % hold
-        (13.0, 10.0, 0.4),  # 30 %: 35, 40, 45, 50 %
-        (5.1, 10.0, 0.1),  # 49 %
-        (0.9, 1.0, 0.8),  # exactly 10, 10 and 40 %, though 1 − 0.9 < 0.1 in binary
-        (7.2, 8.0, 0.8),
-        (2.8, 2.0, 0.2),
-        (5.0, 10.0, 0.0),  # 50 %
-        (95.0, 100.0, 0.9),
-        (-10.0, 10.0, 0.0),
+        (0.9, 1.0, 0.8),  # exactly 10 %, though 1 − 0.9 < 0.1 in binary
         (-9.6, -10.0, 1.0),
         (0.0, 0.0, 1.0),
         (0.1, 0.0, 0.0),
@@ -80,8 +69,6 @@ def test_questions_about_one_clip_are_drawn_together() -> None:
     # One clip, or two that are alike, say nothing of others: the questions count.
     half = [1.0, 0.0] * 20
     assert mean_figure(half, ["a"] * 40) == mean_figure(half, ["a"] * 20 + ["b"] * 20) == mean_figure(half)
-    with pytest.raises(ValueError, match="2 scores but 1 clips"):
-        mean_figure([1.0, 0.0], ["a"])
 
 
 @pytest.mark.parametrize("number", [1, 7, 458])
@@ -108,8 +95,6 @@ def test_the_gap_is_paired() -> None:
     assert figure.low == pytest.approx(0.1 - 1.96 * 0.03, abs=0.015)
     assert figure.high == pytest.approx(0.1 + 1.96 * 0.03, abs=0.015)
     assert paired_difference(shuffled, ordered).mean == pytest.approx(-0.1)
-    with pytest.raises(ValueError, match="2 values but 1 others"):
-        paired_difference([1.0, 0.0], [1.0])
 
 
 def test_both_headlines_of_vsi_bench() -> None:
@@ -127,10 +112,6 @@ def test_both_headlines_of_vsi_bench() -> None:
     figure = task_mean(scores, tasks)
     assert figure.low < figure.mean < figure.high
     assert figure.questions == 12
-    assert merged_task("object_rel_direction_hard") == "object_rel_direction"
-    assert merged_task("object_rel_distance") == "object_rel_distance"
-    with pytest.raises(ValueError, match="1 scores but 2 task types"):
-        task_mean([1.0], ["a", "b"])
 
 
 def test_every_interval_resamples_clips() -> None:
@@ -199,6 +180,18 @@ def test_summary_of_records() -> None:
     assert figures["by_source"]["lab/direction"]["temporal_gap"]["gap"] == 0.5
     assert "by_task" not in figures
     assert "task_mean" not in ordered
+
+
+def test_outputs_that_collapse_onto_one_answer() -> None:
+    """19 of 20 outputs are A, which is right in 15 of 20; 17 of 20 are no collapse."""
+    rows = [
+        record(n, "ordered", float(n < 14), prediction="AB"[n == 19], answer="AB"[n >= 15]) for n in range(20)
+    ]
+    table = summary_table({"frames": {"16": summarise(rows) | {"skipped": 0}}})
+    assert "multiple choice: 95 % of the outputs are A, which is right in 75 %" in table
+    varied = [row | {"prediction": "B"} if row["problem_id"] < 2 else row for row in rows]
+    for fine in (varied, rows[:19], [row | {"prediction": ""} for row in rows]):
+        assert "warning" not in summarise(fine)["ordered"]
 
 
 def test_summary_by_task_and_its_table() -> None:

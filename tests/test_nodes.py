@@ -12,10 +12,7 @@ import pytest
 import yaml
 from distributed_runs import Run
 from nodes import ADDRESSES, PORT, Nodes, two_nodes
-from resume_runs import read_whole_lines, write_recipe
-from safetensors.torch import load_file
-from tiny_questions import read_lines
-from torch.testing import assert_close
+from resume_runs import read_whole_lines, same_figures, same_weights, write_recipe
 
 pytestmark = [pytest.mark.dist, pytest.mark.slow]
 SCRIPT = str(Path(__file__).with_name("node_process.py"))
@@ -73,17 +70,6 @@ def wait_for_step(run: Path, step: int, nodes: Nodes, limit: float = 240) -> Non
         time.sleep(0.02)
 
 
-def same_run(one: Path, two: Path) -> None:
-    logs = [read_lines(run / "metrics.jsonl") for run in (one, two)]
-    for alone, together in zip(*logs, strict=True):
-        for name, value in alone.items():
-            if not name.startswith(("time", "seconds/", "speed/", "memory/")):
-                assert together[name] == pytest.approx(value, abs=2e-5), (alone["step"], name)
-    weights = [load_file(run / "model.safetensors") for run in (one, two)]
-    for name, value in weights[0].items():
-        assert_close(weights[1][name], value, rtol=0, atol=2e-5, msg=name)
-
-
 def test_two_machines_equal_one_process_and_survive_a_loss(recipe: Path, tmp_path: Path) -> None:
     """FSDP2 by accelerate launch (the next test has torchrun). The second machine is switched off in
     the third step, the first one's command ends by itself, and both commands again end the run.
@@ -101,7 +87,8 @@ def test_two_machines_equal_one_process_and_survive_a_loss(recipe: Path, tmp_pat
         assert (run / "checkpoint-2" / "trainer_state.json").is_file() and not (run / "config.json").exists()
         finish(nodes, start_both(nodes, "accelerate", recipe, run))
         assert "resuming from checkpoint-" in nodes.logs[0].read_text(errors="replace")
-    same_run(recipe.parent / "one", run)
+    same_figures(recipe.parent / "one", run, 2e-5)
+    same_weights(recipe.parent / "one", run, 2e-5)
 
 
 def test_a_cable_that_is_pulled_ends_both(

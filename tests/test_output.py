@@ -27,8 +27,8 @@ def test_a_line_of_progress_fits_80_columns(monkeypatch: pytest.MonkeyPatch) -> 
     """Of a run that is continued, whose steps before do not count for the rate."""
     now = [100.0]
     monkeypatch.setattr(progress_module.time, "monotonic", lambda: now[0])
-    stream = io.StringIO()
-    bar = Progress(1000, "T-GRPO", "steps", stream=stream, done=900, slow=True)
+    monkeypatch.setattr(sys, "stderr", stream := io.StringIO())
+    bar = Progress(1000, "T-GRPO", "steps", done=900, slow=True)
     now[0] += 100
     bar.update(10, **FIGURES)
     bar.update(0, **FIGURES, names_both_moments="0.50", accuracy="0.41", loss="0.0123")

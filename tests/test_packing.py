@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import itertools
 import random
+import runpy
 import shutil
+import sysconfig
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,7 +16,7 @@ import torch
 from torch import Tensor
 from transformers.integrations.flex_attention import flex_attention_forward
 
-from video_r1.models import head
+from video_r1.models import attention, group_forward
 from video_r1.models.attention import BLOCK, block_mask, groups_attention_forward, row_layout
 
 
@@ -23,11 +27,11 @@ def test_chunks_of_the_head(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
     layer = torch.nn.Linear(8, 50, bias=False)
     hidden, targets = torch.randn(23, 8, requires_grad=True), torch.randint(0, 50, (23,))
     targets[::3] = layer(hidden[::3]).argmax(-1)
-    monkeypatch.setitem(head.CHUNK_LOGITS, "cpu", rows * 50)
-    monkeypatch.setattr(head, "LEAST_ROWS", 1)
+    monkeypatch.setitem(group_forward.CHUNK_LOGITS, "cpu", rows * 50)
+    monkeypatch.setattr(group_forward, "LEAST_ROWS", 1)
     seen = []
     layer.register_forward_hook(lambda module, inputs, output: seen.append(len(output)))
-    logprobs, entropy, likeliest = head.token_logprobs(
+    logprobs, entropy, likeliest = group_forward.token_logprobs(
         layer, hidden, targets, 0.5, True, 50, with_likeliest=True
     )
     upstream = torch.randn(23)
@@ -84,7 +88,7 @@ def test_block_mask(prompts: list[int], completions: list[list[int]]) -> None:
 @pytest.mark.parametrize(("prompts", "completions"), ROWS)
 def test_flex_attention_agrees_with_the_pieces(prompts: list[int], completions: list[list[int]]) -> None:
     layout = row_layout(prompts, completions, torch.device("cpu"))
-    q, k, v = (torch.randn(1, heads, layout.groups[-1].end, 16) for heads in (4, 2, 2))
+    q, k, v = (torch.randn(1, heads, layout.groups[-1].ends[-1], 16) for heads in (4, 2, 2))
     module: Any = torch.nn.Module()
     pieces, _ = groups_attention_forward(module, q, k, v, None, scaling=0.3, group_layout=layout)
     expected = torch.nn.functional.scaled_dot_product_attention(
@@ -97,6 +101,42 @@ def test_flex_attention_agrees_with_the_pieces(prompts: list[int], completions: 
     torch.testing.assert_close(flex, pieces, atol=1e-5, rtol=0)
 
 
+def test_without_a_compiler(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    """FlexAttention needs a C compiler and Python's headers: without them SDPA takes its place, with one
+    warning."""
+
+    def fails(*args: Any, **kwargs: Any) -> Any:
+        raise RuntimeError("Failed to find C compiler")
+
+    monkeypatch.setattr(attention, "flex_attention_forward", fails)
+    prompts, completions = ROWS[0]
+    layout = row_layout(prompts, completions, torch.device("cpu"))
+    on_gpu = replace(layout, block_mask=block_mask(prompts, completions, torch.device("cpu")))
+    states = [
+        torch.randn(1, heads, layout.groups[-1].ends[-1], 16, requires_grad=True) for heads in (4, 2, 2)
+    ]
+    found = []
+    for each in (layout, on_gpu, on_gpu):
+        out, _ = groups_attention_forward(torch.nn.Module(), *states, None, group_layout=each)
+        found.append([out, *torch.autograd.grad(out.square().sum(), states)])
+    for one, two in zip(found[0], found[1], strict=True):
+        torch.testing.assert_close(two, one, atol=1e-5, rtol=1e-4)
+    assert caplog.text.count("FlexAttention fails with RuntimeError: Failed to find C compiler") == 1
+
+
+def test_the_set_up_names_a_missing_compiler(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    monkeypatch.setattr(sysconfig, "get_path", lambda name: str(tmp_path))
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv("CC", raising=False)
+    with pytest.raises(SystemExit, match="0"):
+        runpy.run_path(str(Path(__file__).parents[1] / "setup" / "check_cuda.py"))
+    assert "install a C compiler (gcc) and Python's headers (python3." in capsys.readouterr().err
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("c++") is None, reason="torch.compile needs a C++ compiler on a CPU")
 @torch.no_grad()
@@ -107,11 +147,11 @@ def test_rows_of_any_length_share_a_compiled_kernel() -> None:
     compiled = frames["ok"]
     numbers = random.Random(0)
     training = itertools.cycle([True, False])
-    for _ in range(10):
+    for _ in range(4):
         prompts = [numbers.randint(100, 400) for _ in range(numbers.choice([1, 2]))]
         completions = [[numbers.randint(5, 150) for _ in range(4)] for _ in prompts]
         layout = row_layout(prompts, completions, torch.device("cpu"))
-        q, k, v = (torch.randn(1, heads, layout.groups[-1].end, 16) for heads in (4, 2, 2))
+        q, k, v = (torch.randn(1, heads, layout.groups[-1].ends[-1], 16) for heads in (4, 2, 2))
         module: Any = torch.nn.Module().train(next(training))
         mask = block_mask(prompts, completions, torch.device("cpu"))
         flex, _ = flex_attention_forward(module, q, k, v, mask, scaling=0.3)

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 from benchmark_fixtures import lab_clips
 from pair_fixtures import write_pairs
+from tiny_questions import row
 
 from video_r1.cli import main
 from video_r1.errors import ManifestError, RequestError
 from video_r1.evaluation.benchmarks.loading import load_questions
 from video_r1.evaluation.benchmarks.readers import read_timeblind, read_vinoground
-from video_r1.evaluation.figures import figure_rows, gap_marks
+from video_r1.evaluation.figures import difference_page
 from video_r1.evaluation.metrics import mean_figure
 from video_r1.evaluation.summary import check_pairs, summarise, summary_table
 
@@ -70,23 +72,6 @@ def test_text_video_and_group_score() -> None:
     assert any(line.split()[:4] == ["group", "score", "3", "0.333"] for line in table.splitlines())
 
 
-def test_question_video_and_instance_accuracy() -> None:
-    """As TimeBlind's authors count: question 0 about clips 0 and 1, then question 1."""
-    records = []
-    for which, marks in {"a": "1111", "b": "1101", "c": "1010"}.items():
-        for place, mark in enumerate(marks):
-            sets = {"instance accuracy": [which, 4], "question accuracy": [f"{which}-{place // 2}", 2]}
-            sets |= {"video accuracy": [f"{which}-{place % 2}", 2]}
-            records.append(record(f"{which}{place}", mark == "1", sets))
-    figures = summarise(records)
-    assert figures["ordered"]["accuracy"] == 0.75
-    assert accuracies(figures) == {
-        "instance accuracy": (1 / 3, 3),
-        "question accuracy": (3 / 6, 6),  # a: both, b: the first
-        "video accuracy": (4 / 6, 6),  # a: both, b: the second, c: the first
-    }
-
-
 def test_the_gap_and_the_mean_over_tasks() -> None:
     """Ordered: x 1, 0 and y 1. Shuffled: only x's second pair is right."""
     records = []
@@ -102,43 +87,14 @@ def test_the_gap_and_the_mean_over_tasks() -> None:
     assert pairs["shuffled"]["accuracy"] == pytest.approx(1 / 3)
     assert pairs["temporal_gap"]["gap"] == pytest.approx((1 - 1 + 1) / 3)
     assert pairs["temporal_gap"]["questions"] == 3
-    results = {"b": {"title": "B", "frames": {"16": summarise(records)}}}
-    rows = figure_rows(results, gap_marks)
-    assert [(row.name, row.marks[0].questions) for row in rows] == [
-        ("B", 6), ("pair accuracy", 3), ("y", 2), ("x", 4),
-    ]  # fmt: skip
-
-
-def test_scores_by_category() -> None:
-    """As Vinoground's authors count: a counterpart counts in its major and in each minor category."""
-    kinds = {"a": ["object", "cyclical"], "b": ["action", "cyclical"], "c": ["action"]}
-    records = [
-        record(f"{which}{place}", mark == "1", {"group score": [which, 2, kinds[which]]})
-        for which, marks in {"a": "11", "b": "10", "c": "11"}.items()
-        for place, mark in enumerate(marks)
-    ]
-    figures = summarise(records, records)
-    found = figures["by_pairs"]["group score"]["by_category"]
-    assert {
-        kind: (each["ordered"]["accuracy"], each["ordered"]["questions"]) for kind, each in found.items()
-    } == {"action": (0.5, 2), "cyclical": (0.5, 2), "object": (1.0, 1)}
-    assert found["action"]["reasoning_gains"]["ordered"]["gain"] == 0
-    table = summary_table({"frames": {"16": figures | {"skipped": 0}}})
-    assert any(line.split()[:3] == ["cyclical", "2", "0.500"] for line in table.splitlines())
+    page = difference_page({"b": {"title": "B", "frames": {"16": summarise(records)}}}, "m", "gap")
+    assert re.findall(r">(B|pair accuracy|x|y)</text>", page) == ["B", "pair accuracy", "y", "x"]
+    assert re.findall(r"  \((\d)\)</text>", page) == ["6", "3", "2", "4"]
 
 
 def test_what_is_no_pair() -> None:
     check_pairs(1, {"pair accuracy": ["17", 2]})
-    check_pairs(1, {"pair accuracy": ["17", 2, ["object"]]})
-    for wrong in (
-        "17",
-        {"pair accuracy": ["17", 2, "object"]},
-        {"pair accuracy": ["17", 2, [1]]},
-        {"pair accuracy": ["17", 2, [], []]},
-        {"pair accuracy": "17"},
-        {"pair accuracy": ["17", "two"]},
-        {"pair accuracy": ["17", 0]},
-    ):
+    for wrong in ("17", *({"pair accuracy": pair} for pair in ("17", 17, ["17", "two"], ["17", 0]))):
         with pytest.raises(RequestError, match=r"question 1: pairs is .*such as"):
             check_pairs(1, wrong)
 
@@ -148,54 +104,42 @@ def test_published_rows_name_their_sets(root: Path, tmp_path: Path) -> None:
         samples = load_questions(name, root, tmp_path / name, allow_missing=True).samples
         return {str(sample.problem_id): sample.extra["pairs"] for sample in samples}
 
-    kinds = ["action", "cyclical", "contextual"]
-    assert sets("vinoground")["vinoground-1_neg-video"] == {
-        "video score": ["1", 2, ["object"]], "group score": ["1", 4, ["object"]],
-    }  # fmt: skip
-    assert sets("vinoground")["vinoground-0_pos-text"] == {
-        "text score": ["0", 2, kinds], "group score": ["0", 4, kinds],
-    }  # fmt: skip
+    assert sets("vinoground")["vinoground-1_neg-video"] == {"video score": ["1", 2], "group score": ["1", 4]}
+    assert sets("vinoground")["vinoground-0_pos-text"] == {"text score": ["0", 2], "group score": ["0", 4]}
     for name in ("mvp", "mvp_mini"):
         assert sets(name)[f"{name}-intuitive_physics-9_1"] == {"pair accuracy": ["intuitive_physics-9", 2]}
     assert sets("timeblind")["timeblind-6"] == {
         "instance accuracy": ["1", 4], "question accuracy": ["1-1", 2], "video accuracy": ["1-0", 2],
     }  # fmt: skip
-    samples = {
-        str(each.problem_id): each
-        for each in load_questions("timeblind", root, tmp_path, allow_missing=True).samples
-    }
-    assert samples["timeblind-6"].problem == "Which is right?"
-    assert samples["timeblind-6"].options == ("A. It is fast.", "B. It is slow.")
-    assert (samples["timeblind-6"].answer, samples["timeblind-1"].answer) == ("B", "B")
+    timeblind = load_questions("timeblind", root, tmp_path, allow_missing=True).samples
+    sample = {each.problem_id: each for each in timeblind}["timeblind-6"]
+    assert (sample.problem, sample.answer) == ("Which is right?", "B")
+    assert sample.options == ("A. It is fast.", "B. It is slow.")
     text = load_questions("vinoground", root, tmp_path, allow_missing=True).samples[0]
     assert text.problem == "Which caption best describes this video?"
     assert text.options == ("A. he sits before he eats", "B. he eats before he sits")
 
 
 @pytest.mark.parametrize(
-    ("read", "row", "message"),
+    ("read", "fields", "message"),
     [
         (read_vinoground, {"idx": "0_pos", "question": "Which? A or B", "GT": "A"}, "0_pos has 0 options"),
         (read_timeblind, {"index": 5, "question": "Which?", "answer": "A", "type": "multiple_choice",
                           "video_path": "v.mp4"}, "question 5"),
     ],
 )  # fmt: skip
-def test_rows_of_another_form_are_named(read: Any, row: dict[str, Any], message: str, tmp_path: Path) -> None:
+def test_rows_of_another_form_are_named(
+    read: Any, fields: dict[str, Any], message: str, tmp_path: Path
+) -> None:
     path = tmp_path / "vinoground_textscore.json"
-    path.write_text(json.dumps([row]))
+    path.write_text(json.dumps([fields]))
     with pytest.raises(ManifestError, match=message):
         list(read(path))
 
 
 def test_pairs_of_an_own_manifest(root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    row = {
-        "problem": "Which?",
-        "data_type": "video",
-        "problem_type": "multiple choice",
-        "options": ["A. a", "B. b"],
-    }
-    row |= {"solution": "<answer>A</answer>", "path": str(root / "timeblind/videos/vid_00000_0.mp4")}
+    asked = row(1, "free-form", "video", str(root / "timeblind/videos/vid_00000_0.mp4"))
     manifest = tmp_path / "own.json"
-    manifest.write_text(json.dumps([row | {"problem_id": 1, "pairs": ["7", 2]}]))
+    manifest.write_text(json.dumps([asked | {"pairs": ["7", 2]}]))
     assert main(["eval", "lab-base", str(manifest), "--allowed_roots", str(root), "--device", "cpu"]) == 2
     assert "question 1: pairs is ['7', 2]" in capsys.readouterr().err

@@ -182,6 +182,20 @@ def test_which_file_a_row_gets(columns: dict[str, list[Any]], column: str, tmp_p
         assert not {"clip", "video", "image", "key"} & samples[0].extra.keys()
 
 
+@pytest.mark.parametrize("declared", [True, False])
+def test_rows_that_unpack_to_far_more_than_the_file_are_refused(declared: bool, tmp_path: Path) -> None:
+    """By the footer, or as they come: a text of 1 MB that 400 rows share takes 1 kB of the file."""
+    columns = {"problem": [str(n) * (1 << 20) for n in range(300)] if declared else ["x" * (1 << 20)] * 400}
+    pq.write_table(pa.table(columns), tmp_path / "t.parquet", compression="zstd")
+    assert (tmp_path / "t.parquet").stat().st_size < 500_000
+    before = pa.total_allocated_bytes()
+    with pytest.raises(
+        ManifestError, match=r"t.parquet: its rows unpack to over 0.27 GB; write them as JSON"
+    ):
+        load_manifest(tmp_path / "t.parquet")
+    assert pa.total_allocated_bytes() - before < 1 << 28
+
+
 def test_a_rows_own_text_is_no_place_of_its_own(tmp_path: Path) -> None:
     """What may be read without allow_urls is the table that the user named, not what its rows say."""
     named = "parquet://video/0::hf://datasets/other/name/t.parquet"

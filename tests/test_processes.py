@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from distributed_process import run_processes
-from safetensors.torch import load_file
+from resume_runs import same_weights
 from test_distributed import FSDP2
 from tgrpo_trainers import make_trainer
 from tiny_models import tiny_checkpoint
@@ -70,6 +70,13 @@ def test_more_processes_than_gpus_are_refused(tmp_path: Path, monkeypatch: pytes
     SFTConfig(**training_arguments(tmp_path, use_cpu=False))
 
 
+def test_settings_decide_the_number_format(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not accelerate's file, whose mixed_precision its launcher puts into the environment."""
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    args = SFTConfig(**training_arguments(tmp_path, bf16=False))
+    assert (args.bf16, args.mixed_precision) == (False, "no")
+
+
 def test_a_setting_that_would_compile_nothing_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="torch_compile is not supported"):
         SFTConfig(**training_arguments(tmp_path, torch_compile=True))
@@ -94,9 +101,7 @@ def test_half_as_many_processes_go_on_exactly(folder: Path) -> None:
     ]
     expected = [sorted(step) for step in read_steps(folder / alone / "seen-0-5.json")]
     assert steps[0] + steps[1] == expected and [len(step) for step in expected] == [4] * 5
-    weights = [load_file(folder / run / "model.safetensors") for run in (alone, shared)]
-    for name, value in weights[0].items():
-        torch.testing.assert_close(weights[1][name], value, rtol=0, atol=2e-5, msg=name)
+    same_weights(folder / alone, folder / shared, 2e-5)
 
 
 @pytest.mark.slow

@@ -102,7 +102,7 @@ def test_pixels_are_the_frames_normalised_and_not_resized(family: str) -> None:
 
 @pytest.mark.parametrize(
     ("frames", "duration", "seconds_per_grid"),
-    [(8, 4.0, 1.0), (16, 8.0, 1.0), (8, 3.3, 0.825), (4, 10.01, 5.005), (5, 2.5, 1.0), (16, 600.0, 75.0)],
+    [(8, 4.0, 1.0), (4, 10.01, 5.005), (5, 2.5, 1.0)],
 )
 def test_sampling_rate_reaches_qwen2_5(frames: int, duration: float, seconds_per_grid: float) -> None:
     """second_per_grid_ts = 2 frames a temporal patch / (frames / duration)."""

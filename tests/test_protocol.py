@@ -15,8 +15,8 @@ from video_r1.cli import main
 from video_r1.data.manifests.records import Sample
 from video_r1.errors import ConfigError
 from video_r1.evaluation import paper
-from video_r1.evaluation.evaluate import score_output
 from video_r1.evaluation.paper import setup_differences
+from video_r1.evaluation.predictions import score_output
 from video_r1.recipe import load_recipe
 from video_r1.rollout.transformers import TransformersEngine
 from video_r1.settings.decoding import EvalSettings
@@ -33,7 +33,6 @@ LETTER = (
     " Please provide only the single option letter (e.g., A, B, C, D, etc.) within the "
     "<answer> </answer> tags."
 )
-DECODER = "PyAV decodes here, decord there: pixels may differ by rounding"
 NUMBER = " Please provide the numerical value (e.g., 42 or 3.14) within the <answer> </answer> tags."
 
 
@@ -71,16 +70,12 @@ def test_a_chat_about_several_clips() -> None:
         ("multiple choice", "B", "<answer>A</answer> or <answer>B</answer>", "A", 0, 0),
         ("multiple choice", "B", "<answer>B. right</answer>", "B. right", 0, 1),
         ("multiple choice", "B", "The answer is (B).", "The answer is (B).", 0, 1),
-        ("multiple choice", "B", "<answer>B", "<answer>B", 0, 1),
         ("multiple choice", "B", "<answer></answer>B", "<answer></answer>B", 0, 0),
         ("numerical", "12", "<answer>12.0</answer>", "12.0", 0, 1),
         ("numerical", "1200", "<answer>1,200</answer>", "1,200", 0, 1),
         ("numerical", "12.5", "<answer>12.504</answer>", "12.504", 1, 1),
-        ("numerical", "12", "<answer>12 squares</answer>", "12 squares", 0, 1),
-        ("free-form", "a dog", "<answer>a dog</answer>", "a dog", 0, 1),
         ("OCR", "exit", "<answer>exit</answer>", "exit", 0, 1),
         ("regression", "10", "<answer>9</answer>", "9", 0.9, 0.8),  # an error of exactly 1 - 0.9
-        ("regression", "10", "<answer>8.7</answer>", "8.7", 0.8, 0.8),  # of 0.13
         ("regression", "10", "<answer>8.5 m</answer>", "8.5 m", 0, 0.7),
         ("regression", "10", "<answer>nan</answer>", "nan", 0, 0),
         ("regression", "0", "<answer>0</answer>", "0", 1, 1),
@@ -109,7 +104,7 @@ def test_its_settings_are_defaults_of_a_recipe(tmp_path: Path) -> None:
     assert settings.frame_pixels == settings.image_pixels == 200_704
     assert settings.prompt_template is None
     assert load_recipe("eval", None, given | {"protocol": "none"}).section(EvalSettings).fps == 8.0
-    assert setup_differences(settings, []) == ["max_new_tokens is 9 here and 1024 there", DECODER]
+    assert setup_differences(settings) == ["max_new_tokens is 9 here and 1024 there"]
     for name, value in (("prompt_template", "mine.txt"), ("subtitles", True)):
         with pytest.raises(ConfigError, match=f"{name}.*prompt of its own"):
             load_recipe("eval", None, given | {name: value})
@@ -162,10 +157,6 @@ def test_a_whole_evaluation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cap
     assert summary["setup_differences"] == [
         "frame_pixels is 3136 here and 200704 there",
         "max_new_tokens is 4 here and 1024 there",
-        DECODER,
-        "MVBench: 1 of 4,000 questions, 1 media files missing",
-        "MVBench: episodic_reasoning is asked about its clips; the reference's published code shows none of "
-        'them (it has no branch for their data_type, "frame")',
     ]
     assert "- max_new_tokens is 4 here and 1024 there" in capsys.readouterr().out
     # Answers to other prompts are not continued.

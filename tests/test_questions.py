@@ -14,7 +14,13 @@ from video_r1.errors import MediaError, VideoR1Error
 from video_r1.rollout.engine import prompt_seed
 from video_r1.seeds import derived_seed
 from video_r1.settings.frames import FrameBudget
-from video_r1.training.questions import MemoryCache, QuestionSource, Slot, StepBatches
+from video_r1.training.questions import (
+    MemoryCache,
+    QuestionSource,
+    Slot,
+    StepBatches,
+    with_shuffled_options,
+)
 
 SAMPLES = [
     Sample(n, f"question {n}?", "video", "numerical", "<answer>1</answer>", f"/{n}.mp4") for n in range(10)
@@ -116,3 +122,20 @@ def test_derived_seeds() -> None:
     assert derived_seed(42, "epoch", 3) == 7348345438539461324
     assert derived_seed(42, "epoch", 3, bits=31) == 7348345438539461324 >> 32
     assert prompt_seed(42, 3) == 172245907461375283
+
+
+def shuffled(options: tuple[str, ...], solution: str, seed: int) -> Sample:
+    sample = Sample(1, "?", "video", "multiple choice", f"<answer>{solution}</answer>", "/v.mp4", options)
+    return with_shuffled_options(sample, torch.Generator().manual_seed(seed))
+
+
+def test_options_are_shuffled_with_the_letter_of_the_solution() -> None:
+    options = ("A. left", "B. right", "C. up", "D. down")
+    drawn = [shuffled(options, "B", seed) for seed in range(40)]
+    assert all(sample.options["ABCD".index(sample.answer)][3:] == "right" for sample in drawn)
+    assert {sample.answer for sample in drawn} == set("ABCD")
+    assert all(tuple(option[:3] for option in s.options) == ("A. ", "B. ", "C. ", "D. ") for s in drawn)
+    assert shuffled(options, "B", 7) == drawn[7]
+    others = ("(A) left", "(B) right", "(C) none of the above")
+    assert all(shuffled(others, "C", seed).options == others for seed in range(9))
+    assert shuffled((), "3", 0).options == ()

@@ -11,7 +11,7 @@ import torch
 from tiny_models import moving_square, write_clip
 from tiny_questions import write_manifest
 
-from video_r1.data.decoding import frame_cache
+from video_r1.data import reading
 from video_r1.data.manifests.records import Sample, load_manifest
 from video_r1.data.reading import Batch, Clips, Reader, quarantined
 from video_r1.errors import MediaError, PromptError
@@ -55,8 +55,8 @@ def test_each_frame_count_is_a_batch_of_its_own_from_one_decoding(
         Sample(n, "?", "video", "OCR", "<answer>1</answer>", str(tmp_path / "clip.mp4")) for n in range(4)
     ]
     decoded = []
-    real = frame_cache.read_media_at
-    monkeypatch.setattr(frame_cache, "read_media_at", lambda s, b, c: decoded.append(c) or real(s, b, c))
+    real = reading.read_media_at
+    monkeypatch.setattr(reading, "read_media_at", lambda s, b, c: decoded.append(c) or real(s, b, c))
     with Reader(BUDGET) as reader:
         read = reader.batches([Batch(questions[:2], (2, 6)), Batch(questions[2:], (2, 6))], lambda s, m: m)
         frames = [[len(media[0].frames) for media in medias if isinstance(media, tuple)] for medias in read]

@@ -15,9 +15,8 @@ from video_r1.data.manifests.records import load_manifest
 from video_r1.errors import ManifestError, RequestError
 from video_r1.lab.clips import write_lab
 from video_r1.lab.smoke import smoke_recipe
-from video_r1.models.families import find_family
 from video_r1.plan.memory import memory_plan, sharding_of
-from video_r1.plan.shapes import published, published_config, published_processor
+from video_r1.plan.shapes import published, published_config
 from video_r1.recipe import load_recipe
 from video_r1.recipe_files import (
     MadeFor,
@@ -144,11 +143,10 @@ def test_a_recipe_of_another_command_is_one_sentence(
 @pytest.mark.parametrize(
     ("line", "said"),
     [
-        ("made_for: rl", "made_for is rl; it is a mapping of some of command, gpus, gpu_memory, sharding"),
-        ("made_for: {gpu: 8}", "'gpu': 8}; it is a mapping of some of command, gpus, gpu_memory, sharding"),
-        ("made_for: {gpus: many}", "made_for: gpus is 'many'; it must be int or none"),
-        ("made_for: {sharding: fsdp3}", "sharding is 'fsdp3'; it must be none | fsdp2 | zero2 | zero3"),
-        ("made_for: {gpu_memory: 80}", "gpu_memory is '80'; write 80GB or 24GiB"),
+        ("made_for: rl", "made_for is rl; write {command: rl, gpus: 4"),
+        ("made_for: {gpu: 8}", "'gpu': 8} ('gpu'); write"),
+        ("made_for: {gpus: many}", "(int or none); write"),
+        ("made_for: {gpu_memory: 80}", "(gpu_memory); write"),
     ],
 )
 def test_what_a_recipe_says_of_itself_is_checked(tmp_path: Path, line: str, said: str) -> None:
@@ -156,6 +154,28 @@ def test_what_a_recipe_says_of_itself_is_checked(tmp_path: Path, line: str, said
     with pytest.raises(RequestError, match=re.escape("recipe a.yaml, line 2: made_for")) as caught:
         load_recipe("rl", tmp_path / "a.yaml")
     assert said in str(caught.value)
+
+
+def test_a_recipe_for_gpus_is_refused_without_one(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("video_r1.recipe.may_have_gpu", lambda: False)
+    monkeypatch.setattr("video_r1.commands.Command.function", None)  # nothing is imported
+    for name, machine in {"video-r1-7b-sft": "8 × 80 GB", "qwen3-vl-4b-tgrpo-lora": "1 × 24 GB"}.items():
+        assert main([command_of(name), name]) == 2
+        said = capsys.readouterr().err
+        assert said.startswith(
+            f"video-r1: {name} needs a GPU (it is made for {machine}), and this machine has"
+        )
+        assert "--smoke" in said and "--use_cpu --bf16 false" in said
+    monkeypatch.setattr("video_r1.recipe.may_have_gpu", lambda: True)
+    assert main(["rl", name]) == 2 and "needs a GPU" not in capsys.readouterr().err
+    monkeypatch.setenv("WORLD_SIZE", "6")
+    assert main(["rl", "video-r1-7b-tgrpo"]) == 2
+    assert (
+        "vllm_tensor_parallel_size is 4, which must divide the number of processes (6)"
+        in capsys.readouterr().err
+    )
 
 
 @pytest.mark.slow
@@ -167,13 +187,12 @@ def test_a_recipe_fits_its_machine(name: str, form: str) -> None:
         published_config(checkpoint),
     )
     sharding = sharding_of({}, gpus, "fsdp2" if gpus > 1 else "none")
-    plan = memory_plan(
-        config, load_recipe(command_of(name), name), gpu_memory=memory * GB, sharding=sharding,
-        processor=None if find_family(config) else published_processor(config.model_type),
-    )  # fmt: skip
+    recipe = load_recipe(command_of(name), name)
+    plan = memory_plan(config, recipe, gpu_memory=memory * GB, sharding=sharding)
     adapters = plan.traced.trainable if name.endswith("-lora") else 0
     assert (plan.traced.parameters - adapters) / 1e9 == pytest.approx(billions, abs=0.01)
     assert plan.fits, f"{plan.peak / GB:.1f} GB: {plan.phases}, {plan.parts}"
+    assert not plan.fits_awake  # sleeping costs a second a step
 
 
 @pytest.fixture(scope="module")

@@ -29,7 +29,7 @@ from video_r1.evaluation.question_loop import append_records
 from video_r1.evaluation.summary import summarise
 from video_r1.files import append_line, claimed, replace_text
 from video_r1.report.page import build_report, duration, embed, page_data
-from video_r1.report.run_data import Series, read_groups, read_run, read_series
+from video_r1.report.run_data import read_groups, read_run
 from video_r1.training.recording import save_strip
 
 
@@ -38,21 +38,19 @@ def data_of(page: Path) -> dict[str, Any]:
 
 
 def test_series_of_a_resumed_and_killed_run(tmp_path: Path) -> None:
-    notes: list[str] = []
     (tmp_path / "metrics.jsonl").write_text(
         '{"step": 1, "time": 2.0, "loss": 3.0, "reward/accuracy": 0.25}\n'
         '{"step": 2, "time": 4.0, "loss": NaN, "kl": null, "name": "text", "flag": true}\n'
         '{"step": 3, "loss": 1.0}\n{"step": 3, "time": 9.5, "loss": 2.0}\n'
         f'{{"step": 4, "loss": {"9" * 400}}}\n' + "[" * 5000 + '\n"text"\n{"step": 5, "lo'
     )
-    series, seconds = read_series(tmp_path / "metrics.jsonl", notes)
-    assert seconds == 9.5
-    assert series == {
-        "loss": Series([1, 3], [3.0, 2.0], not_finite=1),
-        "reward/accuracy": Series([1], [0.25]),
-        "kl": Series([], [], not_finite=1),
-    }
-    assert notes == ["metrics.jsonl: 3 unreadable lines skipped"]
+    run = read_run(tmp_path, tmp_path)
+    assert (run.points["steps"], run.points["times"]) == ([1, 2, 3, 4], [2.0, 4.0, 9.5, 9.5])
+    assert run.points["series"] == {
+        "loss": [3.0, None, 2.0, None], "reward/accuracy": [0.25, None, None, None], "kl": [None] * 4
+    }  # fmt: skip
+    assert run.points["bad"] == {"loss": 1, "kl": 1}
+    assert run.notes == ["metrics.jsonl: 3 unreadable lines skipped", "metrics.jsonl: kl was never finite"]
 
 
 def test_strips_outside_the_run_or_of_another_kind_are_left_out(tmp_path: Path) -> None:
@@ -144,27 +142,15 @@ def test_scores_of_an_unfinished_evaluation(tmp_path: Path) -> None:
     assert any("not finished" in note for note in data["notes"])
 
 
-def test_scores_of_several_frame_counts_and_of_a_bare_demo_summary(tmp_path: Path) -> None:
+def test_scores_of_several_frame_counts(tmp_path: Path) -> None:
     figures = {"ordered": {"accuracy": 0.5, "interval95": [0.4, 0.6], "questions": 9, "format_rate": 1.0}}
-    (tmp_path / "eval-x").mkdir()
-    (tmp_path / "eval-x" / "predictions-16.jsonl").touch()
-    (tmp_path / "eval-x" / "summary.json").write_text(json.dumps({"frames": {"16": figures, "32": figures}}))
-    (tmp_path / "summary.json").write_text(
-        json.dumps(
-            {
-                "accuracy": {"rl": {"ordered": 0.75, "shuffled": 0.5}, "base": {"ordered": 0.25}},
-                "interval95": {"rl": {"ordered": [0.7, 0.8]}},
-                "test_questions": 400,
-                "format_rate": {"rl": {"ordered": 0.9}},
-                "temporal_gap": {"rl": {"gap": 0.25, "interval95": [0.2, 0.3]}},
-            }
-        )
-    )
-    rows = {row["name"]: row for row in page_data(tmp_path)["scores"]}
-    assert list(rows) == ["base", "rl", "x, 16 frames", "x, 32 frames"]
-    assert rows["rl"]["ordered"] == {"mean": 0.75, "low": 0.7, "high": 0.8, "n": 400.0}
-    assert rows["rl"]["gap"] == {"mean": 0.25, "low": 0.2, "high": 0.3, "n": None}
-    assert (rows["rl"]["format"], rows["base"]["shuffled"]) == (0.9, None)
+    (tmp_path / "predictions-16.jsonl").touch()
+    (tmp_path / "summary.json").write_text(json.dumps({"frames": {"16": figures, "32": figures}}))
+    name = tmp_path.name
+    first, second = page_data(tmp_path)["scores"]
+    assert (first["name"], second["name"]) == (f"{name}, 16 frames", f"{name}, 32 frames")
+    assert first["ordered"] == {"mean": 0.5, "low": 0.4, "high": 0.6, "n": 9}
+    assert first["format"] == 1.0 and first["shuffled"] is first["gap"] is None
 
 
 @pytest.mark.parametrize("finished", [False, True])
@@ -223,7 +209,7 @@ def test_runs_that_are_laid_over_each_other(tmp_path: Path, capsys: pytest.Captu
     assert [run["name"] for run in data["runs"]] == ["a/rl", "b/rl", "a/rl/eval-last", "b/rl/eval-last"]
     assert [row["name"] for row in data["scores"]] == ["a/rl last", "b/rl last"]
     assert data["differing"] == [{"setting": "temporal_rule", "a/rl": "margin", "b/rl": "off"}]
-    curve = data["runs"][0]["series"]["reward/accuracy"]["y"]
+    curve = data["runs"][0]["points"]["series"]["reward/accuracy"]
     shown = f"{sum(curve[-2:]) / 2:.2f}"
     assert data["ends"][0] == {"series": "accuracy reward", "a/rl": shown, "b/rl": shown}
     assert page_data(tmp_path / "a")["overlay"] is False

@@ -49,51 +49,22 @@ def test_strip_sizes(
 
 def test_recorded_group(tmp_path: Path) -> None:
     record_group(tmp_path, 10, group_of())
-    (line,) = (tmp_path / "rollouts.jsonl").read_text().splitlines()
-    assert json.loads(line) == {
-        "step": 10,
-        "problem_id": 7,
-        "problem": "Which way?",
-        "problem_type": "multiple choice",
-        "data_type": "video",
-        "options": ["A. left", "B. right"],
-        "answer": "B",
-        "data_source": "lab/direction",
-        "path": "videos/7.mp4",
-        "frames": {
-            "strip": "frames/10-7.jpg",
-            "count": 3,
-            "width": 28,
-            "height": 28,
-            "timestamps": [0.0, 0.5, 1.0],
-        },
-        "contrast": "shuffled",
-        "permutation": [2, 0, 1],
-        "ordered": [
-            {
-                "text": "<think>x</think><answer>B</answer>",
-                "tokens": 5,
-                "finish_reason": "stop",
-                "rewards": {"accuracy": 1.0},
-                "total": 1.0,
-                "advantage": 0.7,
-            },
-            {
-                "text": "A",
-                "tokens": 3,
-                "finish_reason": "stop",
-                "rewards": {"accuracy": 0.0},
-                "total": 0.0,
-                "advantage": -0.7,
-            },
-        ],
-        "shuffled": [{"text": "C", "tokens": 2, "finish_reason": "stop", "rewards": {"accuracy": 0.0}}],
-        "p": 0.5,
-        "p_shuffled": 0.0,
-    }
+    line = json.loads((tmp_path / "rollouts.jsonl").read_text())
+    strip = {"strip": "frames/10-7.jpg", "count": 3, "width": 28, "height": 28}
+    assert line["frames"] == strip | {"timestamps": [0.0, 0.5, 1.0]}
+    assert (line["step"], line["problem_id"], line["path"]) == (10, 7, "videos/7.mp4")
+    assert (line["contrast"], line["permutation"]) == ("shuffled", [2, 0, 1])
+    right = {"text": "<think>x</think><answer>B</answer>", "tokens": 5, "finish_reason": "stop"}
+    wrong = {"text": "A", "tokens": 3, "finish_reason": "stop"}
+    assert line["ordered"] == [
+        right | {"rewards": {"accuracy": 1.0}, "total": 1.0, "advantage": 0.7},
+        wrong | {"rewards": {"accuracy": 0.0}, "total": 0.0, "advantage": -0.7},
+    ]
+    assert line["shuffled"] == [wrong | {"text": "C", "tokens": 2, "rewards": {"accuracy": 0.0}}]
+    assert (line["p"], line["p_shuffled"]) == (0.5, 0.0)
     # The strip holds the ordered frames, although the shuffled prompt has its own media.
-    strip = Image.open(tmp_path / "frames/10-7.jpg")
-    assert [strip.getpixel((28 * i + 14, 14)) for i in range(3)] == [(v, v, v) for v in (10, 120, 240)]
+    picture = Image.open(tmp_path / "frames/10-7.jpg")
+    assert [picture.getpixel((28 * i + 14, 14)) for i in range(3)] == [(v, v, v) for v in (10, 120, 240)]
 
 
 def test_a_contrast_has_its_name(tmp_path: Path) -> None:

@@ -59,9 +59,9 @@ def test_one_kill(recipe: Path, whole: tuple[Path, float]) -> None:
 
 
 @pytest.mark.slow
-def test_twelve_kills(recipe: Path, whole: tuple[Path, float]) -> None:
+def test_six_kills(recipe: Path, whole: tuple[Path, float]) -> None:
     """At random moments, every other one while a checkpoint is written."""
-    seen = kill_often(recipe, recipe.with_name("killed-often"), 12, whole[1], seed=2)
+    seen = kill_often(recipe, recipe.with_name("killed-often"), 6, whole[1], seed=2)
     for finished in seen.finished:
         same_run(finished, whole[0])
     assert seen.moments["writing a checkpoint"] > 0

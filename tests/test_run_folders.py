@@ -15,6 +15,7 @@ from resume_runs import finish, start, wait_for_phase, write_recipe
 from tgrpo_trainers import make_trainer, weights
 from tiny_questions import read_lines
 
+from video_r1.cli import main
 from video_r1.errors import ConfigError, RequestError
 from video_r1.files import claimed
 from video_r1.lab.demo import FOLDERS, MARK, empty_folders
@@ -66,19 +67,16 @@ def test_library_runs_go_on_as_on_the_command_line(checkpoint: Path, manifest: P
 
 
 @pytest.mark.slow
-def test_two_commands_in_one_folder(tmp_path: Path) -> None:
+def test_two_commands_in_one_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """The second one is refused with the first one's process; after a kill -9 the next one goes on."""
     recipe = write_recipe(tmp_path, max_steps=3)
     first = start(recipe, tmp_path / "run")
     wait_for_phase("rollout", first)
     os.kill(first.pid, signal.SIGSTOP)  # it is at work for as long as the other one takes to begin
-    second = subprocess.run(
-        [sys.executable, "-m", "video_r1", "rl", str(recipe), "--output_dir", str(tmp_path / "run")],
-        capture_output=True, text=True, timeout=300,
-    )  # fmt: skip
+    code = main(["rl", str(recipe), "--output_dir", str(tmp_path / "run")])
     first.kill()
-    assert second.returncode == 2, second.stderr
-    said = second.stderr.strip().splitlines()[-1]
+    said = capsys.readouterr().err.strip().splitlines()[-1]
+    assert code == 2, said
     assert said.startswith("video-r1: ")
     assert f"is being written by another command (process {first.pid} on" in said
     first.join()

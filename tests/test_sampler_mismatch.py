@@ -17,9 +17,8 @@ from tiny_questions import read_lines, training_arguments, write_manifest
 from video_r1.data.rollouts import Rollout
 from video_r1.rollout.transformers import TransformersEngine
 from video_r1.settings.vllm import VLLMSettings
-from video_r1.training.batches import sampler_weights
 from video_r1.training.metrics import Meter
-from video_r1.training.tgrpo import TGRPOConfig, TGRPOTrainer
+from video_r1.training.tgrpo import TGRPOConfig, TGRPOTrainer, sampler_weights
 
 SAMPLED = [[-1.5, -1.0], [-2.0]]
 TRAINER = torch.tensor([-1.0, -2.0, -2.0])

@@ -46,20 +46,6 @@ def test_the_simulation_agrees_with_the_closed_form(name: str) -> None:
         assert bottleneck(flow, questions) == name
 
 
-@pytest.mark.parametrize("name", ["sample", "update", "media"])
-def test_only_more_of_the_bottleneck_helps(name: str) -> None:
-    """Apart from checkpoints, in whose steps the trainers are what is waited for."""
-    flow, questions = replace(flow_of(CASES[name]), checkpoint=0.0), CASES[name].questions
-    before, simulated = step_seconds(flow, questions), simulate(flow, questions, 100, 0.0)
-    for stage in (flow.media, flow.sample, flow.update):
-        doubled = replace(flow, **{stage.name: replace(stage, workers=2 * stage.workers)})
-        after, simulated_after = step_seconds(doubled, questions), simulate(doubled, questions, 100, 0.0)
-        if stage.name == name:
-            assert after < 0.9 * before and simulated_after < 0.9 * simulated
-        else:
-            assert after == before and simulated_after == pytest.approx(simulated, rel=0.01)
-
-
 def test_figures_worked_out_by_hand() -> None:
     """Eight questions a step, four samplers and four trainers, with costs of round numbers."""
     fleet = Fleet(

@@ -15,9 +15,9 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_models import DENSE
 
 BIN = Path(sys.executable).parent
+FAMILIES = ("qwen2_5_vl", "qwen3_vl")
 
 pytestmark = [
     pytest.mark.slow,
@@ -54,7 +54,7 @@ def test_mixed_devices_are_refused(results: dict[str, Any]) -> None:
     assert "is on cpu, others are on the device" in results["second"]["mixed"]
 
 
-@pytest.mark.parametrize("family", DENSE)
+@pytest.mark.parametrize("family", FAMILIES)
 def test_rollouts_and_update(family: str, results: dict[str, Any]) -> None:
     ours, expected = (results[device]["families"][family] for device in ("second", "cpu"))
     assert torch.equal(ours["tokens"], expected["tokens"])
@@ -66,7 +66,7 @@ def test_rollouts_and_update(family: str, results: dict[str, Any]) -> None:
         assert (gradient - expected["gradients"][name]).abs().max() <= 1e-4 * scale, name
 
 
-@pytest.mark.parametrize("run", ["full", "lora", "sft"])
+@pytest.mark.parametrize("run", ["full", "sft"])
 def test_runs(run: str, results: dict[str, Any]) -> None:
     ours, expected = (results[device]["runs"][run] for device in ("second", "cpu"))
     assert len(ours) == len(expected) > 2
@@ -83,7 +83,7 @@ def _without_cost(line: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in line.items() if not re.search("time|second|memory", name)}
 
 
-@pytest.mark.parametrize("family", DENSE)
+@pytest.mark.parametrize("family", FAMILIES)
 def test_the_device_is_asked_where_sampling_may_end_alone(family: str, results: dict[str, Any]) -> None:
     """Nothing is read back in an update, and in rollouts once in eight tokens, whatever the layers.
 

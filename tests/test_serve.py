@@ -1,13 +1,11 @@
-"""The command that serves a checkpoint, and the last error of a server's processes."""
+"""The command that serves a checkpoint, and the key that its routes ask for."""
 
 from __future__ import annotations
 
 import asyncio
-import logging
 import os
 import sys
 from importlib import metadata, util
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -18,11 +16,9 @@ from video_r1.lab.model import base_folder
 from video_r1.rollout.vllm import serve as vllm_serve
 from video_r1.rollout.vllm.serve import (
     CPU_OPTIONS,
-    LAST_ERROR_VARIABLE,
-    LastError,
+    ask_for_key,
     run_serve,
     runnable,
-    say_why,
     server_command,
 )
 from video_r1.settings.vllm import ServeSettings
@@ -103,46 +99,29 @@ def test_a_checkpoint_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None
         run_serve(ServeSettings(model="runs/none"))
 
 
-# ---- The error that ended a server
-
-
-class EngineDeadError(Exception):
-    """As vLLM names it."""
-
-
-@pytest.fixture
-def file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    path = tmp_path / "error"
-    path.touch()
-    monkeypatch.setenv(LAST_ERROR_VARIABLE, str(path))
-    return path
-
-
-def log(error: Exception) -> None:
-    logger = logging.Logger("vllm")
-    logger.addHandler(LastError(logging.ERROR))
-    logger.warning("not an error")
-    logger.error("without an exception")
-    try:
-        raise error
-    except Exception:
-        logger.exception("The worker failed")
-
-
-def test_the_cause_is_kept_and_not_what_follows_from_it(file: Path) -> None:
-    log(ValueError("an older one"))
-    log(MemoryError("12 GiB are too many"))
-    log(RuntimeError("Worker failed with error '12 GiB are too many', see above"))
-    log(EngineDeadError("see stack trace (above)"))
-    assert file.read_text() == "MemoryError: 12 GiB are too many"
-
-
-@pytest.mark.parametrize(("status", "logged"), [(200, True), (400, True), (500, False)])
-def test_other_answers_stay_as_they_are(file: Path, status: int, logged: bool) -> None:
-    file.write_text("MemoryError: full" if logged else "")
-    answer = SimpleNamespace(status_code=status)
+@pytest.mark.parametrize(
+    ("path", "given", "keys", "status"),
+    [
+        ("/collective_rpc", None, ["secret"], 401),
+        ("/collective_rpc", "Bearer other", ["secret"], 401),
+        ("/update_weights", "Bearer ", [""], 200),  # a server without a key
+        ("/v1/models", "Bearer second", ["secret", "second"], 200),
+        ("/collective_rpc", "Bearer of the environment", None, 200),
+        ("/health", None, ["secret"], 200),
+    ],
+)
+def test_routes_ask_for_the_key(
+    path: str, given: str | None, keys: list[str] | None, status: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """vLLM asks for it on /v1 alone: everyone could replace the weights."""
+    monkeypatch.setenv("VLLM_API_KEY", "of the environment")
 
     async def answered(request: Any) -> Any:
-        return answer
+        return SimpleNamespace(status_code=200)
 
-    assert asyncio.run(say_why(None, answered)) is answer
+    request = SimpleNamespace(
+        url=SimpleNamespace(path=path),
+        headers={} if given is None else {"authorization": given},
+        app=SimpleNamespace(state=SimpleNamespace(args=SimpleNamespace(api_key=keys))),
+    )
+    assert asyncio.run(ask_for_key(request, answered)).status_code == status

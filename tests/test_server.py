@@ -318,8 +318,7 @@ def test_another_server_is_asked_again(
     loopback: Server, beside: Server, tmp_path: Path, event: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The same completions, whoever gives them; the one that failed is left out."""
-    monkeypatch.setattr(chat_client, "FIRST_SKIP", 1000.0)
-    monkeypatch.setattr(chat_client, "LONGEST_SKIP", 1000.0)
+    monkeypatch.setattr(chat_client, "SKIP", 1000.0)
     expected = engine(loopback.url, tmp_path).generate(prompts(12), SETTINGS)
     alone = sent(loopback)
     loopback.requests.clear()
@@ -342,6 +341,3 @@ def test_servers_of_different_models(loopback: Server, beside: Server, tmp_path:
     beside.model = "models/other"
     with pytest.raises(ConfigError, match=f"{beside.url} serves models/other, not models/tiny"):
         engine(both, tmp_path)
-    beside.model, beside.served = MODEL, loopback.served
-    with pytest.raises(ConfigError, match="training samples on one server"):
-        engine(both, tmp_path).update_weights(copy.deepcopy(TINY))

@@ -90,8 +90,8 @@ def test_a_value_of_the_wrong_type_is_refused_with_the_type_in_words(text: Any, 
     (TGRPOSettings, {"num_iterations": 0}, ["num_iterations"]),
     (TGRPOSettings, {"length_range": [512, 320]}, ["length_range"]),
     (TGRPOSettings, {"length_range": [320]}, ["length_range"]),
-    (TGRPOSettings, {"max_completion_length": 256}, ["length_range"]),
-    (TGRPOSettings, {"max_completion_length": 256, "length_reward": 0}, []),
+    (TGRPOSettings, {"max_completion_length": 256}, []),
+    (TGRPOSettings, {"max_completion_length": 256, "length_range": [320, 512]}, ["length_range"]),
     (TGRPOSettings, {"correct_threshold": 1.0}, ["correct_threshold"]),
     (TGRPOSettings, {"beta": -0.1, "learning_rate": -1.0}, ["learning_rate", "beta"]),
     (SFTSettings, {"max_steps": -1, "num_train_epochs": 0}, ["num_train_epochs"]),
@@ -124,7 +124,7 @@ def test_defaults_are_the_papers() -> None:
         0.01,
         "cosine",
     )
-    assert (settings.max_completion_length, settings.length_range, settings.length_reward) == (
+    assert (settings.max_completion_length, settings.length_bounds, settings.length_reward) == (
         768,
         [320, 512],
         0.2,

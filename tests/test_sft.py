@@ -16,9 +16,9 @@ from transformers import AutoModelForImageTextToText
 from video_r1.data.manifests.records import load_manifest
 from video_r1.data.prompts import Prompt
 from video_r1.errors import ConfigError
-from video_r1.models import head
+from video_r1.models import group_forward
 from video_r1.recipe import load_recipe
-from video_r1.training.sft import SFTBatch, SFTConfig, SFTTrainer, run_sft
+from video_r1.training.sft import SFTConfig, SFTTrainer, run_sft
 
 
 def make_trainer(
@@ -49,7 +49,7 @@ def test_batch_equals_single_examples(checkpoint: Path, manifest: Path, tmp_path
     """Neighbours in the row and the head's chunks change nothing: the model's own loss on each example."""
     trainer = make_trainer(checkpoint, str(manifest), tmp_path)
     examples = [trainer.load(sample) for sample in load_manifest(manifest)]
-    together = trainer.logprobs(model_of(trainer).eval(), SFTBatch(examples))
+    together = trainer.logprobs(model_of(trainer).eval(), examples)
     double = copy.deepcopy(model_of(trainer)).double().eval()
     alone, right = torch.zeros((), dtype=torch.float64), 0
     for sample, (prompt, response) in zip(load_manifest(manifest), examples, strict=True):
@@ -77,8 +77,8 @@ def test_no_logits_but_those_of_a_chunk(
     """
     trainer = make_trainer(checkpoint, str(manifest), tmp_path)
     vocabulary = model_of(trainer).config.get_text_config().vocab_size
-    monkeypatch.setitem(head.CHUNK_LOGITS, "cpu", 8 * vocabulary)
-    monkeypatch.setattr(head, "LEAST_ROWS", 1)
+    monkeypatch.setitem(group_forward.CHUNK_LOGITS, "cpu", 8 * vocabulary)
+    monkeypatch.setattr(group_forward, "LEAST_ROWS", 1)
     seen: list[int] = []
     model_of(trainer).lm_head.register_forward_hook(lambda module, inputs, out: seen.append(len(out)))
     batches, tokens = trainer.get_batch_samples(iter(trainer.get_train_dataloader()), 1, "cpu")
@@ -147,6 +147,12 @@ def test_recipe_learns_resumes_and_loads(checkpoint: Path, tmp_path: Path) -> No
     settings |= {"output_dir": str(tmp_path / "other"), "resume_from_checkpoint": str(folder)}
     with pytest.raises(ConfigError, match="resumes by itself from the last complete checkpoint"):
         run_sft(load_recipe("sft", None, {name: str(value) for name, value in settings.items()}))
+
+
+def test_the_last_step_is_logged(checkpoint: Path, manifest: Path, tmp_path: Path) -> None:
+    """Otherwise a run below `logging_steps` would leave no metrics and no report."""
+    make_trainer(checkpoint, str(manifest), tmp_path, logging_steps=10, save_strategy="no").train()
+    assert [line["step"] for line in read_lines(tmp_path / "metrics.jsonl")] == [3]
 
 
 def test_question_without_rationale_is_set_aside(checkpoint: Path, manifest: Path, tmp_path: Path) -> None:

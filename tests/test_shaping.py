@@ -41,8 +41,6 @@ def test_length_reward_bounds_belong_to_the_interval() -> None:
         length_reward(correct, lengths, omega=1.0, shortest=1, longest=319),
         torch.tensor([1.0, 0.0, 0.0, 0.0, 0.0, 0.0]),
     )
-    with pytest.raises(ValueError, match="6 responses but 2 lengths"):
-        length_reward(correct, lengths[:2])
 
 
 @pytest.mark.parametrize(
@@ -97,7 +95,7 @@ def test_an_extra_field_never_hides_a_record_field() -> None:
         "problem_type": ["multiple choice"], "solution": ["<answer>A</answer>"],
         "path": ["/v.mp4"], "options": [()], "process": [None],
         "data_source": [""], "start": [None], "end": [None], "speed": [2.0],
-        "subtitles": [None], "messages": [()],
+        "subtitles": [None], "messages": [()], "play": ["forward"],
     }  # fmt: skip
 
 
@@ -108,12 +106,12 @@ def divide(prompts, completions, **columns):
 @pytest.mark.parametrize(
     ("function", "message"),
     [
-        (divide, r"'mine' raised ZeroDivisionError.*problem_id 'b'"),
+        (divide, r"'mine' raised ZeroDivisionError.*problem_id 1, 'b', 3"),
+        (lambda **columns: 1.0, r"'mine' raised TypeError"),
         (lambda **columns: [1.0], r"'mine' returned 1 rewards for 3 completions.*1, 'b'"),
-        (lambda **columns: 1.0, r"'mine' returned float"),
         (lambda **columns: [1.0, float("nan"), 0.0], r"'mine' returned nan for problem_id 'b'"),
-        (lambda **columns: [1.0, 0.0, "high"], r"'mine' returned 'high' for problem_id 3"),
-        (lambda completions, **columns: 1 / (len(completions) - 3), r"'mine' raised.*1, 'b', 3 together"),
+        (lambda **columns: [1.0, 0.0, 1e39], r"'mine' returned 1e\+39 for problem_id 3.*float32"),
+        (lambda **columns: [1.0, 10**5000, 0.0], r"'mine' returned inf for problem_id 'b'"),
     ],
 )
 def test_what_is_wrong_with_a_reward_function_is_named(function, message: str) -> None:

@@ -46,13 +46,6 @@ def annotation(data: Path) -> Words:
     ]  # fmt: skip
 
 
-def audit(data: Path) -> Words:
-    return lambda out: [
-        "data", "audit", str(data / "manifest.json"), "--model", str(data / "model"), "--samples", "2",
-        "--out", str(out / "audited.json"), *SIZES, *SAMPLED,
-    ]  # fmt: skip
-
-
 def run(
     folder: Path, words: Words, count: int, lives: tuple[int | None, ...] = (), expected: int = 0
 ) -> list[str]:
@@ -83,10 +76,8 @@ def calls(folder: Path) -> list[str]:
     return sorted(line.split()[1] for line in (folder / "calls").read_text().splitlines())
 
 
-@pytest.mark.parametrize("command", [evaluation, annotation])
-def test_two_processes_write_the_files_of_one(
-    data: Path, tmp_path: Path, command: Callable[[Path], Words]
-) -> None:
+def test_two_processes_write_the_files_of_one(data: Path, tmp_path: Path) -> None:
+    command = evaluation
     alone, shared = tmp_path / "alone", tmp_path / "shared"
     (expected,) = run(alone, command(data), 1)
     first, second = run(shared, command(data), 2)
@@ -105,12 +96,9 @@ def test_two_processes_write_the_files_of_one(
     assert again == whole and calls(shared) == calls(alone)
 
 
-@pytest.mark.parametrize("command", [annotation, audit])
-def test_a_killed_run_goes_on_with_another_number_of_processes(
-    data: Path, tmp_path: Path, command: Callable[[Path], Words]
-) -> None:
+def test_a_killed_run_goes_on_with_another_number_of_processes(data: Path, tmp_path: Path) -> None:
     alone, killed = tmp_path / "alone", tmp_path / "killed"
-    words: Words = lambda out: [*command(data)(out), "--batch_size", "1"]  # noqa: E731
+    words: Words = lambda out: [*annotation(data)(out), "--batch_size", "1"]  # noqa: E731
     run(alone, words, 1)
     said = run(killed, words, 3, (None, 1, None), expected=1)
     for log in (said[0], said[2]):
@@ -118,8 +106,6 @@ def test_a_killed_run_goes_on_with_another_number_of_processes(
         assert f"it goes on from the answers in {killed / 'out'}" in log
     parts = {path.name[:6] for path in (killed / "out").rglob("part-*")}
     assert parts == {"part-0", "part-1", "part-2"}
-    run(killed, words, 2, (0, None), expected=1)
-    run(killed, words, 1, (0,))
     run(killed, words, 2)
     finished, whole = contents(killed), contents(alone)
     assert journal(finished) == journal(whole)

@@ -11,15 +11,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from report_runs import left_out_lines, write_lines, write_rl_run
+from report_runs import write_lines, write_rl_run
 from studio_server import AUTHORIZED, TOKEN, studio_client
 
 pytest.importorskip("starlette", reason="the extra studio is not installed")
 from starlette.testclient import TestClient
 
 from video_r1.cli import main
+from video_r1.report.curves import Curves
 from video_r1.studio import tail as tail_module
-from video_r1.studio.curves import Curves
 from video_r1.studio.requests import POLICY, token_of
 
 OWN = {"X-Video-R1": "1"}
@@ -54,39 +54,36 @@ def append(path: Path, *lines: dict[str, Any]) -> None:
 def test_curves_grow_with_the_file(client: TestClient, runs: Path) -> None:
     metrics = runs / "rl" / "metrics.jsonl"
     first = get(client, "/api/curves", run="rl")
-    assert first["steps"] == list(range(1, 31)) and first["from"] == 0
-    assert first["more"] is False
+    assert first["points"]["steps"] == list(range(1, 31)) and first["more"] is False
+    assert "points" not in get(client, "/api/curves", run="rl", stamp=first["stamp"])  # nothing is new
     with metrics.open("a") as file:
         file.write('{"step": 31, "loss": 0.5}\n{"step": 32, "lo')
-    more = get(client, "/api/curves", run="rl", life=first["life"], have=30, width=1)
-    assert more["from"] == 29 and more["steps"] == [30, 31] and more["series"]["loss"][1] == 0.5
+    more = get(client, "/api/curves", run="rl", stamp=first["stamp"])
+    assert more["points"]["steps"][-1] == 31 and more["points"]["series"]["loss"][-1] == 0.5
     assert more["more"] is False and more["notes"] == []
-    assert (
-        get(client, "/api/curves", run="rl")["life"] == first["life"]
-    )  # nor is it a sketch for one who begins
     with metrics.open("a") as file:
         file.write('ss": 0.25}\n')
-    more = get(client, "/api/curves", run="rl", life=first["life"], have=31, width=1)
-    assert more["steps"] == [31, 32] and more["series"]["loss"] == [0.5, 0.25]
-    assert more["series"]["policy/kl"] == [None, None]
+    more = get(client, "/api/curves", run="rl", stamp=more["stamp"])["points"]
+    assert more["steps"][-2:] == [31, 32] and more["series"]["loss"][-2:] == [0.5, 0.25]
+    assert more["series"]["policy/kl"][-2:] == [None, None]
 
 
-def test_a_file_that_was_replaced_is_read_anew(client: TestClient, runs: Path) -> None:
+def test_a_file_that_was_replaced_is_read_from_its_start(client: TestClient, runs: Path) -> None:
     metrics = runs / "rl" / "metrics.jsonl"
     first = get(client, "/api/curves", run="rl")
     write_lines(metrics.with_name("draft"), [{"step": s, "loss": float(s)} for s in range(1, 6)])
     metrics.with_name("draft").replace(metrics)
-    second = get(client, "/api/curves", run="rl", life=first["life"], have=30, width=1)
-    assert second["life"] != first["life"] and second["from"] == 0 and list(second["series"]) == ["loss"]
-    # Cut short and grown beyond what it was, in the same file.
+    second = get(client, "/api/curves", run="rl", stamp=first["stamp"])
+    assert list(second["points"]["series"]) == ["loss"]
+    # Cut short and grown beyond its former size, in the same file.
     metrics.write_text("".join(f'{{"step": {s}, "kl": 1.0}}\n' for s in range(1, 40)))
-    third = get(client, "/api/curves", run="rl", life=second["life"], have=5, width=1)
-    assert third["from"] == 0 and third["steps"] == list(range(1, 40)) and list(third["series"]) == ["kl"]
+    third = get(client, "/api/curves", run="rl", stamp=second["stamp"])
+    assert third["points"]["steps"] == list(range(1, 40)) and list(third["points"]["series"]) == ["kl"]
     metrics.unlink()
-    assert get(client, "/api/curves", run="rl", life=third["life"], have=39, width=1)["steps"] == []
+    assert get(client, "/api/curves", run="rl", stamp=third["stamp"])["points"]["steps"] == []
 
 
-def test_lines_that_are_no_lines_are_left_out(runs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unreadable_lines_are_skipped_and_counted(runs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tail_module, "BLOCK", 1000)
     monkeypatch.setattr(tail_module.Tail.__init__, "__defaults__", (5000,))
     metrics = runs / "rl" / "metrics.jsonl"
@@ -95,69 +92,46 @@ def test_lines_that_are_no_lines_are_left_out(runs: Path, monkeypatch: pytest.Mo
         + "x" * 4500 + '", "loss": 3}\n\xff\n{"step": 4, "loss": NaN}\n{"step": 5, "loss": 1e999}\n'
     )  # fmt: skip
     with studio_client(runs) as client:
-        assert get(client, "/api/curves", run="rl")["more"]  # the first answer does not wait for the file
         read = get(client, "/api/curves", run="rl")
-    assert read["steps"] == [1, 2, 3, 4, 5] and read["series"]["loss"] == [1, 2, 3, None, None]
-    assert read["bad"] == {"loss": 2}
+    assert read["points"]["steps"] == [1, 2, 3, 4, 5]
+    assert read["points"]["series"]["loss"] == [1, 2, 3, None, None] and read["points"]["bad"] == {"loss": 2}
     assert read["notes"] == [
         "metrics.jsonl: 2 unreadable lines skipped",
         "metrics.jsonl: 1 far too long line skipped",
     ]
 
 
-def test_points_are_means_that_stay() -> None:
+def test_points_are_means() -> None:
     curves = Curves()
-    for step in range(1, 4001):
-        curves.add(
-            0,
-            0,
-            {"step": step, "time": step / 2, "loss": float(step), "rare": 1.0 if step % 8 == 0 else None},
-        )
+    for step in range(1, 4002):
+        rare = 1.0 if step % 8 == 0 else None
+        curves.add({"step": step, "time": step / 2, "loss": float(step), "rare": rare})
     points = curves.points()
-    assert points["width"] == 4 and len(points["steps"]) == 1000 and points["steps"][:2] == [4, 8]
+    assert points["averaged"] == 4 and points["steps"][:2] == [4, 8] and points["steps"][-2:] == [4000, 4001]
     assert points["series"]["loss"][:2] == [2.5, 6.5] and points["times"][:2] == [2.0, 4.0]
-    assert points["series"]["rare"][:4] == [None, 1.0, None, 1.0] and points["bad"]["rare"] == 3500
-    curves.add(0, 0, {"step": 4001, "loss": 9.0})
-    rest = curves.points(1000, 4)
-    assert rest["from"] == 999 and rest["steps"] == [4000, 4001] and rest["series"]["loss"] == [3998.5, 9.0]
+    assert points["series"]["loss"][-2:] == [3998.5, 4001]
+    assert points["series"]["rare"][:4] == [None, 1.0, None, 1.0] and points["bad"]["rare"] == 3501
 
 
 def test_validation_joins_its_step_and_a_resumed_run_goes_on_from_its_checkpoint() -> None:
     curves = Curves()
     for step in (1, 2, 3):
-        curves.add(0, 0, {"step": step, "loss": float(step)})
-    curves.add(0, 0, {"step": 3, "eval_loss": 7.0})
+        curves.add({"step": step, "loss": float(step)})
+    curves.add({"step": 3, "eval_loss": 7.0})
     assert curves.points()["series"] == {"loss": [1, 2, 3], "eval_loss": [None, None, 7]}
-    life = curves.life
-    curves.add(0, 0, {"step": 2, "loss": 20.0})
-    assert curves.points()["series"]["loss"] == [1, 20] and curves.life > life
+    curves.add({"step": 2, "loss": 20.0})
+    assert curves.points()["series"]["loss"] == [1, 20]
 
 
 def test_memory_of_curves_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("video_r1.studio.curves.MAX_CELLS", 400)
-    monkeypatch.setattr("video_r1.studio.curves.MAX_SERIES", 3)
+    monkeypatch.setattr("video_r1.report.curves.MAX_CELLS", 400)
+    monkeypatch.setattr("video_r1.report.curves.MAX_SERIES", 3)
     curves = Curves()
     for step in range(1, 301):
-        curves.add(0, 0, {"step": step, f"name{step}": 1.0, "loss": 2.0})
-    assert curves.rows <= 67 and len(curves.series) == 3
+        curves.add({"step": step, f"name{step}": 1.0, "loss": 2.0})
     points = curves.points()
+    assert len(points["steps"]) <= 67 and len(points["series"]) == 3
     assert points["steps"][-1] == 300 and set(points["series"]["loss"]) == {2.0} and points["averaged"] >= 4
-
-
-def test_a_long_run_is_sketched_until_it_is_read(runs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    append(runs / "long.jsonl", *({"step": s, "loss": 1.0, "pad": "x" * 2000} for s in range(1, 3001)))
-    (runs / "long.jsonl").replace(runs / "rl" / "metrics.jsonl")
-    monkeypatch.setattr(tail_module.time, "monotonic", lambda: next(clock))
-    clock = (float(n) for n in range(10**9))
-    with studio_client(runs) as client:
-        sketch = get(client, "/api/curves", run="rl")
-        assert sketch["life"] == -1 and sketch["more"]
-        assert 120 <= len(sketch["steps"]) <= 160 and sketch["steps"][0] == 1 and sketch["steps"][-1] == 3000
-        for _ in range(50):
-            read = get(client, "/api/curves", run="rl", life=-1)
-            if not read["more"]:
-                break
-        assert read["width"] == 2 and len(read["steps"]) == 1500
 
 
 # Groups ---------------------------------------------------------------------------------
@@ -279,7 +253,7 @@ def test_no_path_leads_out(client: TestClient, runs: Path, tmp_path: Path) -> No
     (runs / "rl" / "metrics.jsonl").unlink()
     (runs / "rl" / "metrics.jsonl").symlink_to(tmp_path / "secret" / "metrics.jsonl")
     read = get(client, "/api/curves", run="rl")
-    assert read["steps"] == [] and "leads out" in read["notes"][0]
+    assert read["points"]["steps"] == [] and "leads out" in read["notes"][0]
 
 
 def test_a_strip_outside_the_run_is_not_served(client: TestClient, runs: Path, tmp_path: Path) -> None:
@@ -321,7 +295,7 @@ def test_names_and_values_beyond_all_bounds(client: TestClient, runs: Path) -> N
             '{"step": 50, "loss": ' + "9" * 5000 + '}\n{"step": 1e999}\n{"step": -1e308, "time": 1e308}\n'
         )
     (run / "config.yaml").write_text("a: " + "[" * 3000 + "]" * 3000)
-    for path in ("/api/run", "/api/curves", "/api/entries", "/api/skipped", "/api/compare", "/api/runs"):
+    for path in ("/api/run", "/api/curves", "/api/entries", "/api/compare", "/api/runs"):
         assert get(client, path, run="rl")
     listed = get(client, "/api/entries", run="rl")
     for at in range(12, len(listed["entries"])):
@@ -330,7 +304,39 @@ def test_names_and_values_beyond_all_bounds(client: TestClient, runs: Path) -> N
         assert client.get("/api/frames", params=params).status_code == 404
 
 
-def test_settings_that_differ_and_what_was_set_aside(client: TestClient, runs: Path) -> None:
+def test_a_broken_run_is_a_row_that_says_so(
+    client: TestClient, runs: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A name of frames and a number of 5,000 digits, settings 900 deep, half a surrogate pair; any other."""
+    (runs / "eval").mkdir()
+    many, deep = "9" * 5000, '{"a": ' * 900 + "1" + "}" * 900
+    (runs / "eval" / "predictions-8.jsonl").write_text("{}\n")
+    (runs / "eval" / "summary.json").write_text(
+        f'{{"frames": {{"{many}": {{}}, "8": {{"ordered": {many}}}}}}}'
+    )
+    (runs / "eval" / "evaluation.json").write_text(deep)
+    line = json.loads((runs / "rl" / "rollouts.jsonl").read_text().splitlines()[0])
+    append(runs / "rl" / "rollouts.jsonl", line | {"step": 99, "frames": {"strip": "\ud83d", "count": 2}})
+    row = {"problem_id": "\ud83d", "problem": "\ud83d?", "data_type": "video", "problem_type": "\ud83d"}
+    row |= {"solution": "<answer>\ud83d</answer>", "path": "\ud83d.mp4"}
+    fine = row | {"problem_id": 2, "problem_type": "free-form"}
+    nested = json.dumps(row)[:-1] + ', "x": ' + deep + "}"
+    (runs / "m.jsonl").write_text(f"{json.dumps(row)}\n{json.dumps(fine)}\n{nested}\n")
+    time.sleep(2.1)  # a listing is good for two seconds
+    assert {run["name"] for run in get(client, "/api/runs")["runs"]} == {"eval", "rl"}
+    assert get(client, "/api/run", run="eval")["kind"] == "evaluation"
+    life = get(client, "/api/entries", run="rl")["life"]
+    assert get(client, "/api/group", run="rl", life=life, at=12)["strip"] is None
+    page = get(client, "/api/rows", manifest="m.jsonl")
+    assert page["rows"] == page["bad"] == len(page["shown"]) == 3
+    monkeypatch.setattr("video_r1.studio.overview.alerts_of", lambda lines: 1 // len(lines))
+    (runs / "eval" / "config.yaml").touch()  # so that it is read again
+    other, broken = get(client, "/api/runs")["runs"]
+    assert (broken["name"], broken["state"]) == ("eval", "failed") and other["name"] == "rl"
+    assert "cannot be read: ZeroDivisionError" in broken["why"]
+
+
+def test_settings_that_differ_and_skipped_groups(client: TestClient, runs: Path) -> None:
     write_rl_run(runs / "other", steps=5)
     config = runs / "other" / "config.yaml"
     config.write_text(config.read_text().replace("margin", "weight"))
@@ -338,47 +344,12 @@ def test_settings_that_differ_and_what_was_set_aside(client: TestClient, runs: P
     rows = client.get("/api/compare", params={"run": ["rl", "other"]}).json()["differing"]
     assert rows == [{"setting": "temporal_rule", "rl": "margin", "other": "weight"}]
     run = get(client, "/api/run", run="rl")
-    assert run["skipped_updates"]["total"] == 0 and run["config"]["hub_token"] == "(not shown)"
-
-
-# What a run learnt nothing from --------------------------------------------------------------------
-
-
-def test_what_was_left_out_is_listed_with_its_reasons(client: TestClient, runs: Path) -> None:
-    first = get(client, "/api/skipped", run="rl")
-    assert first["counts"] == {"replaced": 10, "tried": 10, "no variance": 10, "media": 2}
-    assert first["total"] == 32 and first["more"] is False
-    groups = [row for row in first["rows"] if row["reason"] != "media"]
-    assert [row["step"] for row in groups[:4]] == [30, 30, 30, 27]  # the last step first
-    replaced, tried, kept = groups[:3]
-    assert (replaced["reason"], replaced["by"], replaced["id"]) == ("replaced", "3030", "1300")
-    assert (tried["round"], kept["by"], kept["accuracy"], kept["reward"]) == (1, None, 0.0, 1.0)
-    media = get(client, "/api/skipped", run="rl", reason="media")
-    assert [row["why"] for row in media["rows"]] == [
-        "there is no video stream", "the file ends in the middle of a frame",
-    ]  # fmt: skip
-    only = get(client, "/api/skipped", run="rl", reason="tried", at=8)
-    assert only["total"] == 10 and [row["step"] for row in only["rows"]] == [6, 3]
-    assert get(client, "/api/skipped", run="rl", at=-5)["rows"] == first["rows"]
-    assert get(client, "/api/skipped", run="rl", at=10**6)["rows"] == []
-    assert client.get("/api/skipped", params={"run": "rl", "at": "x"}).status_code == 400
-    # It grows with the file, and begins anew with one that a continued run has cut.
-    path = runs / "rl" / "left_out.jsonl"
-    append(path, {"step": 31, "problem_id": 5, "reason": "no variance"})
-    assert get(client, "/api/skipped", run="rl", reason="no variance")["rows"][0]["id"] == "5"
-    write_lines(path.with_name("draft"), left_out_lines(6))
-    path.with_name("draft").replace(path)
-    assert get(client, "/api/skipped", run="rl")["counts"]["replaced"] == 2
-
-
-def test_the_list_of_what_was_left_out_is_bounded(runs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("video_r1.studio.groups.MOST", 20)
-    lines = [{"step": step, "problem_id": step, "reason": "no variance"} for step in range(1, 56)]
-    write_lines(runs / "rl" / "left_out.jsonl", lines)
-    with studio_client(runs) as client:
-        answer = get(client, "/api/skipped", run="rl", reason="no variance")
-    assert [row["step"] for row in answer["rows"]] == list(range(55, 40, -1))
-    assert answer["notes"] == ["the 40 oldest are not listed: left_out.jsonl has them"]
+    assert run["skipped_updates"]["shown"] == [] and run["config"]["hub_token"] == "(not shown)"
+    newest, *_ = run["left_out"]["shown"]
+    assert (newest["step"], newest["problem_id"], newest["reason"]) == ("30", "1302", "no variance")
+    assert len(run["left_out"]["shown"]) == 30
+    reasons = [row["reason"] for row in run["quarantine"]["shown"]]
+    assert reasons == ["there is no video stream", "the file ends in the middle of a frame"]
 
 
 EVERY_ADDRESS = """
@@ -391,7 +362,7 @@ with TestClient(app, base_url="http://127.0.0.1:7860", headers=headers) as clien
     for address in (
         "", "api/runs", "api/run?run=rl", "api/curves?run=rl", "api/compare?run=rl&run=rl",
         "api/entries?run=rl", "api/group?run=rl&life=1&at=0", "api/frames?run=rl&life=1&at=0",
-        "api/skipped?run=rl", "api/choices", "api/manifests", "api/rows?manifest=m.json&counts=1",
+        "api/choices", "api/rows?manifest=m.json&counts=1",
         "api/clip?manifest=m.json&row=0", "api/evaluations", "api/versus?left=a&right=b",
         "api/questions?left=a&right=b",
     ):

@@ -6,7 +6,8 @@ import asyncio
 import io
 import json
 import sys
-from collections.abc import Iterator
+import threading
+from collections.abc import AsyncIterator, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,17 +32,16 @@ ROW = {
 # Answers like answerer.py, and does with a word of the question what a model may do.
 FAKE = """
 import json, os, signal, sys, time
+def say(**event):
+    print(json.dumps(event), flush=True)
 for line in sys.stdin:
     asked = json.loads(line)
-    if "stop" in asked:
+    if asked == "stop":
         continue
-    if asked["settings"]["question"][0] == "hang":
-        print(json.dumps({"number": asked["number"], "event": "state", "text": str(os.getpid())}), flush=True)
-        time.sleep(600)
-    def say(**event):
-        print(json.dumps({"number": asked["number"], **event}), flush=True)
     word = asked["settings"]["question"][0]
     say(event="state", text=str(os.getpid()))
+    if word == "hang":
+        time.sleep(600)
     if word == "die":
         print("Segmentation fault", file=sys.stderr, flush=True)
         os.kill(os.getpid(), signal.SIGKILL)
@@ -96,7 +96,7 @@ def test_a_question_reaches_the_model(client: TestClient, folder: Path) -> None:
     assert settings == {
         "model": str(folder / "model"), "engine": "transformers", "path": str(folder / "clips" / "one.mp4"),
         "question": ["Where?"], "samples": 64, "options": ["left", "right"], "max_new_tokens": 7,
-        "problem_type": "OCR", "answer": "right", "temperature": 0.5, "top_p": 1.0,
+        "problem_type": "OCR", "answer": "right", "temperature": 0.5, "top_p": 1.0, "play": "forward",
     }  # fmt: skip
     address = {"engine": "http://127.0.0.1:9/v1", "model": "big", "checkpoint": "model"}
     assert events(client, **address)[1]["asked"]["settings"]["model"] == "big"
@@ -199,6 +199,29 @@ def test_a_clip_from_the_browser(client: TestClient, folder: Path, monkeypatch: 
     assert [other.name for other in Path(path).parent.iterdir()] == [name]
 
 
+def test_uploads_count_while_they_arrive(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Clips sent at once cannot fill the disk: whole ones go, then further bytes are refused."""
+    monkeypatch.setattr(clips, "TOGETHER", 1000)
+    uploads = clips.Uploads()
+
+    async def pieces(*sizes: int) -> AsyncIterator[bytes]:
+        for size in sizes:
+            yield bytes(size)
+            await asyncio.sleep(0)
+
+    async def send() -> tuple[str, list[Any]]:
+        whole = await uploads.take("whole.mp4", pieces(500))
+        sent = (uploads.take(f"{i}.mp4", pieces(300, 100)) for i in range(3))
+        return whole, await asyncio.gather(*sent, return_exceptions=True)
+
+    whole, sent = asyncio.run(send())
+    names = [name for name in sent if isinstance(name, str)]
+    assert len(names) == 2 and [error.status_code for error in sent if error not in names] == [413]
+    folder = uploads.path(names[0]).parent
+    assert sorted(path.name for path in folder.iterdir()) == sorted(names) and whole not in names
+    uploads.close()
+
+
 def test_a_question_becomes_a_row(client: TestClient, folder: Path) -> None:
     fields = {"question": "Where to?", "options": ["left", "right"], "answer": "right"}
     row = asked(**fields)
@@ -227,17 +250,22 @@ def test_a_question_becomes_a_row(client: TestClient, folder: Path) -> None:
     assert not (folder.parent / "elsewhere.jsonl").exists()
 
 
-def said_by(answerer: Answerer, out: io.StringIO, **settings: Any) -> list[dict[str, Any]]:
-    """The events of one question to a process that answers."""
+def said_by(
+    answerer: Answerer, out: io.StringIO, orders: Sequence[str] = (), stopped: bool = False, **settings: Any
+) -> list[dict[str, Any]]:
+    """The events of one question to a process that answers. stopped: nobody listens from the start."""
     out.seek(0)
     out.truncate()
-    answerer.answer({"number": answerer.number + 1, "settings": settings, "orders": ["ordered", "shuffled"]})
+    listening = threading.Event()
+    if stopped:
+        listening.set()
+    answerer.answer({"settings": settings, "orders": ["ordered", "shuffled", *orders]}, listening)
     return [json.loads(line) for line in out.getvalue().splitlines()]
 
 
 @pytest.mark.slow
 def test_the_process_hears_an_engine_at_an_address(folder: Path) -> None:
-    """Word by word; one that breaks becomes a message, and the next question is answered."""
+    """An endpoint that fails becomes a message, and the next question is answered."""
     out = io.StringIO()
     answerer = Answerer(out)
     settings = {
@@ -248,20 +276,17 @@ def test_the_process_hears_an_engine_at_an_address(folder: Path) -> None:
         settings["engine"] = server.url
         said = said_by(answerer, out, **settings)
         texts = [event for event in said if event["event"] == "text"]
-        assert {event["view"] for event in texts} == {0, 1} and len(texts) > 60
+        assert {event["view"] for event in texts} == {0, 1}
         (answers,) = (event for event in said if event["event"] == "answers")
         assert [view["counted"] for view in answers["views"]] == [2, 2]
-        for event, message in (("dies", "broke off"), ("fails", "out of memory")):
-            server.always = event
-            said = said_by(answerer, out, **settings)
-            assert [event["event"] for event in said[-2:]] == ["error", "end"] and message in said[-2][
-                "error"
-            ]
-            assert any(event["event"] == "text" for event in said)
+        server.always = 400
+        said = said_by(answerer, out, **settings)
+        assert [event["event"] for event in said[-2:]] == ["error", "end"]
+        assert "refused a request: HTTP 400" in said[-2]["error"]
         server.always = None
         assert said_by(answerer, out, **settings)[-2]["event"] == "answers"
-        answerer.stopped.add(answerer.number + 1)
-        assert [event["event"] for event in said_by(answerer, out, **settings)][-2:] == ["state", "end"]
+        said = said_by(answerer, out, stopped=True, **settings)
+        assert [event["event"] for event in said[-2:]] == ["state", "end"]
     said = said_by(answerer, out, **settings)  # the engine is gone
     assert said[-2]["event"] == "error" and server.url in said[-2]["error"]
 
@@ -276,11 +301,7 @@ def test_the_process_answers_with_the_lab_base(folder: Path) -> None:
     }  # fmt: skip
 
     def ask(**more: Any) -> list[dict[str, Any]]:
-        out.seek(0)
-        out.truncate()
-        orders = ["ordered", "shuffled", "blind"]
-        answerer.answer({"number": answerer.number + 1, "settings": settings | more, "orders": orders})
-        return [json.loads(line) for line in out.getvalue().splitlines()]
+        return said_by(answerer, out, ["blind"], **(settings | more))
 
     said = ask(question=["Where to, left or right?"])
     (frames,) = (event for event in said if event["event"] == "frames")
@@ -300,6 +321,5 @@ def test_the_process_answers_with_the_lab_base(folder: Path) -> None:
     assert not frames["decoded"]
     error, end = ask(question=["What?"], path=str(folder / "gone.mp4"))
     assert "gone.mp4: no such file" in error["error"] and end["event"] == "end"
-    answerer.stopped.add(answerer.number + 1)
-    stopped = ask(question=["Why?"])
+    stopped = ask(question=["Why?"], stopped=True)
     assert [event["event"] for event in stopped[-2:]] == ["state", "end"]

@@ -1,68 +1,107 @@
-"""The studio in a real browser: curves that grow, rollouts, runs over each other, hostile text."""
+"""The studio in a real browser: every page as a person meets it, also by keyboard and on a phone."""
 
 from __future__ import annotations
 
+import io
 import json
 import random
+import shutil
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from browser import fits
 from chat_endpoint import chat_endpoint
+from PIL import Image
 from report_runs import (
     HOSTILE,
     group_line,
     metrics_line,
+    write_controls,
     write_demo,
     write_evaluation,
     write_hostile_run,
     write_lines,
     write_rl_run,
 )
+from studio_screenshots import ask_lab_questions
 from studio_server import studio
 
+from video_r1.data.manifests.records import load_manifest
 from video_r1.files import append_line
 from video_r1.lab.clips import write_lab
 from video_r1.settings.commands import LabSettings
+from video_r1.settings.frames import CONTROLS
 
 pytest.importorskip("starlette", reason="the extra studio is not installed")
 pytest.importorskip("playwright", reason="playwright is not installed")
-from playwright.sync_api import Browser, Page, expect
+from playwright.sync_api import Browser, Locator, Page, Route, expect
 
 SLOW = 60_000
 LIVE = 2000  # milliseconds from a written line to the screen
 
 
+def write_question_about_two(folder: Path) -> None:
+    """A row with two clips, and a run that has recorded it: four frames of each."""
+    rows = [r for r in json.loads((folder / "lab" / "test.json").read_text()) if r["data_type"] == "video"]
+    both = {"problem_id": "two", "path": [row["path"] for row in rows[:2]], "problem_type": "free-form"}
+    row = rows[0] | both | {"problem": "Do they go the same way?", "solution": "<answer>yes</answer>"}
+    row.pop("options", None)
+    (folder / "lab" / "two.json").write_text(json.dumps([row]))
+    copied = row | {"path": [f"again/{path}" for path in row["path"]]}
+    for path in row["path"]:
+        (folder / "lab" / "again" / path).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(folder / "lab" / path, folder / "lab" / "again" / path)
+    (folder / "lab" / "two_again.json").write_text(json.dumps([copied]))
+    shutil.copytree(folder / "rl", folder / "two")
+    line = json.loads((folder / "two" / "rollouts.jsonl").read_text().splitlines()[0])
+    line["frames"] |= {"clips": [4, 4], "timestamps": [0.0, 1.0, 2.0, 3.0] * 2}
+    line |= both | {"problem": row["problem"], "answer": "yes", "options": []}
+    write_lines(folder / "two" / "rollouts.jsonl", [line | {"permutation": [2, 0, 3, 1, 5, 4, 7, 6]}])
+
+
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("runs")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The lab's clips, a run that was asked about them and others, two evaluations, a broken checkpoint."""
+    folder = tmp_path_factory.mktemp("pages")
+    lab = folder / "lab"
+    write_lab(LabSettings(folder=str(lab), train=8, test=12, seed=1))
+    samples = [sample for sample in load_manifest(lab / "test.json") if sample.options]
+    write_rl_run(folder / "rl", steps=10, every=5)
+    ask_lab_questions(folder / "rl", [sample for sample in samples if sample.data_type == "video"])
+    write_question_about_two(folder)
     write_demo(folder / "demo")
     write_rl_run(folder / "live", steps=20, every=5)
     write_rl_run(folder / "other", steps=40, every=5)
     config = folder / "other" / "config.yaml"
     config.write_text(config.read_text().replace("margin", "weight"))
+    for name, rates in (("eval-sft", (0.6, 0.5)), ("eval-rl", (0.8, 0.55))):
+        write_controls(folder / name, *rates)
+    (folder / "broken").mkdir()
+    (folder / "broken" / "config.json").write_text('{"model_type": "qwen2_5_vl"}')
+    (folder / "broken" / "model.safetensors").write_bytes(b"nothing")
     return folder
 
 
 @pytest.fixture(scope="module")
-def address(runs: Path) -> Iterator[str]:
-    with studio(runs) as (opened, _):
+def address(folder: Path) -> Iterator[str]:
+    with studio(folder) as (opened, _):
         yield opened
 
 
-def test_studio_curves_and_groups_grow_while_a_run_trains(page: Page, address: str, runs: Path) -> None:
+def test_studio_curves_and_groups_grow_while_a_run_trains(page: Page, address: str, folder: Path) -> None:
     page.goto(address)
     page.get_by_role("link", name="live").click()
     readout = page.locator(".headline output").first
     expect(readout).to_contain_text("step 20")
     expect(page.locator(".position")).to_have_text("7 of 8")
     random_ = random.Random(3)
-    append_line(runs / "live" / "metrics.jsonl", metrics_line(21, 40, random_))
+    append_line(folder / "live" / "metrics.jsonl", metrics_line(21, 40, random_))
     append_line(
-        runs / "live" / "rollouts.jsonl", group_line(runs / "live", 21, 900, random_, 0.5, (8, 56, 56))
+        folder / "live" / "rollouts.jsonl", group_line(folder / "live", 21, 900, random_, 0.5, (8, 56, 56))
     )
     expect(readout).to_contain_text("step 21", timeout=LIVE)
     expect(page.locator(".rollouts .lead")).to_contain_text("9 recorded questions", timeout=LIVE)
@@ -73,11 +112,11 @@ def test_studio_curves_and_groups_grow_while_a_run_trains(page: Page, address: s
     # A series that was not there before gets a chart.
     for step in (22, 23):
         append_line(
-            runs / "live" / "metrics.jsonl", metrics_line(step, 40, random_) | {"reward/tidy": step / 40}
+            folder / "live" / "metrics.jsonl", metrics_line(step, 40, random_) | {"reward/tidy": step / 40}
         )
     expect(page.get_by_role("button", name="tidy", exact=True)).to_be_visible(timeout=LIVE + 1000)
     # Half a line waits for its end.
-    with (runs / "live" / "metrics.jsonl").open("a") as file:
+    with (folder / "live" / "metrics.jsonl").open("a") as file:
         text = json.dumps(metrics_line(24, 40, random_)) + "\n"
         file.write(text[:200])
         file.flush()
@@ -99,12 +138,12 @@ def test_studio_runs_over_each_other(page: Page, address: str) -> None:
 
 
 @pytest.mark.slow
-def test_studio_rollouts_and_axes(page: Page, address: str, runs: Path) -> None:
+def test_studio_rollouts_and_axes(page: Page, address: str, folder: Path) -> None:
     """Frames are in both orders and play; completions are filtered; charts have three axes."""
     page.goto(f"{address}#/run/other")
     expect(page.locator(".column.shuffled .tile")).to_have_count(8)
     line: dict[str, Any] = next(
-        line for line in map(json.loads, (runs / "other" / "rollouts.jsonl").read_text().splitlines())
+        line for line in map(json.loads, (folder / "other" / "rollouts.jsonl").read_text().splitlines())
         if f"question {line['problem_id']} " in page.locator(".facts").inner_text()
     )  # fmt: skip
     for order, frames in (("ordered", list(range(8))), ("shuffled", line["permutation"])):
@@ -121,121 +160,75 @@ def test_studio_rollouts_and_axes(page: Page, address: str, runs: Path) -> None:
         expect(page.locator("dialog output")).to_contain_text(f"frame {frame + 1} of 8")
     page.get_by_role("button", name="Close").click()
     page.get_by_label("Outcome").select_option("some")
-    expect(page.locator(".position")).to_have_text("15 of 16")
+    recorded = map(json.loads, (folder / "other" / "rollouts.jsonl").read_text().splitlines())
+    expect(page.locator(".position")).to_contain_text(f"of {sum(0 < line['p'] < 1 for line in recorded)}")
     page.get_by_label("Across").select_option("time")
     expect(page.locator(".headline output").first).to_contain_text("after 2 min")
+    ticks = page.locator(".headline .plot").first.locator("text[y='246']").all_text_contents()
+    assert len(ticks) > 3 and len(set(ticks)) == len(ticks), ticks
     page.get_by_label("Across").select_option("tokens")
     expect(page.locator(".headline output").first).to_contain_text("tokens 1")
 
 
 @pytest.mark.slow
-def test_studio_lists_skipped_groups(page: Page, address: str) -> None:
-    page.goto(f"{address}#/run/demo%2Frl")
-    rows = page.locator(".skipped tbody tr")
-    expect(rows).to_have_count(50)
-    expect(rows.first).to_contain_text("no variance: all answers earn 1; replaced by question 3150")
-    page.get_by_role("button", name="Older →").click()
-    expect(page.locator("#skipped output")).to_have_text("51 to 100 of 152")
-    page.get_by_label("Reason").select_option("media")
-    expect(rows).to_have_count(2)
-    expect(rows.first).to_contain_text("there is no video stream")
-    expect(page.get_by_label("Reason").locator("option").first).to_have_text("any · 152")
-
-
-@pytest.fixture(scope="module")
-def clips(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("data")
-    write_lab(LabSettings(folder=str(folder), train=4, test=12, seed=1))
-    (folder / "broken").mkdir()
-    (folder / "broken" / "config.json").write_text('{"model_type": "qwen2_5_vl"}')
-    (folder / "broken" / "model.safetensors").write_bytes(b"nothing")
-    return folder
-
-
-@pytest.mark.slow
-def test_studio_an_answer_streams_beside_other_orders(page: Page, clips: Path) -> None:
-    with studio(clips) as (address, _):
-        page.goto(f"{address}#/ask")
-        page.get_by_label("Clip from").select_option("test.json")
-        rows = page.get_by_label("Question of the manifest")
-        expect(rows.locator("option")).to_have_count(12)
-        first = [row["data_type"] for row in json.loads((clips / "test.json").read_text())].index("video")
-        rows.select_option(index=first)
-        expect(page.get_by_label("Question", exact=True)).not_to_have_value("")
-        video = page.locator("video")
-        video.evaluate("video => video.play()")
-        page.wait_for_timeout(700)
-        assert video.evaluate("video => video.currentTime") > 0.2
-        # A model that cannot be opened says so, and the page goes on.
-        page.get_by_label("Checkpoint").select_option("broken")
-        page.get_by_role("button", name="Ask", exact=True).click()
-        expect(page.locator(".state-line.bad")).to_contain_text("broken", timeout=SLOW)
-        page.get_by_label("Checkpoint").select_option("the lab's base")
-        page.get_by_label("Answers to each").fill("4")
-        page.evaluate(
-            "window.seen = {};"
-            "const look = () => document.querySelectorAll('.views .text').forEach("
-            "  (text, place) => (seen[place] ??= new Set()).add(text.textContent.length));"
-            "new MutationObserver(look).observe(document.body, {subtree: true, childList: true})"
-        )
-        page.get_by_role("button", name="Ask", exact=True).click()
-        expect(page.locator(".tally b")).to_have_count(5, timeout=SLOW)
-        lengths = page.evaluate("Object.values(window.seen).map(lengths => lengths.size)")
-        assert max(lengths) >= 3  # nothing, a part, the whole
-        assert page.locator(".answers").get_attribute("data-decoded") == "true"
-        frames = "all => all.map(tile => +tile.dataset.frame)"
-        orders = [page.locator(f".column:nth-child({n}) .tile").evaluate_all(frames) for n in (1, 2, 3, 4)]
-        assert orders[0] == sorted(orders[1]) and orders[1] != orders[0] and orders[2] == orders[0][::-1]
-        assert len(set(orders[3])) == 1
-        page.get_by_label("Question", exact=True).fill("And what came after it?")
-        page.keyboard.press("Control+Enter")
-        expect(page.locator(".answers").first.locator(".tally b")).to_have_count(5, timeout=SLOW)
-        assert page.locator(".answers").first.get_attribute("data-decoded") == "false"
-        page.get_by_role("button", name="Add to manifest").click()
-        expect(page.locator(".state-line")).to_contain_text("asked.jsonl")
-        assert json.loads((clips / "asked.jsonl").read_text())["problem"] == "And what came after it?"
-        for width in (390, 2560):
-            page.set_viewport_size({"width": width, "height": 900})
-            fits(page)
+def test_studio_an_answer_streams_beside_other_orders(page: Page, address: str, folder: Path) -> None:
+    page.goto(f"{address}#/ask")
+    page.get_by_label("Clip from").select_option("lab/test.json")
+    rows = page.get_by_label("Question of the manifest")
+    expect(rows.locator("option")).to_have_count(12)
+    lab = json.loads((folder / "lab" / "test.json").read_text())
+    rows.select_option(index=[row["data_type"] for row in lab].index("video"))
+    expect(page.get_by_label("Question", exact=True)).not_to_have_value("")
+    video = page.locator("video")
+    video.evaluate("video => video.play()")
+    page.wait_for_timeout(700)
+    assert video.evaluate("video => video.currentTime") > 0.2
+    # A model that cannot be opened says so, and the page goes on.
+    page.get_by_label("Checkpoint").select_option("broken")
+    ask = page.get_by_role("button", name="Ask", exact=True)
+    ask.click()
+    expect(page.locator(".state-line.bad")).to_contain_text("broken", timeout=SLOW)
+    page.get_by_label("Checkpoint").select_option("the lab's base")
+    page.get_by_label("Answers to each").fill("4")
+    page.evaluate(
+        "window.seen = {};"
+        "const look = () => document.querySelectorAll('.views .text').forEach("
+        "  (text, place) => (seen[place] ??= new Set()).add(text.textContent.length));"
+        "new MutationObserver(look).observe(document.body, {subtree: true, childList: true})"
+    )
+    ask.click()
+    expect(page.locator(".tally b")).to_have_count(5, timeout=SLOW)
+    lengths = page.evaluate("Object.values(window.seen).map(lengths => lengths.size)")
+    assert max(lengths) >= 3  # nothing, a part, the whole
+    assert page.locator(".answers").get_attribute("data-decoded") == "true"
+    frames = "all => all.map(tile => +tile.dataset.frame)"
+    orders = [page.locator(f".column:nth-child({n}) .tile").evaluate_all(frames) for n in (1, 2, 3, 4)]
+    assert orders[0] == sorted(orders[1]) and orders[1] != orders[0] and orders[2] == orders[0][::-1]
+    assert len(set(orders[3])) == 1
+    page.get_by_label("Question", exact=True).fill("And what came after it?")
+    page.keyboard.press("Enter")
+    expect(page.locator(".answers").first.locator(".tally b")).to_have_count(5, timeout=SLOW)
+    assert page.locator(".answers").first.get_attribute("data-decoded") == "false"
+    page.get_by_role("button", name="Add to manifest").click()
+    expect(page.locator(".state-line")).to_contain_text("asked.jsonl")
+    assert json.loads((folder / "lab/asked.jsonl").read_text())["problem"] == "And what came after it?"
+    ask.click()
+    page.get_by_role("button", name="Stop").click()
+    expect(page.locator(".state-line")).to_have_text("Stopped.")
+    rows.select_option(index=11)  # answers about another clip go
+    expect(page.locator(".answers")).to_have_count(0)
+    for width in (390, 2560):
+        page.set_viewport_size({"width": width, "height": 900})
+        fits(page)
 
 
 @pytest.mark.slow
-def test_studio_an_engine_is_heard_word_by_word_and_stopped(page: Page, clips: Path) -> None:
-    """At an address: reasoning and answer apart, Stop, an engine that dies as it writes."""
-    with studio(clips) as (address, _), chat_endpoint() as server:
-        server.beat, server.always = 0.1, "apart"
-        page.goto(f"{address}#/ask")
-        page.get_by_label("Clip from").select_option("test.json")
-        first = [row["data_type"] for row in json.loads((clips / "test.json").read_text())].index("video")
-        page.get_by_label("Question of the manifest").select_option(index=first)
-        page.get_by_text("an engine's address instead").click()
-        page.get_by_label("Address").fill(server.url)
-        page.get_by_label("Question", exact=True).fill("Question 1: where?")
-        page.get_by_label("Answers to each").fill("2")
-        ask_button, said = page.get_by_role("button", name="Ask", exact=True), page.locator(".state-line")
-        ask_button.click()
-        text = page.locator(".answers").first.locator(".text").first
-        expect(text.locator(".think")).to_contain_text("In question 1", timeout=SLOW)
-        assert "ends" not in text.inner_text()  # it is still being written
-        expect(page.locator(".tally b")).to_have_count(5, timeout=SLOW)
-        assert text.locator(".answer").inner_text() == "B" and "ends" in text.locator(".think").inner_text()
-        server.beat = 0.5
-        ask_button.click()
-        expect(page.locator(".answers").first.locator(".think").first).to_contain_text("In question")
-        page.get_by_role("button", name="Stop").click()
-        expect(said).to_have_text("Stopped.")
-        server.beat, server.always = 0.0, "dies"
-        ask_button.click()
-        expect(page.locator(".state-line.bad")).to_contain_text("broke off", timeout=SLOW)
-        expect(page.locator(".answers .views").first).to_contain_text("In question 1")
-        page.get_by_role("link", name="Runs").click()
-        expect(page.locator("h1")).to_have_text("Runs")
-
-
-@pytest.mark.slow
-def test_studio_pages_through_a_manifest(page: Page, clips: Path, tmp_path: Path) -> None:
+def test_studio_pages_through_a_manifest(page: Page, folder: Path, tmp_path: Path) -> None:
+    clips = folder / "lab"
     videos = [row for row in json.loads((clips / "test.json").read_text()) if row["data_type"] == "video"]
     rows = [videos[i % len(videos)] | {"problem_id": i, "data_source": f"set {i % 2}"} for i in range(3000)]
+    for row in rows:
+        row["pass_rates"] = {"ordered": 0.875, "shuffled": 0.375, "one frame": 0.25}
     rows[0]["problem"] = HOSTILE[1]
     rows[1] |= {"problem": HOSTILE[0] * 50, "problem_type": HOSTILE[1]}
     rows[2999]["problem"] = "Where does the very last one go?"
@@ -259,7 +252,7 @@ def test_studio_pages_through_a_manifest(page: Page, clips: Path, tmp_path: Path
         expect(page.locator(".position")).to_have_text("1 to 50 of 1\u2009500")
         page.get_by_label("with problems").check()
         expect(page.locator(".position")).to_have_text("1 to 1 of 1")
-        expect(page.locator(".alerts")).to_contain_text("problem_type is")
+        expect(page.locator(".stage .alerts")).to_contain_text("problem_type is")
         page.get_by_label("with problems").uncheck()
         page.get_by_label("Find").fill("VERY LAST")
         expect(page.locator(".facts")).to_contain_text("row 3\u2009000")
@@ -269,24 +262,6 @@ def test_studio_pages_through_a_manifest(page: Page, clips: Path, tmp_path: Path
         page.get_by_role("link", name="Ask a model about it").click()
         expect(page.get_by_label("Question", exact=True)).to_have_value(rows[2999]["problem"])
         assert page.locator("main img, main script, iframe").count() == 0
-
-
-@pytest.mark.slow
-def test_studio_evaluations_side_by_side(page: Page, tmp_path: Path) -> None:
-    write_evaluation(tmp_path / "eval-rl", 0.7, 0.5)
-    write_evaluation(tmp_path / "eval-sft", 0.5, 0.5)
-    with studio(tmp_path) as (address, _):
-        page.goto(f"{address}#/evaluations")
-        expect(page.locator(".versus caption")).to_contain_text("both have answered")
-        expect(page.locator(".versus-question")).to_have_count(20)
-        before = page.locator(".versus-question .facts").first.inner_text()
-        page.get_by_role("button", name="right wins").click()
-        expect(page.locator(".versus-question .facts").first).not_to_have_text(before)
-        page.locator(".versus tr", has_text="digits").first.get_by_role("button").first.click()
-        expect(page.locator("#questions .lead")).to_contain_text("digits")
-        for width in (390, 1280, 2560):
-            page.set_viewport_size({"width": width, "height": 900})
-            fits(page)
 
 
 @pytest.mark.slow
@@ -312,9 +287,9 @@ def test_studio_works_by_keyboard(page: Page, address: str) -> None:
 
 
 @pytest.mark.slow
-def test_studio_says_that_its_server_is_gone_and_goes_on(studio_browser: Browser, runs: Path) -> None:
-    shown = studio_browser.new_page()
-    with studio(runs) as (address, _):
+def test_studio_says_that_its_server_is_gone_and_goes_on(chromium: Browser, folder: Path) -> None:
+    shown = chromium.new_page()
+    with studio(folder) as (address, _):
         shown.goto(address)
         expect(shown.locator(".runs tbody tr")).not_to_have_count(0)
     expect(shown.get_by_role("alert")).to_contain_text("still running?", timeout=6000)
@@ -342,3 +317,229 @@ def test_studio_hostile_folder_is_harmless(page: Page, tmp_path: Path) -> None:
         assert HOSTILE[0] in page.locator(".card .text").first.inner_text()
         assert page.locator("main img, main script, iframe, main svg[onload]").count() == 0
         fits(page)
+
+
+def drawn(video: Locator) -> bool:
+    """Whether there is a picture, where no control lies over it."""
+    with Image.open(io.BytesIO(video.screenshot())) as picture:
+        pixels = np.asarray(picture.convert("L"), dtype=float)
+    height, width = pixels.shape
+    return pixels[height // 8 : height * 5 // 8, width * 3 // 8 : width * 5 // 8].std() > 4
+
+
+class HeldClips:
+    """Clips that come only when they are let go."""
+
+    def __init__(self, page: Page) -> None:
+        self.page, self.waiting = page, list[Route]()
+        page.route("**/api/clip*", lambda route: self.waiting.append(route))
+
+    def let_go(self) -> None:
+        for route in self.waiting:
+            route.continue_()
+        self.page.unroute("**/api/clip*")
+
+
+@pytest.mark.slow
+def test_clips_of_rollouts_show_their_first_frame(page: Page, address: str) -> None:
+    held = HeldClips(page)
+    page.goto(f"{address}#/run/rl")
+    videos = [page.locator(f".column.{order} video") for order in ("ordered", "shuffled")]
+    for video in videos:
+        expect(video).to_be_visible()
+        page.wait_for_function("video => video.poster", arg=video.element_handle())
+        page.wait_for_timeout(100)
+        assert drawn(video)
+    before = page.locator(".cards").first.bounding_box()
+    held.let_go()
+    for video in videos:
+        page.wait_for_function("v => v.readyState > 1 && !v.poster && !v.seeking", arg=video.element_handle())
+        assert drawn(video)
+    assert page.locator(".cards").first.bounding_box() == before
+    # The contrast begins with its own first frame.
+    frame = page.locator(".column.shuffled .tile").first.get_attribute("data-frame")
+    assert (videos[1].evaluate("video => video.currentTime") > 0) == (frame != "0")
+
+
+@pytest.mark.slow
+def test_all_clips_of_a_row_are_shown(page: Page, address: str) -> None:
+    names = ["Clip 1 of 2", "Clip 2 of 2"]
+    for view, name in (("#/data/lab%2Ftwo.json", "data"), ("#/ask/lab%2Ftwo.json/0", "ask")):
+        page.goto(f"{address}{view}")
+        expect(page.locator(".players video"), name).to_have_count(2)
+        assert page.locator(".players figcaption").all_inner_texts() == names
+        if name == "ask":
+            expect(page.get_by_label("Question of the manifest")).to_have_value("0")
+        lengths = set()
+        for video in page.locator(".players video").all():
+            page.wait_for_function("video => video.readyState > 1", arg=video.element_handle())
+            lengths.add(video.evaluate("video => video.src"))
+            assert drawn(video)
+        assert len(lengths) == 2
+    page.goto(f"{address}#/run/two")
+    said = "This is row 1 of lab/two.json; 1 other row may be meant as well."
+    expect(page.locator(".column.ordered")).to_contain_text(said)
+    for order, begins in (("ordered", [0, 0]), ("shuffled", [2, 1])):
+        videos = page.locator(f".column.{order} .players video")
+        expect(videos).to_have_count(2)
+        for video, begin in zip(videos.all(), begins, strict=True):
+            page.wait_for_function("v => v.readyState > 1 && !v.seeking", arg=video.element_handle())
+            assert drawn(video) and abs(video.evaluate("video => video.currentTime") - begin) < 0.1
+    for width in (390, 1280):
+        page.set_viewport_size({"width": width, "height": 900})
+        fits(page)
+
+
+@pytest.mark.slow
+def test_evaluations_side_by_side_and_one_against_its_controls(page: Page, address: str) -> None:
+    page.goto(f"{address}#/evaluations/eval-rl%20(direct)/eval-rl")
+    table = page.locator(".versus")
+    whole = table.locator("tbody").first
+    expect(whole.locator("td").nth(2)).to_contain_text("7 tokens")
+    expect(whole.locator("td").nth(3)).to_contain_text("181 tokens")
+    expect(whole.locator("td").nth(4)).to_contain_text("+174 tokens")
+    by_order = table.locator("tbody", has_text="By order of the frames")
+    names = by_order.locator("th[scope=row]").all_inner_texts()
+    assert names == ["in order", *CONTROLS[1:]]
+    expect(by_order.locator("tr", has_text="blind")).to_contain_text("order gains +0.")
+    by_order.locator("tr", has_text="blind").get_by_role("button").last.click()
+    lead = page.locator("#questions .lead")
+    expect(lead).to_contain_text("with the frames blind that eval-rl answers better")
+    expect(page.locator(".versus-question .column.shuffled .text").first).to_contain_text("blind")
+    before = page.locator(".versus-question .facts").first.inner_text()
+    page.get_by_role("button", name="left wins").click()
+    expect(page.locator(".versus-question .facts").first).not_to_have_text(before)
+    for width in (390, 760, 1280, 2560):
+        page.set_viewport_size({"width": width, "height": 900})
+        fits(page)
+    page.set_viewport_size({"width": 390, "height": 900})
+    cell = whole.locator("td").nth(4)
+    assert cell.evaluate("cell => getComputedStyle(cell, '::before').content") == '"right minus left"'
+    page.goto(f"{address}#/run/eval-rl")
+    expect(page.locator("#scores thead th").nth(5)).to_have_text("temporal gap")
+    page.get_by_label("In order against").select_option("blind")
+    expect(page.locator("#scores thead th").nth(3)).to_have_text("blind")
+    page.get_by_role("button", name="neither right").click()
+    expect(lead).to_contain_text("neither answers right")
+
+
+@pytest.mark.slow
+def test_the_default_is_a_pair_that_can_be_compared(page: Page, tmp_path: Path) -> None:
+    """After a demo: the newest checkpoint against the one before, not a folder with both of them."""
+    for name, rates in (("eval-base", (0.2, 0.2)), ("eval-sft", (0.5, 0.4)), ("eval-rl", (0.8, 0.5))):
+        write_evaluation(tmp_path / "demo" / name, *rates)
+    with studio(tmp_path) as (address, _):
+        page.goto(f"{address}#/evaluations")
+        expect(page.get_by_label("Right")).to_have_value("demo/eval-rl")
+        expect(page.get_by_label("Left")).to_have_value("demo/eval-sft")
+        expect(page.locator(".versus tbody td b").nth(2)).to_contain_text("+0.")
+
+
+@pytest.mark.slow
+def test_boxes_of_an_answer_are_drawn_on_the_frames(page: Page, address: str) -> None:
+    with chat_endpoint() as server:
+        server.right = '{"boxes": [400, 400, 900, 900]}'
+        page.goto(f"{address}#/ask")
+        expect(page.get_by_label("Clip from").locator("option", has_text="lab/test.json")).to_be_attached()
+        page.get_by_label("Clip from").select_option("lab/test.json")
+        page.get_by_label("Question of the manifest").select_option(index=0)
+        expect(page.locator(".player video")).to_be_visible()
+        page.get_by_text("an engine's address instead").click()
+        page.get_by_label("Address").fill(server.url)
+        page.get_by_label("Question", exact=True).fill("Question 1: where?")
+        page.get_by_label("Options").fill("")
+        page.get_by_label("Type").select_option("spatial grounding")
+        page.get_by_label("Answers to each").fill("2")
+        colours = """all => all.map(canvas => {
+          const size = canvas.width, copy = document.createElement('canvas');
+          [copy.width, copy.height] = [size, size];
+          const pen = copy.getContext('2d', { willReadFrequently: true });
+          pen.drawImage(canvas, 0, 0);
+          const colour = (share) => [...pen.getImageData(Math.round(size * share), size / 2, 1, 1).data];
+          return [colour(0.2), colour(0.4)]; })"""
+        page.get_by_label("Right answer").fill('{"boxes": [200, 200, 600, 600]}')
+        page.get_by_role("button", name="Ask", exact=True).click()
+        answers = page.locator(".answers")
+        expect(answers.locator(".tally b")).to_have_count(5, timeout=SLOW)
+        page.wait_for_timeout(300)
+        sides = answers.locator(".column.ordered .tile canvas").evaluate_all(colours)
+        assert all(side == [[34, 112, 79, 255], [47, 93, 140, 255]] for side in sides), sides
+        expect(answers.locator(".card.wrong, .card.correct")).to_have_count(10)
+
+
+VIEWS = {  # and what is there when they are
+    "": ".runs tbody tr", "#/run/rl": ".card", "#/run/eval-rl": ".versus-question",
+    "#/compare/rl/other": ".headline path.main",
+    "#/data/lab%2Ftest.json": ".rows tbody tr", "#/ask": "select[size] option",
+    "#/evaluations/eval-rl/eval-sft": ".versus-question",
+}  # fmt: skip
+
+
+def opened(page: Page, address: str, view: str) -> None:
+    page.goto(f"{address}{view}")
+    expect(page.locator(VIEWS[view]).first).to_be_attached()
+    page.wait_for_timeout(1000)
+
+
+@pytest.mark.slow
+def test_rows_and_frames_by_arrow_keys(page: Page, address: str) -> None:
+    opened(page, address, "#/data/lab%2Ftest.json")
+    rows = page.locator(".rows button")
+    rows.first.focus()
+    for key, row in (("ArrowDown", 2), ("ArrowDown", 3), ("ArrowUp", 2)):
+        page.keyboard.press(key)
+        expect(page.locator(".stage .facts")).to_contain_text(f"row {row} ·")
+        expect(rows.nth(row - 1)).to_be_focused()
+    page.keyboard.press("Tab")
+    assert page.evaluate("Boolean(document.activeElement.closest('.stage'))")  # not through all rows
+    opened(page, address, "#/run/rl")
+    tile = page.locator(".column.shuffled .tile button").nth(2)
+    tile.focus()
+    expect(page.locator(".tile.same")).to_have_count(2)
+    page.keyboard.press("Enter")
+    before = page.locator("dialog output").inner_text()
+    page.keyboard.press("ArrowRight")
+    expect(page.locator("dialog output")).not_to_have_text(before)
+    page.keyboard.press("Escape")
+    expect(tile).to_be_focused()
+
+
+FAINT = """() => {
+  const parse = (colour) => {
+    const [r, g, b, alpha = 1] = colour.match(/[\\d.]+/g).map(Number);
+    return [...(colour.startsWith('color(') ? [r * 255, g * 255, b * 255] : [r, g, b]), alpha];
+  };
+  const over = (top, below) => [0, 1, 2].map((i) => top[i] * top[3] + below[i] * (1 - top[3]));
+  const linear = (value) => (value <= 0.04045 ? value / 12.92 : ((value + 0.055) / 1.055) ** 2.4);
+  const luminance = (colour) => {
+    const [r, g, b] = colour.map((value) => linear(value / 255));
+    return 0.2126 * r + 0.7152 * g + 0.0722 * b;
+  };
+  const line = (node) => (node ? [...line(node.parentElement), getComputedStyle(node)] : []);
+  const written = (node) => [...node.childNodes].some((child) => child.nodeType === 3 && child.data.trim());
+  return [...document.querySelectorAll('body *')]
+    .filter((node) => node.checkVisibility() && !node.closest(':disabled') && written(node))
+    .flatMap((node) => {
+      const styles = line(node), own = styles[styles.length - 1];
+      const layers = styles.map((style) => parse(style.backgroundColor));
+      const ground = layers.reduce((below, layer) => over(layer, below), [255, 255, 255]);
+      const [r, g, b, alpha] = parse(node instanceof SVGElement ? own.fill : own.color);
+      const opacity = styles.reduce((all, style) => all * Number(style.opacity), alpha);
+      const [low, high] = [over([r, g, b, opacity], ground), ground].map(luminance).sort((x, y) => x - y);
+      const ratio = (high + 0.05) / (low + 0.05);
+      return ratio < 4.5 ? [[ratio.toFixed(2), node.outerHTML.slice(0, 110)]] : [];
+    });
+}"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("view", VIEWS)
+def test_every_page_can_be_read_and_fits_a_phone(page: Page, address: str, view: str) -> None:
+    """Contrast of at least 4.5 to 1 (WCAG), light and dark; nothing scrolls sideways at 390 pixels."""
+    opened(page, address, view)
+    assert page.evaluate(FAINT) == []
+    page.emulate_media(color_scheme="dark")
+    assert page.evaluate(FAINT) == []
+    page.set_viewport_size({"width": 390, "height": 844})
+    page.wait_for_timeout(300)
+    fits(page)

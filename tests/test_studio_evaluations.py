@@ -60,42 +60,52 @@ def get(client: TestClient, path: str, **query: Any) -> Any:
 def test_two_evaluations_side_by_side(folder: Path) -> None:
     with studio_client(folder) as client:
         assert [item["name"] for item in get(client, "/api/evaluations")["evaluations"]] == ["rl", "sft"]
-        found = get(client, "/api/versus", left="rl", right="sft")
+        found = get(client, "/api/versus", left="sft", right="rl")
         assert found["frames"] == ["8"] and found["orders"] == ["ordered", "shuffled"]
         whole, ordered, shuffled, count, speed = found["rows"]
-        assert (whole["questions"], whole["wins"], whole["losses"]) == (
+        assert (whole["questions"], whole["left_wins"], whole["right_wins"]) == (
             19,
-            10,
             3,
-        )  # question 0 is of one alone
-        assert whole["left"]["mean"] == pytest.approx(14 / 19)
-        assert whole["right"]["mean"] == pytest.approx(7 / 19)
-        by = whole["difference"]
+            10,
+        )  # 0 is in one only
+        assert whole["left"]["mean"] == pytest.approx(7 / 19)
+        assert whole["right"]["mean"] == pytest.approx(14 / 19)
+        by = whole["difference"]  # right minus left: an improvement is positive
         assert by["mean"] == pytest.approx(7 / 19) and by["low"] < by["mean"] < by["high"]
         assert (count["name"], count["questions"], speed["name"]) == ("count", 9, "speed")
         assert ordered | {"group": "", "name": ""} == whole | {"gaps": [None, None]}
         assert whole["tokens"] == [7, 7]
-        assert (shuffled["group"], shuffled["name"], shuffled["wins"]) == ("order", "shuffled", 0)
-        assert shuffled["gaps"] == pytest.approx([14 / 19, 7 / 19])
-        assert get(client, "/api/versus", left="rl", right="sft", order="shuffled")["rows"][0]["wins"] == 0
-        won = get(client, "/api/questions", left="rl", right="sft")
+        assert (shuffled["group"], shuffled["name"], shuffled["right_wins"]) == ("order", "shuffled", 0)
+        assert shuffled["gaps"] == pytest.approx([7 / 19, 14 / 19])
+        row, *_ = get(client, "/api/versus", left="sft", right="rl", order="shuffled")["rows"]
+        assert row["right_wins"] == 0
+        pair = {"left": "sft", "right": "rl"}
+        won = get(client, "/api/questions", **pair)
         assert won["total"] == 10 and [item["id"] for item in won["shown"]][:2] == ["8", "9"]
         first = won["shown"][0]
-        assert first["left"]["text"] == "<answer>rl 8</answer>" and first["right"]["text"].endswith(
-            "sft 8</answer>"
-        )
-        assert (first["row"]["manifest"], first["row"]["row"]) == (
-            "test.json",
-            8,
-        )  # its answer tells which one
-        lost = get(client, "/api/questions", left="rl", right="sft", who="right", group="task", name="speed")
+        assert first["left"]["text"] == "<answer>sft 8</answer>"
+        assert first["right"]["text"] == "<answer>rl 8</answer>"
+        assert (first["row"]["manifest"], first["row"]["row"]) == ("test.json", 8)  # by its answer
+        lost = get(client, "/api/questions", **pair, who="left", group="task", name="speed")
         assert [item["id"] for item in lost["shown"]] == ["1", "3"]
-        assert (
-            get(client, "/api/questions", left="rl", right="sft", group="order", name="shuffled")["total"]
-            == 0
-        )
+        assert get(client, "/api/questions", **pair, group="order", name="shuffled")["total"] == 0
         gone = client.get("/api/versus", params={"left": "../rl", "right": "sft"})
         assert gone.status_code == 404 and "no such evaluation" in gone.json()["error"]
+
+
+def test_one_evaluation_in_order_against_shuffled(folder: Path) -> None:
+    """Its page: the difference is the temporal gap; questions by where they are answered right."""
+    own = {"left": "rl", "right": "rl", "against": "shuffled"}
+    with studio_client(folder) as client:
+        whole, count, speed = get(client, "/api/versus", **own)["rows"]
+        assert (whole["questions"], whole["left"]["mean"]) == (19, 0.0)
+        assert whole["difference"]["mean"] == whole["right"]["mean"] == pytest.approx(14 / 19)
+        assert (count["name"], speed["name"]) == ("count", "speed")
+        totals = [
+            get(client, "/api/questions", **own, who=who)["total"]
+            for who in ("right", "left", "both", "neither")
+        ]
+        assert totals == [14, 0, 0, 5]
 
 
 def test_whose_clip_it_is(tmp_path: Path) -> None:
@@ -121,7 +131,7 @@ def test_whose_clip_it_is(tmp_path: Path) -> None:
             for side, score in (("left", 1.0), ("right", 0.0)):
                 line = {"problem_id": 1, "order": "ordered", "output": "", "answer": "B", "score": score}
                 write_lines(tmp_path / side / "predictions-8.jsonl", [line | said])
-            return get(client, "/api/questions", left="left", right="right")["shown"][0]["row"]
+            return get(client, "/api/questions", left="right", right="left")["shown"][0]["row"]
 
         found = row_of(question=question_digest(*facts))
         assert (found["manifest"], found["options"], found["others"]) == ("d.json", row["options"], 0)
@@ -137,7 +147,7 @@ def test_whose_clip_it_is(tmp_path: Path) -> None:
         (tmp_path / "shelf").mkdir()
         (tmp_path / "shelf" / "7.mp4").write_bytes(b"0")
         (tmp_path / "f.json").write_text(json.dumps([rows["f"]]))  # and a part of it
-        client.app.state.library.renew_manifests()  # type: ignore[attr-defined]
+        client.app.state.library.files.renew()  # type: ignore[attr-defined]
         clip = get(client, "/api/group", **place)["clip"]
         assert (clip["manifest"], clip["others"]) == ("e.json", 1)
 
@@ -149,12 +159,14 @@ def test_benchmarks_of_two_checkpoints(tmp_path: Path) -> None:
     predictions(tmp_path / "b" / "mmvu", range(5))
     direct(tmp_path / "a" / "mvbench")
     with studio_client(tmp_path) as client:
-        names = {item["name"]: item["benchmarks"] for item in get(client, "/api/evaluations")["evaluations"]}
-        assert (names["a/"], names["b/"], names["a/mvbench"]) == (2, 3, 1)
+        listed = get(client, "/api/evaluations")["evaluations"]
+        names = {item["name"]: item["benchmarks"] for item in listed}
+        assert names["a/"] == ["mvbench", "vsibench"] and len(names["b/"]) == 3
+        assert names["a/mvbench"] == [""]
         assert "a/mvbench (direct)" in names and "a/ (direct)" not in names  # of one benchmark alone
         found = get(client, "/api/versus", left="a/", right="b/")
         assert found["benchmarks"] == ["mvbench", "vsibench"]
-        assert [row["wins"] for row in found["rows"] if not row["group"]] == [5, 5]
+        assert [row["left_wins"] for row in found["rows"] if not row["group"]] == [5, 5]
         with (tmp_path / "a" / "vsibench" / "predictions-8.jsonl").open("a") as file:  # it goes on
             file.write('{"problem_id": 30, "order": "ordered", "score": 1.0}\n{"half": ')
         answer = client.get("/api/versus", params={"left": "a/", "right": "b/mmvu"})
@@ -169,8 +181,8 @@ def test_direct_answers_stand_beside_reasoned_ones(folder: Path) -> None:
         names = [item["name"] for item in get(client, "/api/evaluations")["evaluations"]]
         assert names == ["alone (direct)", "rl", "rl (direct)", "sft"]
         whole = get(client, "/api/versus", left="rl", right="rl (direct)")["rows"][0]
-        assert (whole["wins"], whole["losses"], whole["tokens"]) == (7, 0, [7, 2])
-        won = get(client, "/api/questions", left="rl", right="rl (direct)")
+        assert (whole["left_wins"], whole["right_wins"], whole["tokens"]) == (7, 0, [7, 2])
+        won = get(client, "/api/questions", left="rl", right="rl (direct)", who="left")
         assert [item["right"]["tokens"] for item in won["shown"]] == [2] * 7
         kinds = {run["name"]: run["kind"] for run in get(client, "/api/runs")["runs"]}
         assert kinds["alone"] == "evaluation"

@@ -159,24 +159,3 @@ def test_a_manifest_of_a_table_with_the_files_themselves(tmp_path: Path) -> None
     (line,) = map(json.loads, (tmp_path / "out.refused.jsonl").read_text().splitlines())
     assert line["row"] == 4 and "is not an image" in line["found"]
     assert main(["data", "check", str(tmp_path / "out.json"), "--media_root", str(root)]) == 0
-
-
-def test_the_studio_plays_cells(tmp_path: Path, clips: list[Path]) -> None:
-    pytest.importorskip("starlette", reason="the extra studio is not installed")
-    from studio_server import studio_client
-
-    table(tmp_path / "t.parquet", clips)
-    row = {
-        "problem_id": 1, "problem": "What?", "data_type": "video", "problem_type": "free-form",
-        "solution": "<answer>x</answer>", "path": "parquet://raw/2::t.parquet",
-    }  # fmt: skip
-    rows = [row, {**row, "problem_id": 2, "path": "parquet://raw/6::t.parquet"}]
-    (tmp_path / "train.json").write_text(json.dumps(rows))
-    with studio_client(tmp_path) as client:
-        shown = client.get("/api/rows", params={"manifest": "train.json"}).json()["shown"]
-        assert shown[0]["problems"] == [] and shown[0]["files"] == [None]
-        place, content = {"manifest": "train.json", "row": 0}, clips[2].read_bytes()
-        answer = client.get("/api/clip", params=place, headers={"range": "bytes=3-"})
-        assert (answer.status_code, answer.headers["content-type"]) == (206, "video/mp4")
-        assert answer.content == content[3:]
-        assert client.get("/api/clip", params={**place, "row": 1}).status_code == 404

@@ -25,9 +25,6 @@ def test_columns_are_aligned_whatever_the_cells_hold() -> None:
         "  [bold]源      1,234               -",
         "last",
     ]
-
-
-def test_a_long_table_is_not_wrapped() -> None:
     assert table(("", "a"), [("x" * 300, "1")]).splitlines()[1] == "x" * 300 + "  1"
 
 

@@ -144,22 +144,6 @@ def test_thousands_of_long_names_in_a_row_are_one_name() -> None:
     assert members_of(io.BytesIO(content)) == {"b.mp4": (3001 * 512 + 3000 * 512, 0)}
 
 
-def test_a_part_reads_as_a_file_of_its_own(tmp_path: Path) -> None:
-    (tmp_path / "file").write_bytes(b"before" + bytes(range(100)) + b"behind")
-    part = Part(str(tmp_path / "file"), 6, 100, "x.mp4")
-    with part.open() as file, io.BytesIO(bytes(range(100))) as same:
-        for place, whence, count in (
-            (0, 0, 3),
-            (-4, 2, 10),
-            (2, 1, 5),
-            (50, 0, 100),
-            (200, 0, 1),
-            (0, 0, -1),
-        ):
-            assert file.seek(place, whence) == same.seek(place, whence)
-            assert file.read(count) == same.read(count) and file.tell() == same.tell()
-
-
 @pytest.mark.parametrize("seconds", [0.0, 60.0])
 def test_the_same_frames_as_from_files(tmp_path: Path, files: Path, seconds: float) -> None:
     shard, budget = packed(tmp_path / "000.tar", files), replace(SMALL, seconds=seconds)
@@ -186,8 +170,7 @@ def test_an_index_is_built_once(tmp_path: Path, files: Path, monkeypatch: pytest
     packed(shard, files.parent / "other")  # another archive in its place
     part = cache.part(member("9.mp4", shard))
     assert isinstance(part, Part)
-    with part.open() as file:
-        assert file.read() == b"other" and len(built) == 2
+    assert part.read() == b"other" and len(built) == 2
     for entry in cache.folder.glob("??/*.json"):
         entry.write_text("[]")
     assert RemoteCache(tmp_path / "cache", 10**9).part(member("9.mp4", shard)) == part
@@ -223,18 +206,13 @@ def test_a_folder_of_frames_in_an_archive(tmp_path: Path, seconds: float) -> Non
         read_media(sample(slow.path), budget)
 
 
-@pytest.mark.parametrize("odd", ["a/1/notes.txt", "a/1/more/1.png"])
-def test_folders_in_archives_hold_frames_alone(tmp_path: Path, odd: str) -> None:
-    shard = frames_packed(tmp_path / "000.tar", "a/1/", range(4), odd)
-    with pytest.raises(MediaError, match=f"'{odd[4:]}' in it, which is no image"):
+def test_folders_in_archives_hold_frames_alone(tmp_path: Path) -> None:
+    shard = frames_packed(tmp_path / "000.tar", "a/1/", range(4), "a/1/notes.txt")
+    with pytest.raises(MediaError, match=r"'notes\.txt' in it, which is no image"):
         read_media(sample(member("a/1", shard)), replace(SMALL, seconds=0))
-
-
-@pytest.mark.parametrize("kind", [tarfile.SYMTYPE, tarfile.DIRTYPE])
-def test_folders_in_archives_hold_no_links(tmp_path: Path, kind: bytes) -> None:
-    shard = frames_packed(tmp_path / "000.tar", "a/1/", range(4))
+    shard = frames_packed(tmp_path / "001.tar", "a/1/", range(4))
     info = tarfile.TarInfo("a/1/4.png")
-    info.type, info.linkname = kind, "0.png"
+    info.type, info.linkname = tarfile.SYMTYPE, "0.png"
     with tarfile.open(shard, "a") as archive:
         archive.addfile(info)
     with pytest.raises(MediaError, match=r"'4\.png' in it, a link or a folder"):
@@ -259,11 +237,10 @@ def broken(path: Path, files: Path, kind: str) -> str:
 
 
 BROKEN = [
-    ("gzip", "the archive is compressed (gzip), so that no member can be found; decompress it"),
-    ("cut", "the archive is no tar, or cut short (unexpected end of data: "),
+    ("gzip", "the archive is compressed (gzip); decompress it"),
+    ("cut", "the archive is no tar, or cut short: of "),
     ("text", "the archive is no tar, or cut short"),
     ("link", "is a folder, a link or another thing in the archive, no plain file"),
-    ("folder", "is a folder, a link or another thing in the archive, no plain file"),
     ("empty", "the file is empty (0 bytes)"),
     ("missing", "there is no such file in the archive, which has 5"),
     ("out", "there is no such file in the archive, which has 5"),

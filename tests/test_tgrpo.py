@@ -171,7 +171,7 @@ def test_second_update_on_the_same_rollouts(checkpoint: Path, manifest: Path, tm
     )  # fmt: skip
     reference = copy.deepcopy(policy_of(trainer)).double()
     engine = CountingEngine(policy_of(trainer), trainer.processing_class)
-    trainer.engine = trainer.rollouts.engine = engine
+    trainer.engine = engine
     trainer.train()
     assert engine.calls == 2
     assert groups[0] == groups[1] and groups[2] == groups[3] and groups[1] != groups[2]
@@ -192,24 +192,6 @@ class CountingEngine(TransformersEngine):
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         self.calls += 1
         return super().generate(*args, **kwargs)
-
-
-def test_accumulation_equals_one_large_batch(checkpoint: Path, manifest: Path, tmp_path: Path) -> None:
-    """Four questions at once and one by one give the same weights after two steps."""
-    samples = load_manifest(manifest)[2:6]
-    results = []
-    for size, accumulation in ((4, 1), (1, 4)):
-        trainer = make_trainer(
-            checkpoint, samples, tmp_path / str(size), loss_type="dapo", optim="sgd", max_steps=2,
-            per_device_train_batch_size=size, gradient_accumulation_steps=accumulation, save_strategy="no",
-            learning_rate=0.01,
-        )  # fmt: skip
-        before = weights(trainer)
-        trainer.train()
-        results.append(weights(trainer))
-        assert any((before[name] - results[-1][name]).abs().max() > 1e-4 for name in before)
-    for name, value in results[0].items():
-        torch.testing.assert_close(results[1][name], value, rtol=0, atol=2e-6)
 
 
 # ---- Ordered and shuffled
@@ -322,16 +304,13 @@ def test_settings_of_the_objective_reach_it(
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"top_p": 0.9}, "top_p"),
         ({"repetition_penalty": 1.1}, "repetition_penalty is 1.1.*not those of the trained policy"),
         # a weight of a reward that the settings turn off would be ignored
         (
             {"rewards": None, "reward_weights": {"length": 0.5}},
             "'length'.*temporal; set length_reward",
         ),
-        ({"rewards": "accuracy", "reward_weights": {"format": 2.0}}, "names 'format'.*: accuracy, temporal$"),
         ({"rewards": []}, "reward_funcs is empty"),
-        ({"rewards": ["accurate"]}, "accurate"),
         ({"num_iterations": 3, "save_steps": 4}, "save_steps"),
         ({"use_vllm": True, "vllm_mode": "server"}, "vllm_server_base_url"),
     ],

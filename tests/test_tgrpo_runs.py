@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from resume_runs import comparable
 from tgrpo_trainers import make_trainer, many_tokens, weights
 from tiny_questions import KINDS, read_lines, write_manifest
 from torch import Tensor
@@ -123,9 +124,6 @@ def test_infinite_gradient_skips_the_update(checkpoint: Path, manifest: Path, tm
         trainer.train()
 
 
-# ---- LoRA, validation, continuing ------------------------------------------------------------------------
-
-
 def test_validation_finds_the_best_checkpoint(checkpoint: Path, manifest: Path, tmp_path: Path) -> None:
     trainer = make_trainer(
         checkpoint, str(manifest), tmp_path, evaluated=str(manifest), eval_strategy="steps", eval_steps=1,
@@ -141,16 +139,23 @@ def test_validation_finds_the_best_checkpoint(checkpoint: Path, manifest: Path, 
     assert trainer.state.best_model_checkpoint is not None
 
 
-def comparable(path: Path) -> list[dict[str, Any]]:
-    """Metrics without what depends on the clock."""
-    timed = ("time", "seconds/", "speed/", "memory/")
-    return [{k: v for k, v in line.items() if not k.startswith(timed)} for line in read_lines(path)]
+def test_answers_are_counted(
+    checkpoint: Path, manifest: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Over the ordered completions of multiple-choice questions, so that one constant answer shows."""
+    monkeypatch.setattr("video_r1.training.metrics.extract_answer", lambda text: "A")
+    settings = {"shuffle_options": True, "log_rollouts": 9, "per_device_train_batch_size": 4}
+    make_trainer(checkpoint, str(manifest), tmp_path, **settings).train()
+    chosen = [r for r in read_lines(tmp_path / "rollouts.jsonl") if r["problem_type"] == "multiple choice"]
+    counts = [line.get("answers/A", 0) for line in read_lines(tmp_path / "metrics.jsonl")]
+    assert sum(counts) == 4 * len(chosen) > 0
+    assert all(line["options"]["AB".index(line["answer"])][3:] == "right" for line in chosen)
 
 
 @pytest.mark.parametrize(
     ("iterations", "credit"),
     [
-        (2, {"temporal_rule": "tokens", "temporal_contrast": "reversed"}),
+        (2, {"temporal_rule": "tokens", "temporal_contrast": "reversed", "shuffle_options": True}),
         (
             1,
             {
@@ -180,7 +185,7 @@ def test_resumed_run_equals_an_uninterrupted_one(
     (half / "metrics.jsonl").write_text("\n".join([*metrics[:5], metrics[5][:20]]))  # killed while writing
     resumed = make_trainer(checkpoint, str(manifest), half, **settings)
     resumed.train(resume_from_checkpoint=str(half / "checkpoint-2"))
-    assert comparable(half / "metrics.jsonl") == comparable(tmp_path / "whole" / "metrics.jsonl")
+    assert comparable(half) == comparable(tmp_path / "whole")
     rollouts = [read_lines(folder / "rollouts.jsonl") for folder in (half, tmp_path / "whole")]
     assert rollouts[0] == rollouts[1]
     for name, value in weights(whole).items():

@@ -59,6 +59,3 @@ def test_tensorboard(recipe: Path, tmp_path: Path) -> None:
     same_series(tracked, run)
     told = json.loads(events.Tensors("args/text_summary")[0].tensor_proto.string_val[0])
     assert SETTINGS.items() <= told.items()
-
-
-# ---- trackio

@@ -17,7 +17,7 @@ from video_r1.data.prompts import Prompt
 from video_r1.models import vision
 from video_r1.models.checked import TOLERANCE, Checked, tolerance
 from video_r1.models.group_forward import encode_vision
-from video_r1.models.vision import PatchProjection, Segments, attention_by_length
+from video_r1.models.vision import PatchProjection, attention_by_length
 
 
 def prompts_of(family: str) -> list[Prompt]:
@@ -70,22 +70,6 @@ def test_attention_is_called_once_a_layer_and_length(monkeypatch: pytest.MonkeyP
         for n in (2, 8)
     ]
     assert few[0] == few[1]
-
-
-def test_lengths_of_segments() -> None:
-    """Equal lengths that stand apart are put side by side and back; others stay where they are."""
-    apart = Segments.of(torch.tensor([0, 2, 5, 7], dtype=torch.int32), torch.device("cpu"))
-    assert apart.buckets == ((2, 2), (1, 3)) and apart.longest == 3
-    assert apart.order is not None and apart.order.tolist() == [0, 1, 5, 6, 2, 3, 4]
-    together = Segments.of(torch.tensor([0, 3, 6, 8], dtype=torch.int32), torch.device("cpu"))
-    assert together.buckets == ((2, 3), (1, 2)) and together.order is None
-    torch.manual_seed(0)
-    query, key, value = states = [torch.randn(1, 2, 7, 4) for _ in range(3)]
-    found = attention_by_length(query, key, value, apart, 0.5)
-    for start, end in ((0, 2), (2, 5), (5, 7)):
-        one, two, three = (x[:, :, start:end] for x in states)
-        alone = nn.functional.scaled_dot_product_attention(one, two, three, scale=0.5)
-        torch.testing.assert_close(found[:, start:end], alone.transpose(1, 2))
 
 
 def test_another_attention_is_left_alone() -> None:

@@ -1,4 +1,4 @@
-"""Each family in vLLM, in the process and on a server: the trainer's tokens and pixels, and its log-probs."""
+"""Each family in vLLM: the trainer's tokens and pixels, and its log-probs."""
 
 from __future__ import annotations
 
@@ -6,25 +6,22 @@ import json
 import logging
 from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from server_process import ServerProcess
 from tiny_models import FAMILIES, HYBRID, has_timestamps, tiny_model, tiny_processor
 from vllm_prompts import check_weight_sync, clip_prompts, rare_prompts, several_prompts
 
 from video_r1.data.prompts import Prompt
 from video_r1.errors import ConfigError
-from video_r1.models.loading import load_model
+from video_r1.files import warn_once
 from video_r1.rollout.engine import SamplingSettings
 from video_r1.rollout.vllm.engine import VLLMEngine
 from video_r1.rollout.vllm.requests import engine_input, server_request, visual_blocks, visuals_of
 from video_r1.rollout.vllm.serve import cpu_options
-from video_r1.rollout.vllm.server import ServerEngine
-from video_r1.training.callbacks import SamplerCheck, sampler_difference
+from video_r1.training.callbacks import sampler_difference, warn_of_difference
 
 # Of log-probs, the mean and the largest. In bfloat16 a token may go to another expert than the trainer's.
 ROUNDING = {torch.float32: (1e-5, 1e-4), torch.bfloat16: (0.05, 2.0)}
@@ -36,8 +33,7 @@ def model_of(family: str) -> Any:
     return model.bfloat16() if family in HYBRID else model
 
 
-def prompts_of(family: str) -> list[Prompt]:
-    processor = tiny_processor(family)
+def prompts_of(processor: Any) -> list[Prompt]:
     first, *clips = clip_prompts(processor)
     return [first, *clips, *several_prompts(processor), *clips[-1:], *rare_prompts(processor)]
 
@@ -61,13 +57,12 @@ def checked(engine: Any, given: Prompt, scored: Prompt, model: Any) -> None:
         generate=lambda prompts, *rest: engine.generate([given] * len(prompts), *rest),
         update_weights=engine.update_weights,
     )
-    check = SamplerCheck(lambda: sampler_difference(other, model, [scored] * 4, 1.0))
-    check.on_train_begin(None, None, None)  # pyright: ignore[reportArgumentType]
+    warn_once.cache_clear()
+    warn_of_difference(sampler_difference(other, model, [scored] * 4, 1.0))
 
 
-def check_mismatch_is_found(family: str, engine: Any, model: Any, caplog: pytest.LogCaptureFixture) -> None:
+def check_mismatch_is_found(engine: Any, model: Any, clip: Prompt, caplog: pytest.LogCaptureFixture) -> None:
     """By the check before the first step: other times in the prompt, and other pixels."""
-    clip = clip_prompts(tiny_processor(family))[0]
     video = clip.features["pixel_values_videos"]
     darker = replace(clip, features={**clip.features, "pixel_values_videos": video - 1})
     ids = clip.input_ids.clone()
@@ -80,61 +75,38 @@ def check_mismatch_is_found(family: str, engine: Any, model: Any, caplog: pytest
         assert ("log-probs differ" in caplog.text) == (not same)
 
 
-@pytest.mark.vllm
-@pytest.mark.slow
-@pytest.mark.parametrize("family", FAMILIES)
-def test_sampling_in_the_process(family: str, caplog: pytest.LogCaptureFixture) -> None:
-    """Pixels as the tower gets them, log-probs before and after weights were handed over twice, and what
-    differs on purpose is found."""
-    model, prompts = model_of(family), prompts_of(family)
-    engine = VLLMEngine(model, tiny_processor(family), max_model_len=1024, max_sequences=32)
+def check_sampling(engine: VLLMEngine, model: Any, processor: Any) -> None:
+    """Compare pixels as the tower gets them, and log-probs before and after two weight syncs."""
+    prompts = prompts_of(processor)
     engine.update_weights(model)
     calls: list[dict[str, Any]] = []
     inner = engine.llm.apply_model(lambda model: model)[0]
     embed = inner.embed_multimodal
-    try:
-        inner.embed_multimodal = lambda **given: calls.append(given) or embed(**given)
-        engine.generate(prompts, SamplingSettings(n=2, max_tokens=1))
-        check_received(prompts, calls, model.dtype)
-        check_weight_sync(engine, model, prompts, peft=False, rounding=ROUNDING[model.dtype])
-        check_mismatch_is_found(family, engine, model, caplog)
-    finally:
-        engine.close()
+    inner.embed_multimodal = lambda **given: calls.append(given) or embed(**given)
+    engine.generate(prompts, SamplingSettings(n=2, max_tokens=1))
+    del inner.embed_multimodal
+    check_received(prompts, calls, model.dtype)
+    check_weight_sync(engine, model, prompts, peft=False, rounding=ROUNDING[model.dtype])
 
 
 @pytest.mark.vllm
 @pytest.mark.slow
-@pytest.mark.parametrize("family", ["qwen3_vl", "qwen3_5"])
-def test_sampling_on_a_server(family: str, tmp_path: Path) -> None:
-    """A real `vllm serve` of the family's checkpoint."""
-    processor, prompts = tiny_processor(family), prompts_of(family)
-    model_of(family).save_pretrained(tmp_path / "made")
-    model: Any = load_model(tmp_path / "made")
-    model.save_pretrained(tmp_path / "model")
-    processor.save_pretrained(tmp_path / "model")
-    dtype = str(model.dtype).removeprefix("torch.")
-    server = ServerProcess(tmp_path, tmp_path / "model", dtype)
-    server.start()
+@pytest.mark.parametrize("family", ["qwen3_vl", "qwen3_5"])  # Qwen2.5-VL: test_vllm.py
+def test_sampling_in_the_process(family: str, caplog: pytest.LogCaptureFixture) -> None:
+    model, processor = model_of(family), tiny_processor(family)
+    engine = VLLMEngine(model, processor, max_model_len=1024, max_sequences=32)
     try:
-        server.wait()
-        engine = ServerEngine(server.url, processor, model.generation_config, model=tmp_path / "model")
-        for path in server.recorded.iterdir():  # vLLM has tried the tower itself
-            path.unlink()
-        engine.generate(prompts, SamplingSettings(n=2, max_tokens=1))
-        calls = [torch.load(path) for path in server.recorded.glob("*.pt")]
-        if family != "qwen2_vl":  # which the recorder does not watch
-            check_received(prompts, calls, model.dtype)
-        check_weight_sync(engine, model, prompts, peft=False, rounding=ROUNDING[model.dtype])
-        engine.close()
+        check_sampling(engine, model, processor)
+        check_mismatch_is_found(engine, model, clip_prompts(processor)[0], caplog)
     finally:
-        server.kill()
+        engine.close()
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_visuals_of_a_prompt(family: str) -> None:
     """They fill the prompt's placeholders, in order; together their pixels are those of the prompt. What
     shows the same has the same digest, so that vLLM keeps its features."""
-    prompts = prompts_of(family)
+    prompts = prompts_of(tiny_processor(family))
     for prompt in prompts[:-1]:
         visuals = visuals_of(prompt, torch.float32)
         places = [place for visual in visuals for place in range(visual.first, visual.first + visual.length)]
@@ -157,7 +129,7 @@ def test_visuals_of_a_prompt(family: str) -> None:
 def test_a_server_is_sent_what_the_process_gets(family: str) -> None:
     from vllm.entrypoints.scale_out.token_in_token_out.mm_serde import decode_mm_kwargs_item
 
-    for prompt in prompts_of(family)[:-1]:
+    for prompt in prompts_of(tiny_processor(family))[:-1]:
         body = json.loads(json.dumps(server_request(prompt, {"n": 2}, torch.bfloat16)))
         given, sent = engine_input(prompt, torch.bfloat16), body["features"]
         assert body["token_ids"] == given["prompt_token_ids"] == prompt.input_ids.tolist()

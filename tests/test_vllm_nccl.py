@@ -8,6 +8,7 @@ from __future__ import annotations
 import importlib
 import threading
 from collections.abc import Callable, Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -133,15 +134,28 @@ def test_the_client_has_what_vllm_calls() -> None:
     assert wanted <= set(vars(SyncClient))
 
 
-def test_copies_use_their_memory_again() -> None:
-    """Contiguous, in the server's number format, and in main memory."""
+@pytest.mark.parametrize("on_gpu", [False, True])
+def test_copies_use_their_memory_again(on_gpu: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Contiguous, in the server's number format, and in one block of memory of their size."""
+    pinned: dict[int, int] = {}  # size of each registered block by its address
+    if on_gpu:
+        cuda = SimpleNamespace(
+            cudaHostRegister=lambda address, size, flags: pinned.update({address: size}),
+            cudaHostUnregister=pinned.pop,
+        )
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        monkeypatch.setattr(torch.cuda, "cudart", lambda: cuda)
+        monkeypatch.setattr(torch.cuda, "check_error", lambda code: None)
+        monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
     copies = Copies()
     first = {"a": torch.arange(6.0).view(2, 3).T, "b": torch.ones(4)}
     taken = copies.take(first.items(), torch.bfloat16)
     places = {name: tensor.data_ptr() for name, tensor in taken.items()}
+    assert pinned == ({places["a"]: 2 * 10} if on_gpu else {})
     assert all(tensor.is_contiguous() and tensor.dtype == torch.bfloat16 for tensor in taken.values())
-    assert {tensor.device.type for tensor in taken.values()} == {"cpu"}
     second = {name: tensor + 1 for name, tensor in first.items()}
     again = copies.take(second.items(), torch.bfloat16)
     assert {name: tensor.data_ptr() for name, tensor in again.items()} == places
     assert all(torch.equal(again[name].float(), tensor) for name, tensor in second.items())
+    del copies
+    assert not pinned

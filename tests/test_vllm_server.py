@@ -6,17 +6,14 @@ The tests share one server and stand in an order: the last one kills it and star
 from __future__ import annotations
 
 import logging
-import statistics
 import threading
-import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-from server_process import FAILURE, ServerProcess
-from test_vllm_training import check_like_curves, trained
+from server_process import ServerProcess
+from test_vllm_training import trained
 from tiny_questions import read_lines
 from vllm_prompts import (
     check_weight_sync,
@@ -25,15 +22,12 @@ from vllm_prompts import (
 
 from video_r1.data.prompts import Prompt
 from video_r1.data.rollouts import Rollout
-from video_r1.errors import VideoR1Error
 from video_r1.lab.clips import write_lab
 from video_r1.lab.model import base_folder
 from video_r1.models.loading import load_model, load_processor
 from video_r1.rollout.engine import SamplingSettings
-from video_r1.rollout.engine_factory import open_engine
 from video_r1.rollout.vllm.server import ServerEngine
 from video_r1.settings.commands import LabSettings
-from video_r1.settings.decoding import EvalSettings
 
 pytestmark = [pytest.mark.vllm, pytest.mark.slow]
 SETTINGS = SamplingSettings(n=4, max_tokens=24, seed=1)
@@ -80,58 +74,11 @@ def test_logprobs_before_and_after_the_weight_sync(
     check_weight_sync(engine, model, prompts, peft=True)
 
 
-def test_completions_are_heard_as_they_are_written(
-    server: ServerProcess, engine: ServerEngine, prompts: list[Prompt]
-) -> None:
-    """Token by token, and they are those of an answer that is not streamed; at the address with /v1 text."""
-    heard: dict[tuple[int, int], list[int]] = {}
-    times: list[float] = []
-
-    def on_token(prompt: int, completion: int, token: int) -> None:
-        heard.setdefault((prompt, completion), []).append(token)
-        times.append(time.monotonic())
-
-    whole, streamed = (
-        engine.generate(prompts, SETTINGS),
-        engine.generate(prompts, SETTINGS, on_token=on_token),
-    )
-    assert len(set(times)) > 20
-    for place, (one, two) in enumerate(zip(whole, streamed, strict=True)):
-        for number, (a, b) in enumerate(zip(one, two, strict=True)):
-            assert heard[place, number] == a.token_ids.tolist() == b.token_ids.tolist()
-            assert torch.allclose(a.logprobs, b.logprobs, atol=1e-4) and a.finish_reason == b.finish_reason
-    pieces: dict[int, list[str]] = {}
-    settings = EvalSettings(engine=f"{server.url}/v1", model=str(base_folder()))
-    spoken = open_engine(settings, None)
-    generate: Any = spoken.generate
-    said = generate(prompts[:1], SETTINGS, on_text=lambda _, n, piece: pieces.setdefault(n, []).append(piece))
-    assert len(pieces) == 4 and len(pieces[0]) > 3
-    assert ["".join(pieces[n]) for n in range(4)] == [rollout.text for rollout in said[0]]
-    spoken.close()
-
-
 @pytest.fixture(scope="module")
 def lab(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("lab")
     write_lab(LabSettings(folder=str(folder), train=16, test=1, workers=1))
     return folder
-
-
-def test_a_server_that_dies_says_why(
-    server: ServerProcess, engine: ServerEngine, prompts: list[Prompt], caplog: pytest.LogCaptureFixture
-) -> None:
-    """The model fails in the engine's own process; the trainer says so, at once and when it gives up."""
-    engine.wait = 2.0
-    (server.recorded / "fail").touch()
-    try:
-        with pytest.raises(VideoR1Error, match=rf"did not return within 2 s .*MemoryError: {FAILURE}"):
-            engine.generate(prompts, SETTINGS)
-    finally:
-        (server.recorded / "fail").unlink()
-        server.kill()
-        server.start()
-    assert f"the server's last error was MemoryError: {FAILURE}; waiting up to 2 s" in caplog.text
-    server.wait()
 
 
 def test_training_goes_on_when_the_server_is_killed(
@@ -141,10 +88,9 @@ def test_training_goes_on_when_the_server_is_killed(
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    """SIGKILL in the middle of the fourth step's rollouts, and a new server some seconds later.
+    """SIGKILL in the middle of the second step's rollouts, and a new server some seconds later.
 
-    The learning curve is that of the transformers engine, no group has missing or doubled rollouts, and after
-    the restart it is the trained weights that sample.
+    No group has missing or doubled rollouts, and after the restart it is the trained weights that sample.
     """
     sampled: list[tuple[list[int], list[list[Rollout]]]] = []
     answers: list[int] = []
@@ -158,7 +104,7 @@ def test_training_goes_on_when_the_server_is_killed(
 
     def counted(self: ServerEngine, choice: dict[str, Any]) -> Rollout:
         answers.append(1)
-        if len(sampled) == 4 and killing.acquire(blocking=False):  # the first call is the check before all
+        if len(sampled) == 2 and killing.acquire(blocking=False):  # the first call is the check before all
             server.kill()
             restart.start()
         return rollout(self, choice)
@@ -180,18 +126,8 @@ def test_training_goes_on_when_the_server_is_killed(
         assert line["sampler/logprob_difference"] < 1e-3
     recorded = read_lines(tmp_path / "server" / "rollouts.jsonl")
     assert {len(group["ordered"]) for group in recorded} == {6}
-    theirs = trained(lab, tmp_path / "transformers")
-    assert improvement(ours) > 0.1 and improvement(theirs) > 0.1
-    curves = [[line["reward/brevity"] for line in lines] for lines in (ours, theirs)]
-    check_like_curves(*curves)
 
 
 def in_training(server: ServerProcess) -> dict[str, Any]:
     """The settings of a trainer that samples there."""
     return {"use_vllm": True, "vllm_mode": "server", "vllm_server_base_url": server.url}
-
-
-def improvement(lines: list[dict[str, Any]]) -> float:
-    """How much higher the reward is in the last two steps than in the first two."""
-    rewards = [line["reward/brevity"] for line in lines]
-    return statistics.mean(rewards[-2:]) - statistics.mean(rewards[:2])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
+from contextlib import contextmanager
 from types import SimpleNamespace
 from typing import Any
 
@@ -18,13 +19,18 @@ from video_r1.data.rollouts import Rollout
 from video_r1.errors import ConfigError, VideoR1Error
 from video_r1.lab.model import base_folder
 from video_r1.models.loading import add_lora, load_model, load_processor
-from video_r1.rollout.engine import SamplingSettings
-from video_r1.rollout.transformers import stop_token_ids
+from video_r1.rollout.engine import SamplingSettings, stop_token_ids
+from video_r1.rollout.engine_factory import training_engine
+from video_r1.rollout.transformers import TransformersEngine
 from video_r1.rollout.vllm import engine as vllm_engine
 from video_r1.rollout.vllm.engine import VLLMEngine
 from video_r1.rollout.vllm.mrope import prompt_positions
 from video_r1.rollout.vllm.requests import prompt_requests
+from video_r1.rollout.vllm.server import ServerEngine
 from video_r1.rollout.vllm.weight_sync import checkpoint_weights
+from video_r1.settings.frames import FrameBudget
+from video_r1.settings.vllm import MAX_BATCHED_TOKENS, VLLMSettings
+from video_r1.training.tgrpo import TGRPOTrainer
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -122,7 +128,7 @@ def test_without_vllm_the_error_says_so(monkeypatch: pytest.MonkeyPatch) -> None
 def test_weights_that_are_shared_out_are_not_read_when_the_engine_is_built(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Under ZeRO-3 a parameter is empty outside of `whole_weights`. Without weights nothing is sampled."""
+    """Under ZeRO-3 a parameter is empty outside of `whole_weights`."""
     calls: list[str] = []
     llm = SimpleNamespace(
         model_config=SimpleNamespace(max_model_len=512, dtype=torch.float32),
@@ -135,8 +141,6 @@ def test_weights_that_are_shared_out_are_not_read_when_the_engine_is_built(
         parameter.data = torch.empty(0)
     engine = VLLMEngine(model, processor, max_model_len=512)
     assert calls == [] and engine.stop_ids == stop_token_ids(model.generation_config, processor)
-    with pytest.raises(VideoR1Error, match="vLLM has no weights"):
-        engine.generate([], SamplingSettings())
 
 
 def test_memory_goes_back_once_and_weights_come_before_the_next_rollouts() -> None:
@@ -152,16 +156,73 @@ def test_memory_goes_back_once_and_weights_come_before_the_next_rollouts() -> No
     engine = VLLMEngine.__new__(VLLMEngine)
     engine.llm, engine.tokenizer = Recorder(), tiny_processor("qwen2_vl").tokenizer
     engine.max_model_len, engine.stop_ids = 4096, []
-    engine._sleep, engine._asleep, engine._has_weights = True, False, True
+    engine._sleep, engine._asleep = True, False
     model = tiny_model("qwen2_vl", engine.tokenizer)
     engine.rest()
     engine.rest()
     assert calls == ["sleep {'level': 2}"]
-    with pytest.raises(VideoR1Error, match="call update_weights first"):
-        engine.generate([], SamplingSettings())
     engine.update_weights(model)
-    assert calls[1:4] == ["wake_up ['weights']", "collective_rpc take_weights", "wake_up ['kv_cache']"]
+    assert calls[1:4] == ["wake_up ['weights']", "collective_rpc reload_weights", "wake_up ['kv_cache']"]
     assert engine._asleep is False
     engine._sleep = False
     engine.rest()
     assert engine._asleep is False and calls[-1] != "sleep {'level': 2}"
+
+
+def test_vllm_computes_without_the_trainers_autocast() -> None:
+    seen: list[bool] = []
+
+    class LLM:
+        llm_engine = SimpleNamespace(reset_encoder_cache=lambda: None, add_request=lambda *given: "0")
+
+        def __getattr__(self, name: str) -> Any:
+            return lambda *given, **named: seen.append(torch.is_autocast_enabled("cpu")) or [1]
+
+    engine = VLLMEngine.__new__(VLLMEngine)
+    engine.llm, engine.tokenizer = LLM(), tiny_processor("qwen2_vl").tokenizer
+    engine.max_model_len, engine._asleep, engine._neighbours = 4096, False, None
+    with torch.autocast("cpu", torch.bfloat16):
+        engine.update_weights(tiny_model("qwen2_vl", engine.tokenizer))
+        engine.generate([], SamplingSettings())
+        assert torch.is_autocast_enabled("cpu")
+    assert seen and not any(seen)
+
+
+def test_what_vllm_reserves_on_a_gpu(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As many sequences as a step samples, and the tokens that `plan` counts."""
+    told: list[dict[str, Any]] = []
+    llm = SimpleNamespace(model_config=SimpleNamespace(max_model_len=512, dtype=torch.float32))
+    monkeypatch.setattr(vllm_engine, "_start", lambda arguments: told.append(arguments) or llm)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    processor = tiny_processor("qwen2_5_vl")
+    model, budget = tiny_model("qwen2_5_vl", processor.tokenizer), FrameBudget()
+    settings = VLLMSettings(use_vllm=True)
+    training_engine(model, processor, settings, longest=512, sequences=12, frames=budget)
+    assert (told[0]["max_num_seqs"], told[0]["max_num_batched_tokens"]) == (12, MAX_BATCHED_TOKENS)
+    assert "vLLM starts" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("has_own_weights", [True, False])
+def test_gathered_weights_are_freed_before_vllm_samples(has_own_weights: bool) -> None:
+    events: list[str] = []
+
+    @contextmanager
+    def gathered() -> Iterator[str]:
+        events.append("gather")
+        yield "model"
+        events.append("free")
+
+    engine = SimpleNamespace(
+        has_own_weights=has_own_weights,
+        update_weights=lambda model: events.append("sync"),
+        rest=lambda: events.append("rest"),
+    )
+    trainer: Any = SimpleNamespace(engine=engine, whole_policy=gathered)
+    with TGRPOTrainer.synced_engine(trainer):
+        events.append("sample")
+    sampled = ["free", "sample"] if has_own_weights else ["sample", "free"]
+    assert events == ["gather", "sync", *sampled, "rest"]
+    assert VLLMEngine.has_own_weights and ServerEngine.has_own_weights
+    assert not TransformersEngine.has_own_weights

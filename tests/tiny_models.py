@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import json
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ import av
 import numpy as np
 import pytest
 import torch
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
     GenerationConfig,
     PreTrainedModel,
@@ -36,6 +38,7 @@ from transformers import (
     Qwen3VLProcessor,
     Qwen3VLVideoProcessor,
 )
+from transformers.models.qwen2.tokenization_qwen2 import PRETOKENIZE_REGEX
 
 from video_r1.lab import model as lab
 
@@ -57,6 +60,9 @@ CORPUS = (
     "How many circles appear in the video? Give a number. system user assistant seconds",
 )
 # The chat format of the Qwen vision models: the lab's, with the default system message.
+SPECIAL_TOKENS = (
+    "endoftext", "im_start", "im_end", "vision_start", "vision_end", "vision_pad", "image_pad", "video_pad"
+)  # fmt: skip
 CHAT_TEMPLATE = (
     """{%- if messages[0]['role'] != 'system' and default_system -%}
 <|im_start|>system
@@ -79,7 +85,26 @@ def has_timestamps(family: str) -> bool:
 
 def tiny_tokenizer() -> Qwen2Tokenizer:
     """A byte-level BPE tokenizer of about 400 tokens with Qwen's special tokens; any text can be encoded."""
-    return lab.build_tokenizer(CORPUS, vocab_size=380)
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.Sequence(  # pyright: ignore[reportAttributeAccessIssue]
+        [
+            pre_tokenizers.Split(Regex(PRETOKENIZE_REGEX), behavior="isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    bpe.decoder = decoders.ByteLevel()  # pyright: ignore[reportAttributeAccessIssue]
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=380, initial_alphabet=alphabet, show_progress=False)
+    bpe.train_from_iterator(CORPUS, trainer)
+    trained = json.loads(bpe.to_str())["model"]
+    return Qwen2Tokenizer(
+        vocab=trained["vocab"],
+        # `tokenizers` takes pairs; the annotation in transformers is of the older form.
+        merges=[tuple(merge) for merge in trained["merges"]],  # pyright: ignore[reportArgumentType]
+        eos_token="<|im_end|>",
+        pad_token="<|endoftext|>",
+        extra_special_tokens=[f"<|{name}|>" for name in SPECIAL_TOKENS],
+    )
 
 
 def tiny_processor(family: str) -> Any:

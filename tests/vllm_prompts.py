@@ -12,9 +12,9 @@ from tiny_models import moving_square
 from torch import Tensor
 
 from video_r1.data.decoding.decoders import read_media
-from video_r1.data.decoding.media import Media, shuffled_order
+from video_r1.data.decoding.media import Media
 from video_r1.data.manifests.records import Sample, load_manifest
-from video_r1.data.prompts import Prompt, PromptBuilder
+from video_r1.data.prompts import Prompt, PromptBuilder, shuffled_order
 from video_r1.data.rollouts import Rollout
 from video_r1.lab.clips import write_lab
 from video_r1.models.group_forward import group_logprobs
@@ -132,19 +132,3 @@ def lab_prompts(folder: Path, processor: Any, count: int = 50) -> list[Prompt]:
         order = shuffled_order(len(media.frames), generator) if shuffled else None
         prompts.append(builder.build(sample, media, order))
     return prompts
-
-
-def assert_same_greedy(
-    model: Any, prompts: Sequence[Prompt], ours: Sequence[list[Rollout]], theirs: Sequence[list[Rollout]]
-) -> None:
-    """Equal tokens, but where the two best ones are less than 0.05 apart."""
-    for prompt, (mine,), (other,) in zip(prompts, ours, theirs, strict=True):
-        pairs = zip(mine.token_ids.tolist(), other.token_ids.tolist(), strict=False)
-        first = next((at for at, (a, b) in enumerate(pairs) if a != b), None)
-        if first is None:
-            assert len(mine.token_ids) == len(other.token_ids)
-            continue
-        both = [rollout.token_ids[: first + 1] for rollout in (mine, other)]
-        with torch.no_grad():
-            scored = group_logprobs(model, [prompt], [both]).logprobs.split(first + 1)
-        assert abs(float(scored[0][-1] - scored[1][-1])) < 0.05

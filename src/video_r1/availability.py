@@ -20,6 +20,14 @@ LOCAL_FOLDERS = ("runs", "data")
 SECONDS = 5.0
 
 
+def may_have_gpu() -> bool:
+    """Return False if this machine has certainly no GPU: Linux without the device file of any accelerator."""
+    if sys.platform != "linux" or os.environ.get("CUDA_VISIBLE_DEVICES") == "":
+        return sys.platform != "linux"
+    names = ("nvidia*", "kfd", "dxg", "dri", "accel*", "davinci*")  # NVIDIA, AMD, WSL, Intel, TPU, NPU
+    return any(any(Path("/dev").glob(name)) for name in names)
+
+
 def has_bitsandbytes() -> bool:
     return find_spec("bitsandbytes") is not None
 
@@ -60,6 +68,33 @@ def is_hub_id(name: str) -> bool:
         return False
     first = name.partition("/")[0]
     return first not in LOCAL_FOLDERS and not Path(first).is_dir()
+
+
+def check_checkpoint(path: str | Path, with_weights: bool = True) -> None:
+    """Raise ConfigError, without asking the hub, for a checkpoint folder that is missing or incomplete.
+
+    with_weights: the folder must hold a whole model.
+    """
+    folder = Path(path).expanduser()
+    if folder.is_dir():
+        if with_weights and (folder / "adapter_config.json").is_file():
+            raise ConfigError(f"{path}: these are adapters; make a checkpoint: video-r1 merge {path} OUT")
+        if with_weights and not (folder / "config.json").is_file():
+            raise ConfigError(f"{path}: no config.json; a checkpoint folder is written by save_pretrained")
+    elif folder.exists():
+        raise ConfigError(f"{path}: this is a file; name the checkpoint folder")
+    elif not is_hub_id(str(path)):
+        raise ConfigError(f"{path}: no such folder, and not the id of a model on the hub")
+
+
+def check_adapters(folder: Path) -> None:
+    """Raise ConfigError unless the folder holds adapters, to be merged."""
+    if not folder.is_dir():
+        raise ConfigError(f"{folder}: there is no such folder; name the run folder of a use_peft training")
+    if not (folder / "adapter_config.json").is_file():
+        raise ConfigError(
+            f"{folder}: not a LoRA run (no adapter_config.json): nothing to merge, use it as it is"
+        )
 
 
 @functools.cache

@@ -20,13 +20,15 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from video_r1.availability import check_adapters, check_checkpoint
 from video_r1.command_help import HELP_STYLES, command_help, overview
-from video_r1.commands import COMMANDS, EARLIER_NAMES, TRAINS
+from video_r1.commands import COMMANDS, TRAINS
 from video_r1.console import show, tidy_output
-from video_r1.errors import RequestError, VideoR1Error
+from video_r1.errors import RequestError, VideoR1Error, without_secrets
 from video_r1.processes import Interrupted, ended_by_signals, number_of
-from video_r1.recipe import Recipe, load_recipe, resolved_text
+from video_r1.recipe import Recipe, check_machine, load_recipe, resolved_text
 from video_r1.recipe_files import find_recipe
+from video_r1.settings.decoding import SCHEMES, addresses, has_path
 from video_r1.settings.types import FALSE_WORDS, TRUE_WORDS, takes_list, takes_sentences
 
 # No fault of the program: a folder without permission, a file in its place, a full or read-only disk.
@@ -66,7 +68,11 @@ def failed(message: object, code: int) -> int:
     if code == 2 and os.environ.get("LOCAL_RANK", "0") != "0":
         time.sleep(SECONDS_TO_BE_ENDED)
     if code < 128 or os.environ.get("LOCAL_RANK", "0") == "0":  # a signal reaches all processes
-        show(f"video-r1: {' '.join(str(message).split())}", {"^video-r1:": "bold red"}, sys.stderr)
+        show(
+            without_secrets(f"video-r1: {' '.join(str(message).split())}"),
+            {"^video-r1:": "bold red"},
+            sys.stderr,
+        )
     return code
 
 
@@ -107,8 +113,39 @@ def run(words: list[str]) -> int:
     return code
 
 
+def check_sources(recipe: Recipe) -> None:
+    """Raise RequestError for manifests, checkpoints and benchmarks that are not there."""
+    from video_r1.data.manifests.records import check_source
+
+    values, command = recipe.values(), recipe.command
+    if command == "eval":
+        if (values["manifest"] is None) == (values["bench"] is None):
+            raise RequestError(
+                "eval needs a manifest or benchmarks (--bench vsibench,mvbench), one of the two"
+            )
+        if values["bench"]:
+            from video_r1.evaluation.benchmarks.loading import check_benchmark
+
+            for name in values["bench"]:
+                check_benchmark(name)
+    if command == "merge":
+        check_adapters(Path(values["adapter"]))
+    sources = ("table", "manifest", "train_manifest", "eval_manifest")
+    checkpoints = ("model_name_or_path", "teacher", "model")
+    if command == "plan":  # it needs neither questions nor weights
+        sources, checkpoints = (), ("model_config",)
+    for source in filter(None, map(values.get, sources)):
+        check_source(source)
+    checkpoint, engine = next(filter(None, map(values.get, checkpoints)), ""), values.get("engine") or ""
+    at_endpoint = engine.startswith(SCHEMES) and has_path(addresses(engine)[0])  # then `model` is its name
+    if checkpoint and not at_endpoint and not checkpoint.startswith(SCHEMES):
+        check_checkpoint(checkpoint, with_weights=command != "plan")
+
+
 def carry_out(recipe: Recipe) -> int:
     """Run the command's function. Return its number as the exit code, or 0. A returned path is printed."""
+    check_machine(recipe)  # first: torch takes seconds to import
+    check_sources(recipe)
     command = COMMANDS[recipe.command]
     work = command.function()
     if command.given == "values":
@@ -125,7 +162,6 @@ def find_command(words: list[str]) -> tuple[str, list[str]]:
     if words[0] in COMMANDS:
         return words[0], words[1:]
     said = " ".join(words[:2])
-    said = EARLIER_NAMES.get(said, said)
     if said in COMMANDS:
         return said, words[2:]
     below = [name for name in COMMANDS if name.startswith(words[0] + " ")]

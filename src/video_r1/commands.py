@@ -107,7 +107,7 @@ COMMANDS: dict[str, Command] = {
          "rl qwen3-vl-4b-tgrpo-lora --model_name_or_path Qwen/Qwen3-VL-4B-Instruct --train_manifest my.json",
          "rl my.yaml --temporal_rule off --num_generations 16")),
     "plan": Command(
-        "tokens and GPU memory that a recipe of sft or rl needs", "plan.plan:run_plan", "recipe",
+        "tokens, GPU memory and hours that a recipe of sft or rl needs", "plan.cached:run_plan", "recipe",
         (PlanSettings, ModelSettings, DataSettings, TGRPOSettings, VLLMSettings, PromptSettings), (), (),
         ("plan video-r1-7b-tgrpo", "plan my.yaml --gpus 4 --gpu_memory 24GB --sharding none --use_peft",
          "plan my.yaml --model_config Qwen/Qwen2.5-VL-32B-Instruct --gpus 16 --gpu h200 --sharding zero3")),
@@ -150,7 +150,5 @@ COMMANDS: dict[str, Command] = {
         ("completion bash", "completion zsh")),
 }
 # fmt: on
-EARLIER_NAMES = {"data lab": "lab make", "data base": "lab base"}
-"""Former names of commands, which still work."""
 TRAINS = ("sft", "rl")
 """Commands that have `--smoke`."""

@@ -5,14 +5,18 @@ libraries are off.
 """
 
 import atexit
+import functools
 import io
 import logging
 import os
 import sys
+import textwrap
 import time
 from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, TextIO
+
+from video_r1.errors import without_secrets
 
 SECONDS_BETWEEN_LINES = 10.0
 COLUMNS = 80  # of a plain line
@@ -22,38 +26,25 @@ NOISE = {"bitsandbytes.backends.cpu.ops": "kernels", "DeepSpeed": "Setting accel
 """Loggers of libraries that comment on a machine without a GPU, and a word of the comment to suppress."""
 
 
-_bars: list[Any] = []  # on a terminal now
-
-
 class Progress(AbstractContextManager):
-    """Progress of long work: how much is done, its rate and the time left.
+    """Progress of long work on standard error: how much is done, its rate and the time left.
 
     On a terminal this is a bar. Elsewhere it is a plain line about every 10 seconds and one at the end; a
-    line of more than 80 columns is folded. It writes to standard error unless `stream` is given, and nothing
-    if `quiet`. done: units of an earlier run, which do not count for the rate. slow: always show seconds a
-    unit instead of units a second.
+    line of more than 80 columns is folded. quiet: write nothing. done: units of an earlier run, which do not
+    count for the rate. slow: always show seconds a unit instead of units a second.
 
         with Progress(1200, "training", "steps") as bar:
             bar.update(loss=0.31)
     """
 
     def __init__(
-        self,
-        total: int,
-        description: str,
-        unit: str,
-        stream: TextIO | None = None,
-        quiet: bool = False,
-        done: int = 0,
-        slow: bool = False,
+        self, total: int, description: str, unit: str, quiet: bool = False, done: int = 0, slow: bool = False
     ) -> None:
         self.total, self.description, self.unit, self.done = total, description, unit, done
-        self._before, self._slow = done, slow
-        self._stream = stream or sys.stderr
+        self._before, self._slow, self._quiet, self._closed = done, slow, quiet, False
         self._started = self._last_line = time.monotonic()
         self._figures: list[str] = []
-        self._closed, self._quiet = False, quiet
-        self._bar = _terminal_bar(self._stream) if self._stream.isatty() and not quiet else None
+        self._bar = _terminal_bar() if sys.stderr.isatty() and not quiet else None
         if self._bar is not None:
             self._task = self._bar.add_task(f"{description}:", total=total, completed=done, line=self._rows())
 
@@ -73,16 +64,20 @@ class Progress(AbstractContextManager):
             self._closed = True
             if self._bar is not None:
                 self._bar.stop()
-                _bars.remove(self._bar)
             else:
                 self._print_line()
 
     def _print_line(self) -> None:
         self._last_line = time.monotonic()
-        if self._quiet:
-            return
-        first, *rest = self._parts()
-        print(folded([f"{self.description}: {first}", *rest]), file=self._stream, flush=True)
+        if not self._quiet:
+            parts = (part.replace(" ", "\xa0") for part in self._parts())  # folded between parts
+            line = textwrap.fill(
+                f"{self.description}: {', '.join(parts)}",
+                COLUMNS,
+                subsequent_indent="  ",
+                break_on_hyphens=False,
+            )
+            print(line.replace("\xa0", " "), file=sys.stderr, flush=True)
 
     def _rows(self) -> str:
         parts = self._parts()
@@ -104,34 +99,30 @@ class Progress(AbstractContextManager):
         self.close()
 
 
-def folded(parts: Sequence[str]) -> str:
-    """Join the parts with commas, in lines of at most COLUMNS."""
-    lines = [parts[0]]
-    for part in parts[1:]:
-        fits = len(lines[-1]) + len(", ,") + len(part) <= COLUMNS
-        lines = [*lines[:-1], f"{lines[-1]}, {part}"] if fits else [*lines[:-1], f"{lines[-1]},", f"  {part}"]
-    return "\n".join(lines)
-
-
-def _terminal_bar(stream: TextIO) -> Any:
-    """Start rich's display of tasks that have a field `line`."""
-    from rich import progress
+@functools.cache
+def _terminal() -> Any:
+    """Return the console of standard error; what is printed on it stands above the bars."""
     from rich.console import Console
-    from rich.progress import BarColumn, TaskProgressColumn, TextColumn
+
+    return Console(stderr=True)
+
+
+def _terminal_bar() -> Any:
+    """Start rich's display of tasks that have a field `line`."""
+    from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn
     from rich.table import Column
 
-    bar = progress.Progress(
+    bar = Progress(
         TextColumn("{task.description}", markup=False),
         TaskProgressColumn(),
         BarColumn(bar_width=10),
         TextColumn("{task.fields[line]}", markup=False, table_column=Column(ratio=1, overflow="fold")),
-        console=Console(file=stream),
+        console=_terminal(),
         refresh_per_second=4,
         redirect_stdout=False,  # a process forked meanwhile would write through a lock that the bar's
         redirect_stderr=False,  # thread may hold
     )
     bar.start()
-    _bars.append(bar)
     atexit.register(bar.stop)  # restores the cursor after an error too
     return bar
 
@@ -159,15 +150,13 @@ class Warnings(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         if any(getattr(other, "stream", None) is sys.stderr for other in logging.getLogger().handlers):
             return  # a library (wandb, for one) has set up logging, and prints it
-        message = record.getMessage()
+        message = without_secrets(record.getMessage())
         if not sys.stderr.isatty():
             print(message, file=sys.stderr, flush=True)
             return
-        from rich.console import Console
         from rich.text import Text
 
-        console = Console(file=sys.stderr) if not _bars else _bars[-1].console
-        console.print(Text(message, style="yellow"), soft_wrap=True)
+        _terminal().print(Text(message, style="yellow"), soft_wrap=True)
 
 
 def _clock(seconds: float) -> str:

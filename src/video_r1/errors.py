@@ -2,8 +2,29 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
+
+_SECRETS = (
+    re.compile(r"(://)[^/\s@]+(?=@)"),  # user:secret@host
+    re.compile(
+        r"""(?i)((?:authorization|api[-_]?key|password|secret|\btoken)['"]?\s*[:=]\s*['"]?)"""
+        r"""(?:(?:bearer|basic)\s+)?[^'"\s,}]+"""
+    ),
+    re.compile(r"(?i)(--[\w-]*(?:key|token|password)[= ])\S+"),
+)
+
+
+def without_secrets(text: str) -> str:
+    """Hide passwords in addresses, and keys of requests and options, in a text that is printed or written.
+
+    >>> without_secrets("http://me:secret@host/v1"), without_secrets('{"Authorization": "Bearer abc"}')
+    ('http://***@host/v1', '{"Authorization": "***"}')
+    """
+    for secret in _SECRETS:
+        text = secret.sub(r"\1***", text)
+    return text
 
 
 @contextmanager
@@ -18,8 +39,8 @@ def writing_to(place: object) -> Iterator[None]:
 
 
 def first_line(error: BaseException) -> str:
-    """Return the first line of the error's message, or the error's name if it has none."""
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)
+    """Return the first line of the error's message, or the error's name if it has none, without secrets."""
+    return without_secrets(next(iter(str(error).strip().splitlines()), type(error).__name__))
 
 
 class VideoR1Error(Exception):

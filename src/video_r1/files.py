@@ -11,6 +11,7 @@ import secrets
 import socket
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import IO, Any, BinaryIO, NamedTuple, TextIO
 
@@ -132,20 +133,17 @@ def writing_rows(path: Path) -> Iterator[Callable[[Mapping[str, Any]], None]]:
 
 
 def replace_rows(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
-    """Write a manifest (`writing_rows`)."""
     with writing_rows(path) as write:
         for row in rows:
             write(row)
 
 
 def replace_text(path: Path, text: str) -> None:
-    """Replace the file by `text`, in one step."""
     with replacing(path) as file:
         file.write(text)
 
 
 def replace_json(path: Path, value: Any) -> None:
-    """Replace the file by `value` as JSON, in one step."""
     replace_text(path, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
 
 
@@ -160,10 +158,8 @@ def flush(path: Path) -> None:
 
 def flush_folder(folder: Path) -> None:
     """Wait until the folder's files are on the disk, before the folder is renamed."""
-    for parent, _, files in os.walk(folder):
-        for name in files:
-            flush(Path(parent, name))
-        flush(Path(parent))
+    for path in [folder, *folder.rglob("*")]:
+        flush(path)
 
 
 def follow_umask(folder: Path) -> None:
@@ -267,3 +263,17 @@ def is_finished(folder: Path) -> bool:
         return False
     model = [path for name in LAST_FILES if (path := folder / name).is_file()]
     return any(path.stat().st_mtime_ns >= settings.stat().st_mtime_ns for path in model)
+
+
+@contextmanager
+def tolerated(record: str) -> Iterator[None]:
+    """Warn once, instead of raising, if the disk refuses what is written inside."""
+    try:
+        yield
+    except OSError as error:
+        warn_once(f"{record} cannot be written ({error.strerror or error}); training continues without it")
+
+
+@cache
+def warn_once(message: str) -> None:
+    logger.warning(message)

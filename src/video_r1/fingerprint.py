@@ -1,9 +1,8 @@
 """Fingerprints: what must be equal for a run, an evaluation, an annotation or a cache entry to be continued.
 
-Work that can be interrupted writes down the settings that its results depend on, as JSON values by name. When
-it is started again, `refuse_changed` compares these with the settings of now, so that results made with
-different settings are never mixed. Values that are long or have no name (all questions of a manifest, the
-pixels of a clip) are recorded as their `digest`.
+Work that can be interrupted writes down the settings that its results depend on, as JSON values by name, and
+refuses other settings when it is started again. Long values (all questions of a manifest) are recorded as
+their `digest`.
 """
 
 import hashlib
@@ -37,7 +36,7 @@ def changed(recorded: Any, now: Mapping[str, Any], may_change: Container[str] = 
 def refuse_changed(
     holder: str, changes: Mapping[str, tuple[Any, Any]], remedy: str, error: type[VideoR1Error] = RequestError
 ) -> None:
-    """Raise `error`, which names every change and the remedy; do nothing when there is no change.
+    """Raise `error`, which names every change; do nothing when there is none.
 
     holder: what was made with other settings, e.g. "runs/eval holds an evaluation".
     """

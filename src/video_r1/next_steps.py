@@ -8,6 +8,7 @@ from pathlib import Path
 
 from video_r1.commands import COMMANDS, TRAINS
 from video_r1.data.sources.media_paths import media_root_of
+from video_r1.errors import without_secrets
 from video_r1.recipe import Recipe
 from video_r1.recipe_files import MERGED, MadeFor, counterpart, launcher
 
@@ -36,17 +37,16 @@ def after_training(recipe: Recipe) -> list[str]:
     """Return the merge of a LoRA run, then RL after SFT, or an evaluation and a report after RL."""
     values = recipe.values()
     run, train = values["output_dir"], Path(values["train_manifest"])
-    rl, test = (
-        str(path) if path.is_file() else "MANIFEST" for path in map(train.with_name, ("rl.json", "test.json"))
-    )
+    rl, test = train.with_name("rl.json"), train.with_name("test.json")  # as `lab make` writes them
     model = run.rstrip("/") + MERGED if values["use_peft"] else run
     lines = [then("merge", run, model)] if values["use_peft"] else []
     if recipe.command == "rl":
-        held_out = values["eval_manifest"] or test
+        held_out = values["eval_manifest"] or (test if test.is_file() else "held-out.json")
         return [*lines, then("eval", model, held_out, "--order", "ordered,shuffled"), then("report", run)]
     name = counterpart("rl", values["model_name_or_path"], recipe.made_for) or "RECIPE"
     media = ["--media_root", values["media_root"]] if values["media_root"] else []
-    words = ["rl", name, "--model_name_or_path", model, "--train_manifest", rl, *media]
+    words = ["rl", name, "--model_name_or_path", model, "--train_manifest"]
+    words += [rl if rl.is_file() else "MANIFEST", *media]
     processes = int(os.environ.get("WORLD_SIZE", 1))
     machine = replace(recipe.made_for, gpus=processes) if processes > 1 else recipe.made_for
     return [*lines, then(*words, on=machine)]
@@ -76,7 +76,7 @@ def after_plan(recipe: Recipe) -> list[str]:
 def then(*words: object, on: MadeFor | None = None) -> str:
     """Return the next command as it is pasted into a shell, with the launcher of several GPUs."""
     start = launcher(on, on.gpus) if on and on.gpus and on.gpus > 1 else ["video-r1"]
-    return "next: " + shlex.join([*start, *map(str, words)])
+    return without_secrets("next: " + shlex.join([*start, *map(str, words)]))
 
 
 def again(command: str, words: Sequence[str], saved: str) -> str:

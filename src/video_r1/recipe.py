@@ -8,6 +8,7 @@ to the working directory.
 import dataclasses
 import difflib
 import json
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from importlib import metadata
@@ -16,8 +17,9 @@ from typing import Any, TypeVar
 
 import yaml
 
+from video_r1.availability import may_have_gpu
 from video_r1.commands import COMMANDS, TRAINS
-from video_r1.errors import ConfigError, RequestError
+from video_r1.errors import ConfigError, RequestError, without_secrets
 from video_r1.files import replace_text
 from video_r1.recipe_files import MadeFor, counterpart, model_folder, read_recipe, take_facts
 from video_r1.settings.base import Problem, Settings, own_field_types, raise_problems
@@ -126,6 +128,26 @@ def check_command(command: str, source: str, made_for: MadeFor, start: Any) -> N
     raise RequestError(f"{source} is a recipe for {theirs}, not for {command}; {instead}")
 
 
+def check_machine(recipe: Recipe) -> None:
+    """Raise RequestError, before torch is imported, for a training in bf16 on a machine without a GPU, and
+    for processes that cannot be divided among vLLMs.
+    """
+    values, needed = recipe.values(), recipe.made_for
+    size, processes = values.get("vllm_tensor_parallel_size", 1), int(os.environ.get("WORLD_SIZE", 1))
+    in_process = recipe.command == "rl" and values["use_vllm"] and values["vllm_mode"] == "colocate"
+    if in_process and processes % size:
+        raise RequestError(
+            f"vllm_tensor_parallel_size is {size}, which must divide the number of processes ({processes}): "
+            "set it to 1, or start a process on each GPU"
+        )
+    if recipe.command in TRAINS and values["bf16"] and not values.get("use_cpu") and not may_have_gpu():
+        machine = f" (it is made for {needed.machine})" if needed.gpus else ""
+        raise RequestError(
+            f"{recipe.source or 'bf16'} needs a GPU{machine}, and this machine has none: try it here with "
+            "--smoke, or run it on the CPU with --use_cpu --bf16 false"
+        )
+
+
 def parse_values(
     command: str, values: Mapping[str, Any], types: Mapping[str, Any]
 ) -> tuple[dict[str, Any], list[Problem]]:
@@ -143,12 +165,25 @@ def parse_values(
     return settings, found
 
 
+USUAL_NAMES = {
+    "lr": ["learning_rate"],
+    "epochs": ["num_train_epochs"],
+    "batch_size": ["per_device_train_batch_size"],
+    "model": ["model_name_or_path", "teacher", "adapter"],
+    "endpoint": ["teacher", "engine", "judge_endpoint"],
+    "url": ["teacher", "engine", "vllm_server_base_url"],
+    "address": ["teacher", "engine", "vllm_server_base_url"],
+}
+"""Settings that a common name can mean, by that name."""
+
+
 def unknown_setting(command: str, name: str, known: Mapping[str, Any]) -> str:
     """Return the message about a setting that the command does not have."""
     others = [other for other, each in COMMANDS.items() if name in each.types()]
-    close = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
+    usual = [meant for meant in USUAL_NAMES.get(name, ()) if meant in known]
+    close = usual or difflib.get_close_matches(name, known, n=1, cutoff=0.6)
     hint = f"did you mean {close[0]}? " if close else ""
-    belongs = f"it is a setting of {', '.join(others)}; " if others else ""
+    belongs = f"it is a setting of {', '.join(others)}; " if others and not usual else ""
     return f"is not a setting of {command}; {hint}{belongs}see video-r1 {command} --help"
 
 
@@ -179,7 +214,7 @@ def resolved_text(settings: Recipe | Settings) -> str:
 
 
 def resolved(settings: Recipe | Settings) -> dict[str, Any]:
-    """Return all settings by name, in YAML's types, without tokens."""
+    """Return all settings by name, in YAML's types, without tokens and other secrets."""
     if isinstance(settings, Recipe):
         values = settings.values()
     else:
@@ -189,5 +224,6 @@ def resolved(settings: Recipe | Settings) -> dict[str, Any]:
 
 
 def plain(value: Any) -> Any:
-    """Convert the value to JSON's types: mappings, lists, numbers, text."""
-    return json.loads(json.dumps(value, default=lambda other: getattr(other, "value", str(other))))
+    """Convert the value to JSON's types: mappings, lists, numbers, text without secrets."""
+    text = json.dumps(value, default=lambda other: getattr(other, "value", str(other)))
+    return json.loads(without_secrets(text))

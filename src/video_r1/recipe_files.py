@@ -18,7 +18,7 @@ from typing import Any
 import yaml
 
 from video_r1.console import table
-from video_r1.errors import RequestError
+from video_r1.errors import RequestError, first_line
 from video_r1.settings.commands import GPUSharding, parse_bytes
 from video_r1.settings.types import parse
 
@@ -140,17 +140,14 @@ def take_facts(values: dict[str, Any], origins: Mapping[str, str]) -> MadeFor:
     if given is None:
         return MadeFor()
     types = typing.get_type_hints(MadeFor)
-    place = f"{origins['made_for']}: made_for"
-    if not isinstance(given, dict) or given.keys() - types.keys():
-        raise RequestError(f"{place} is {given}; it is a mapping of some of {', '.join(types)}")
-    facts = {}
-    for name, value in given.items():
-        try:
-            facts[name] = parse(value, types[name])
-        except ValueError as error:
-            raise RequestError(f"{place}: {name} is {value!r}; it must be {error}") from error
-    if facts.get("gpu_memory") and parse_bytes(facts["gpu_memory"]) is None:
-        raise RequestError(f"{place}: gpu_memory is {facts['gpu_memory']!r}; write 80GB or 24GiB")
+    try:
+        facts = {name: parse(value, types[name]) for name, value in given.items()}
+        if facts.get("gpu_memory") and parse_bytes(facts["gpu_memory"]) is None:
+            raise ValueError("gpu_memory")
+    except (AttributeError, KeyError, ValueError) as error:
+        example = "{command: rl, gpus: 4, gpu_memory: 80GB, sharding: fsdp2}"
+        reason = "" if isinstance(error, AttributeError) else f" ({first_line(error)})"
+        raise RequestError(f"{origins['made_for']}: made_for is {given}{reason}; write {example}") from error
     return MadeFor(**facts)
 
 

@@ -12,7 +12,6 @@ from typing import NamedTuple
 
 from video_r1.chat_client import Completion
 from video_r1.data.answers import extract_answer, parse_number, read_answer
-from video_r1.data.grounding import GROUNDING_FORMS
 from video_r1.data.manifests.records import Sample
 from video_r1.rewards.scoring import above, correctness, format_reward
 from video_r1.settings.decoding import AnnotateSettings
@@ -60,10 +59,6 @@ _GIVEN_ANSWER = re.compile(
     r"|(?:prompt|question|instructions?|system message) (?:already )?(?:tells?|says?|states?|gives?|reveals?|"
     r"mentions?)(?: (?:me|us))?(?: that)? the (?:correct |right )?(?:answer|solution))\b"
 )
-_QUESTION_TELLS = re.compile(
-    r"(?i)\b(?:answer|solution|ans)\W{0,3}(?:\s+is\b|\s*[:=])\W*(?P<said>(?:[^.;?!\n)\]]|\.(?=\d))+)"
-)
-_ALTERNATIVES = re.compile(r"\bor\b|\b[A-Z]\b\W+\b[A-Z]\b")
 _CONCLUDES = re.compile(
     r"(?i)\b(?:answer|option|choice)\b|^\W*(?:so|thus|therefore|hence|consequently|in conclusion|in total|"
     r"overall|finally|this means)\b"
@@ -168,35 +163,14 @@ def repetition(rationale: str) -> str | None:
     return None
 
 
-def prompt_leak(
-    rationale: str, question: str, problem_type: str, truth: str, options: Sequence[str] = ()
-) -> str | None:
-    """Reject questions that contain their answer, and rationales that refer to a given answer.
-
-    A question contains its answer if it says "answer: …" with it, or if it contains the text to be read or
-    found (alternatives such as "left or right?" are no leak).
-    """
+def prompt_leak(rationale: str, question: str) -> str | None:
+    """Reject rationales that refer to a given answer, unless the question is about one."""
     found = _GIVEN_ANSWER.search(rationale)
-    if found and not _GIVEN_ANSWER.search(question):
-        return f"it refers to {_shown(found.group())}"
-    for match in _QUESTION_TELLS.finditer(question):
-        said = match["said"].strip()
-        if _ALTERNATIVES.search(said):  # "Answer: A, B or C"
-            continue
-        said = read_answer(said, problem_type, options)
-        if said and _same(problem_type, said, truth):
-            return f"the question says {_shown(match.group())}"
-    expected, asked = words_of(truth), words_of(question)
-    long_enough = len(expected) >= (1 if problem_type == "OCR" else 3) and len("".join(expected)) >= 4
-    if problem_type in ("OCR", "free-form") and long_enough and not _ALTERNATIVES.search(question):
-        size = len(expected)
-        if any(asked[place : place + size] == expected for place in range(len(asked) - size + 1)):
-            return f"the question holds the answer {_shown(truth)}"
-    return None
+    return f"it refers to {_shown(found.group())}" if found and not _GIVEN_ANSWER.search(question) else None
 
 
 def contradiction(rationale: str, answer: str, problem_type: str, options: Sequence[str] = ()) -> str | None:
-    """Reject a rationale whose own conclusion differs from its answer.
+    """Reject a rationale whose own conclusion is another option or number than its answer.
 
     The conclusion is its last sentence that concludes ("so …", "the answer is …"). Sentences with a negation
     or an alternative, and those that name no answer or several, are not judged.
@@ -205,46 +179,25 @@ def contradiction(rationale: str, answer: str, problem_type: str, options: Seque
     if not concluding or _HEDGED.search(concluding[-1]):
         return None
     sentence = concluding[-1].strip()
-    if problem_type == "math":  # one value has many forms
-        return None
     if problem_type == "multiple choice":
-        if _names_option(sentence, answer, options):
-            return None
         said = read_answer(sentence, problem_type, options)
-    elif problem_type in ("numerical", "regression"):
+        agrees = not said or said == answer.strip(" ().").upper() or _names_option(sentence, answer, options)
+    elif problem_type in ROUNDING and (value := parse_number(answer)) is not None:
         numbers = {number for word in words_of(sentence) if (number := parse_number(word)) is not None}
-        said = f"{numbers.pop():.12g}" if len(numbers) == 1 else ""
-    else:  # a text: only "the answer is …" can be recognised
-        match = list(_QUESTION_TELLS.finditer(sentence))
-        said = match[-1]["said"] if match else ""
-        if problem_type in GROUNDING_FORMS:
-            said = read_answer(said, problem_type)
-    if not said or _same(problem_type, said, answer):
+        off = [abs(number - value) > ROUNDING[problem_type] * abs(value) for number in numbers]
+        agrees = off != [True]
+    else:
         return None
-    return f"it concludes {_shown(sentence)} and answers {_shown(answer)}"
+    return None if agrees else f"it concludes {_shown(sentence)} and answers {_shown(answer)}"
 
 
 def _names_option(sentence: str, letter: str, options: Sequence[str]) -> bool:
-    """Whether the sentence has the option's letter or text ("the right option is A" names A)."""
+    """Return whether the sentence has the option's letter or text ("the right option is A" names A)."""
     if re.search(rf"(?<!\w){re.escape(letter)}(?!\w)", sentence):
         return True
     texts = [words_of(option)[1:] for option in options if option.strip(" (")[:1].upper() == letter.upper()]
     said = f" {' '.join(words_of(sentence))} "
     return any(f" {' '.join(text)} " in said for text in texts if text)
-
-
-def _same(problem_type: str, said: str, answer: str) -> bool:
-    """Whether two answers can mean the same: close numbers, overlapping places, texts with a common word."""
-    if problem_type == "multiple choice":
-        return said.strip(" ().").upper() == answer.strip(" ().").upper()
-    if problem_type in ("numerical", "regression"):
-        numbers = parse_number(said), parse_number(answer)
-        if numbers[0] is None or numbers[1] is None:
-            return True
-        return abs(numbers[0] - numbers[1]) <= ROUNDING[problem_type] * abs(numbers[1])
-    if problem_type in GROUNDING_FORMS:
-        return correctness(problem_type, said, answer) > 0
-    return bool(set(words_of(said)) & set(words_of(answer)))
 
 
 def _shown(text: str) -> str:
@@ -313,7 +266,7 @@ def judge_one(sample: Sample, completion: Completion, settings: AnnotateSettings
         "characters": lambda: characters(text),
         "language": lambda: language(rationale, references),
         "repetition": lambda: repetition(rationale),
-        "prompt leak": lambda: prompt_leak(rationale, sample.problem, kind, truth, options),
+        "prompt leak": lambda: prompt_leak(rationale, sample.problem),
         "score": lambda: (
             None if above(score, settings.threshold) else f"its answer {answer!r} scores {score:.2f}"
         ),

@@ -1,27 +1,26 @@
 """Teachers: engines and endpoints that write K rationales for each of many questions.
 
-`answers(batches, done)` yields lists of `TeacherAnswer` as they are finished, in any order, one for each
-question that is not in `done`. A teacher reads a bounded number of questions ahead of its caller, and holds
-the frames of no more than those.
+`answers(batches, done)` yields lists of `Answered` as they are finished, in any order, one for each question
+that is not in `done`. A teacher reads a bounded number of questions ahead of its caller, and holds the frames
+of no more than those.
 """
 
-from collections.abc import Container, Generator, Sequence
+from collections.abc import Container, Generator, Iterable, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple, Protocol
+from typing import Any
 
 from video_r1.chat_client import (
     ATTEMPTS,
     REFUSED_QUESTION,
     ChatClient,
-    Completion,
     Endpoint,
     FramesAs,
     ServerFailure,
     ServerRefusal,
     completions_of,
 )
-from video_r1.data.decoding.frame_cache import open_frame_cache, read_cached
+from video_r1.data.decoding.frame_cache import open_frame_cache
 from video_r1.data.manifests.records import Sample
 from video_r1.data.prompts import TextPrompts
 from video_r1.data.reading import Batch, Reader
@@ -33,32 +32,11 @@ from video_r1.seeds import derived_seed
 from video_r1.settings.decoding import AnnotateSettings
 from video_r1.settings.frames import FrameBudget
 
-
-class Failed(NamedTuple):
-    """Reason for which a question has no rationales. kind: media, prompt or endpoint."""
-
-    kind: str
-    reason: str
-
-
-class TeacherAnswer(NamedTuple):
-    """A question with the K completions that the teacher wrote, or with the reason for which it has none."""
-
-    sample: Sample
-    outcome: list[Completion] | Failed
-
-
+Answered = tuple[Sample, dict[str, Any]]
+"""A question with `completions` (text and finish_reason of each), or with the reason for which it has none:
+`failed` (media, prompt or endpoint) and `reason` in words."""
 Batches = Sequence[Sequence[Sample]]
 Done = Container[str | int]  # problem_ids
-
-
-class Teacher(Protocol):
-    @property
-    def batch_size(self) -> int: ...  # questions that are asked together
-
-    def answers(self, batches: Batches, done: Done) -> Generator[list[TeacherAnswer]]: ...
-
-    def close(self) -> None: ...
 
 
 def sample_seed(seed: int, problem_id: str | int, draw: int = 0) -> int:
@@ -79,26 +57,20 @@ class EngineTeacher:
     reader: Reader
     settings: AnnotateSettings
 
-    @property
-    def batch_size(self) -> int:
-        return self.settings.batch_size
-
-    def answers(self, batches: Batches, done: Done) -> Generator[list[TeacherAnswer]]:
+    def answers(self, batches: Batches, done: Done) -> Generator[list[Answered]]:
         sampling = SamplingSettings.of(self.settings, self.settings.samples)
         for read in read_batches(self.reader, [Batch(batch) for batch in batches], self.builder.build):
-            found: dict[str | int, Any] = {
-                sample.problem_id: Failed(error.kind, str(error)) for sample, error in read.failed
+            found: dict[str | int, dict[str, Any]] = {
+                sample.problem_id: _failed(error) for sample, error in read.failed
             }
             if any(sample.problem_id not in done for sample, _ in read.usable):
                 seeds = tuple(sample_seed(self.settings.seed, sample.problem_id) for sample, _ in read.usable)
                 prompts = [prompt for _, prompt in read.usable]
                 groups = self.engine.generate(prompts, replace(sampling, seed=seeds))
                 for (sample, _), group in zip(read.usable, groups, strict=True):
-                    found[sample.problem_id] = [Completion(one.text, one.finish_reason) for one in group]
+                    found[sample.problem_id] = _completed(group)
             yield [
-                TeacherAnswer(sample, found[sample.problem_id])
-                for sample in read.samples
-                if sample.problem_id not in done
+                (sample, found[sample.problem_id]) for sample in read.samples if sample.problem_id not in done
             ]
 
     def close(self) -> None:
@@ -117,58 +89,60 @@ class EndpointTeacher:
     fails at 50 questions in a row.
     """
 
-    batch_size = 1
-
     def __init__(
         self, settings: AnnotateSettings, endpoint: Endpoint, model: str, frames_as: FramesAs
     ) -> None:
         self.settings, self.endpoint, self.model = settings, endpoint, model
         self.frames_as: FramesAs = frames_as
         self._prompts = TextPrompts(settings.prompt_template, settings.subtitles)
-        self._budget = settings.frame_budget(FrameBudget().size_multiple)
-        self._frame_cache = open_frame_cache(settings.frame_cache, settings.frame_cache_gb)
+        budget = settings.frame_budget(FrameBudget().size_multiple)
+        self._reader = Reader(budget, open_frame_cache(settings.frame_cache, settings.frame_cache_gb))
         self._client = ChatClient(endpoint, settings.concurrency, held=2 * settings.workers)
 
-    def answers(self, batches: Batches, done: Done) -> Generator[list[TeacherAnswer]]:
+    def answers(self, batches: Batches, done: Done) -> Generator[list[Answered]]:
         in_a_row, samples = 0, [sample for batch in batches for sample in batch]
         with closing(self._client.each(samples, self._answer)) as finished:
             for answered in finished:
-                outcomes = [one.outcome for one in answered]
-                failures = [one for one in outcomes if isinstance(one, Failed) and one.kind == "endpoint"]
-                some_well = any(isinstance(one, list) for one in outcomes)
+                failures = [entry["reason"] for _, entry in answered if entry.get("failed") == "endpoint"]
+                some_well = any("completions" in entry for _, entry in answered)
                 in_a_row = 0 if some_well else in_a_row + len(failures)
                 yield answered
                 if in_a_row >= FAILED_IN_A_ROW:
                     raise VideoR1Error(
                         f"{self.endpoint.url}: {in_a_row} questions in a row were not answered, the last one "
-                        f"because: {failures[-1].reason}; started again, the annotation continues"
+                        f"because: {failures[-1]}; started again, the annotation continues"
                     )
 
     def close(self) -> None:
         """End the run: wait for media being decoded, abandon requests under way."""
         self._client.close()
 
-    async def _answer(self, sample: Sample) -> TeacherAnswer:
-        return TeacherAnswer(sample, await self._outcome(sample))
-
-    async def _outcome(self, sample: Sample) -> list[Completion] | Failed:
+    async def _answer(self, sample: Sample) -> Answered:
         settings = self.settings
         sampling = SamplingSettings.of(settings)
 
         def request(n: int, drawn: int) -> dict[str, Any]:
-            media = [read_cached(file, self._budget, self._frame_cache) for file in sample.files]
+            media = self._reader.media(sample)
             seed = sample_seed(settings.seed, sample.problem_id, drawn)
             prompt = self._prompts.build(sample, media)
             body = chat_request(self.model, prompt, self.frames_as, sampling, n, seed)
             return body | settings.request_fields
 
         try:
-            return await self._client.draw(settings.samples, request, completions_of)
+            return sample, _completed(await self._client.draw(settings.samples, request, completions_of))
         except (MediaError, PromptError) as error:
-            return Failed(error.kind, str(error))
+            return sample, _failed(error)
         except ServerFailure as failure:
-            return Failed("endpoint", f"{failure} ({ATTEMPTS} attempts)")
+            return sample, {"failed": "endpoint", "reason": f"{failure} ({ATTEMPTS} attempts)"}
         except ServerRefusal as refusal:
             if refusal.status in REFUSED_QUESTION:
-                return Failed("endpoint", str(refusal))
+                return sample, {"failed": "endpoint", "reason": str(refusal)}
             raise VideoR1Error(f"{self.endpoint.url} refuses all requests: {refusal}") from refusal
+
+
+def _completed(completions: Iterable[Any]) -> dict[str, Any]:
+    return {"completions": [{"text": c.text, "finish_reason": c.finish_reason} for c in completions]}
+
+
+def _failed(error: MediaError | PromptError) -> dict[str, Any]:
+    return {"failed": error.kind, "reason": str(error)}

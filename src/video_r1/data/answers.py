@@ -3,21 +3,32 @@
 
 import ast
 import json
+import math
 import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from math import isfinite
 from typing import Any, Literal, NamedTuple
 
 from video_r1.data.grounding import GROUNDING_FORMS, read_located
 
-_ANSWER = re.compile(r"<answer>(.*?)</answer>", re.DOTALL)
-_OPEN_ANSWER = re.compile(r"<answer>(.*)\Z", re.DOTALL)
+_LONGEST = 10_000  # characters; of a longer answer, which may be made to be slow, the middle is not read
 _THINK = re.compile(r"<think>.*?(?:</think>|\Z)", re.DOTALL)
 _TAG = re.compile(r"</?(?:think|answer)>")
 # No sign: the dash of "20-30", "20%-30%", "f(x)-3", "COVID-19". A sign: "= -30", "$-30", and "约-30".
 _SIGN = r"(?:(?<![\dA-Za-z.)%°])[-+])?"
-_NUMBER = re.compile(
-    rf"{_SIGN}(?:\d{{1,3}}(?:,\d{{3}})+(?:\.\d+)?(?!\d)|\d+(?:\.\d+)?|\.\d+)(?:[eE][-+]?\d+)?"
+_SPACED_SIGN = re.compile(
+    r"(\A(?!.*\n)|[=:(≈]|\bis\b)[ \t]*([-+])[ \t]+(?=[\d.])"
+)  # "= - 5", no list's "- 5"
+_DIGITS = (
+    r"\d{1,3}(?:,\d{3})+(?:\.\d+)?(?!\d)|\d{1,3}(?:[ \u00a0\u2009\u202f]\d{3})+(?!\d)|\d+(?:\.\d+)?|\.\d+"
+)
+_NUMBER = re.compile(  # 1: number, 2: part behind a whole number, 3: denominator, 4: power
+    rf"(?<![\d^])({_SIGN}(?:{_DIGITS})(?:[eE][-+]?\d+)?)"
+    r"(?:(?: +(\d+))? ?/ ?(\d+)(?![\d/])|\^([-+]?\d{1,3})(?!\d))?"
+)
+_LATEX = (  # 2 \times 10^{3}, \frac{1}{2}
+    (re.compile(r"\s*(?:\\times|\\cdot|[×·*])\s*10\s*\^\s*\{?([-+]?\d+)\}?"), r"e\1"),
+    (re.compile(r"\\[dt]?frac\s*\{(\d+)\}\s*\{(\d+)\}"), r" \1/\2"),
+    (re.compile(r"\^\s*\{([-+]?\d+)\}"), r"^\1"),
 )
 _PLAIN_NUMBER = re.compile(r"[-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?")
 # "Answer: B", "the final answer is (B)", "**Answer**: 12"
@@ -47,8 +58,8 @@ _LEADING = re.compile(r"[\s*_`(\[{\"']*([A-Z])[*_`\])}\"']*\s*(?:[.:)\],]|\n|\b(
 _AFTER_A_LETTER = (
     " is was are were and or nor but because since as for from with in on at by of to due based if when where"
     " which that than it this the there here we has had does would could should seems appears looks fits"
-    " matches makes describes shows states says applies remains not isn instead then also only too however"
-    " therefore although though while whereas "
+    " matches makes describes shows states says explains applies remains not isn instead then also only too"
+    " however therefore although though while whereas "
 )
 _JOINED = re.compile(r"(?:[\W_]|\b(?:or|and|maybe|perhaps|possibly|also|even|either|both|option|choice)\b)*")
 _VERB = re.compile(r"\s+(?:is|isn|was|does|doesn|shows|would|can|cannot|has|seems|looks)\b")
@@ -157,8 +168,8 @@ def split_options(question: str) -> tuple[str, list[str]]:
 
 def extract_answer(text: str) -> str:
     """Return the stripped text inside the first `<answer>…</answer>`; "" without such a pair of tags."""
-    match = _ANSWER.search(text)
-    return match.group(1).strip() if match else ""
+    answer, closed, _ = text.partition("<answer>")[2].partition("</answer>")
+    return answer.strip() if closed else ""
 
 
 def parse_number(text: str) -> float | None:
@@ -167,7 +178,7 @@ def parse_number(text: str) -> float | None:
     if not _PLAIN_NUMBER.fullmatch(plain):
         return None
     number = float(plain)
-    return number if isfinite(number) else None
+    return number if math.isfinite(number) else None
 
 
 def read_answer(output: str, problem_type: str, options: Sequence[str] = ()) -> str:
@@ -178,20 +189,19 @@ def read_answer(output: str, problem_type: str, options: Sequence[str] = ()) -> 
 
     - multiple choice: the option's letter. "(B)", "B.", "Answer: B", "B is correct" and the option's text are
       understood; two options named together are no answer, nor is a denied option;
-    - numerical, regression: the number's digits;
+    - numerical, regression: the number, in digits;
     - grounding types: their exact JSON (`grounding.read_located` lists the accepted forms);
     - other types: the text itself.
     """
-    tagged = _ANSWER.search(output) or _OPEN_ANSWER.search(output)
-    if tagged:
-        text = tagged.group(1)
-    else:
-        text = _THINK.sub(" ", output)
+    _, tagged, answer = output.partition("<answer>")
+    text = answer.partition("</answer>")[0] if tagged else _THINK.sub(" ", output)
     text = _TAG.sub(" ", text).strip()
+    if len(text) > _LONGEST and problem_type not in ("OCR", "free-form", "math"):
+        text = f"{text[: _LONGEST // 2]}\n{text[-_LONGEST // 2 :]}"
     if problem_type == "multiple choice":
         return _read_choice(text, options)
     if problem_type in ("numerical", "regression"):
-        return _read_number(text, first=tagged is not None)
+        return _read_number(text, first=bool(tagged))
     if problem_type == "math" and "\\boxed" in text:
         return text[text.rindex("\\boxed") :]
     if problem_type in GROUNDING_FORMS:
@@ -210,11 +220,35 @@ def _read_number(text: str, first: bool) -> str:
     """Return the first number of a tagged answer; in free text the number after a cue, or else the last."""
     if parse_number(text) is not None:
         return text
+    text = _SPACED_SIGN.sub(r"\1 \2", text.replace("−", "-"))
+    for written, plain in _LATEX:
+        text = written.sub(plain, text)
     stated = _after_cue(text)
-    numbers = [match.group() for match in _NUMBER.finditer(stated)]
+    numbers = list(_NUMBER.finditer(stated))
     if not numbers:
         return ""
-    return numbers[0] if first or stated != text else numbers[-1]
+    return _in_digits(numbers[0] if first or stated != text else numbers[-1])
+
+
+def _in_digits(match: re.Match[str]) -> str:
+    """Return a number without spaces in it, a fraction or power as its value; "" if it has none."""
+    number, part, below, power = match.groups()
+    number = re.sub(r"\s", "", number)
+    if not (below or power):
+        return number
+    if match.string[: match.start()].endswith("/"):  # a date
+        return ""
+    value = float(number.replace(",", ""))
+    try:
+        if power:
+            value = value ** int(power)
+        elif part:  # "1 1/2"
+            value += math.copysign(float(part) / float(below), value)
+        else:
+            value /= float(below)
+    except ArithmeticError:
+        return ""
+    return f"{value:.12g}"
 
 
 def _plain(text: str) -> str:
@@ -248,7 +282,7 @@ def _read_choice(text: str, options: Sequence[str]) -> str:
     # The first kind of statement that names one option counts; a firm statement of two is no answer.
     everywhere = {chain.start for chain in chains}
     for places, last in ((leading, False), (stated, True), (loosely, False), (everywhere, False)):
-        here = [chain for chain in chains if any(chain.start <= place < chain.end for place in places)]
+        here = [chain for chain in chains if not places.isdisjoint(range(chain.start, chain.end))]
         found = frozenset[str]().union(*(chain.letters for chain in (here[-1:] if last else here)))
         if len(found) == 1 or (found and last):
             return "".join(found) if len(found) == 1 else ""
@@ -303,7 +337,7 @@ def _texts_in(text: str, named: Mapping[str, str]) -> list[tuple[str, int, int]]
 def _is_word(text: str, place: int) -> bool:
     """Tell whether the letter at `place` is the word "a" or "I" ("the answer is a dog", "I think")."""
     after = text[place + 1 : place + 40]
-    if text[place] in "Aa" and (word := re.match(r"\s+([a-z]+)", after)):
+    if text[place] in "Aa" and (word := re.match(r"\s+(?:(?:best|correctly|clearly)\s+)?([a-z]+)", after)):
         before = text[max(0, place - 20) : place]
         named = text[place] == "A" and re.search(r"\b(?:option|choice|letter)\W*$", before, re.IGNORECASE)
         follows = f" {word.group(1)} " in _AFTER_A_LETTER or after.lstrip().startswith("rather than ")

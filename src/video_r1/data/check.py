@@ -8,13 +8,14 @@ from pathlib import Path
 from typing import cast
 
 from video_r1.console import Progress, table
+from video_r1.data.balance import constant_answers
 from video_r1.data.manifests.records import Problem, Sample, check_manifest
 from video_r1.data.reading import Batch, Reader
 from video_r1.data.sources.media_types import ClipRef
 from video_r1.settings.frames import FrameBudget
 from video_r1.settings.shared import RemoteSettings
 
-_SOURCES_SHOWN = 40
+_SOURCES_SHOWN = 40  # the largest; the line of all counts the others too
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,14 +68,20 @@ def check_media(
 
 
 def format_counts(samples: Sequence[Sample]) -> str:
-    """Return tables of the number of questions by type and by source, for each modality."""
+    """Return tables of the number of questions by type and by source, for each modality, and a warning for
+    each number of options with which one letter is right too often.
+    """
     by_type = Counter((sample.problem_type, sample.data_type) for sample in samples)
     by_source = Counter((sample.data_source or "(no source)", sample.data_type) for sample in samples)
     modalities = sorted({sample.data_type for sample in samples}) or ["video"]
-    return "\n\n".join(
-        _counted(title, counted, modalities)
-        for title, counted in (("problem type", by_type), ("source", by_source))
-    )
+    tables = [_counted("problem type", by_type, modalities), _counted("source", by_source, modalities)]
+    constant = constant_answers((len(sample.options), sample.answer) for sample in samples)
+    warnings = [
+        f"warning: {answer}; rl --shuffle_options true varies its position"
+        for answer in constant
+        if answer.stands_out
+    ]
+    return "\n\n".join(tables + warnings)
 
 
 def _counted(title: str, counted: Counter[tuple[str, str]], modalities: Sequence[str]) -> str:
@@ -82,11 +89,8 @@ def _counted(title: str, counted: Counter[tuple[str, str]], modalities: Sequence
     for (name, _), count in counted.items():
         totals[name] += count
     names = [name for name, _ in totals.most_common()]
-    rest = names[_SOURCES_SHOWN:]
-    groups = [(name, [name]) for name in names[:_SOURCES_SHOWN]]
-    groups += [(f"({len(rest)} more)", rest)] if rest else []
     rows = []
-    for label, members in (*groups, ("all", names)):
+    for label, members in (*((name, [name]) for name in names[:_SOURCES_SHOWN]), ("all", names)):
         numbers = [sum(counted[name, modality] for name in members) for modality in modalities]
         rows.append((label, *(f"{number:,}" for number in (*numbers, sum(numbers)))))
     return table((title, *modalities, "all"), rows)

@@ -86,10 +86,8 @@ class Located:
 
 
 def parse_located(text: str, problem_type: str) -> Located | None:
-    """Parse an answer in the exact form that training requires; return None for any other text.
-
-    `text` must be one JSON object with the type's keys (others are ignored) and the form's number of finite
-    numbers. An empty object of boxes is accepted.
+    """Parse an answer in the exact form that training requires: one JSON object with the type's keys (others
+    are ignored) and finite numbers. Return None for any other text.
     """
     try:
         parsed = json.loads(text)
@@ -115,10 +113,10 @@ def parse_located(text: str, problem_type: str) -> Located | None:
 def read_located(text: str, problem_type: str, last: bool = False) -> Located | None:
     """Parse the answer that a human reader would take from `text`, for evaluation.
 
-    Also accepted besides the exact form: single quotes, text or a code block around the JSON, truncated JSON,
-    keys such as "bbox_2d", a bare list, numbers in quotes, times such as "3.2s" and "1:05", and in words
-    "from 3.2s to 5s" or exactly two times (four coordinates). Frames with an invalid box are dropped. last:
-    use the last of several spans in words, not the first.
+    Also accepted: single quotes, text or a code block around the JSON, truncated JSON, keys such as
+    "bbox_2d", a bare list, quoted numbers, times such as "3.2s" and "1:05", and in words "from 3.2s to 5s" or
+    exactly two times (four coordinates). Frames with an invalid box are dropped. last: use the last of
+    several spans in words, not the first.
     """
     if exact := parse_located(text, problem_type):
         return exact
@@ -145,10 +143,7 @@ def truth_problems(text: str, problem_type: str, data_type: str, window: float |
     if found.time is not None:
         start, end = found.time
         if not 0 <= start < end:
-            yield (
-                f"the solution's span goes from {start:g} s to {end:g} s; it must begin at 0 or later and "
-                "end after it begins"
-            )
+            yield f"the solution's span goes from {start:g} s to {end:g} s; it needs 0 <= start < end"
         elif window is not None and start >= window:
             yield (
                 f"the solution's span begins at {start:g} s, but the window lasts {window:g} s; its seconds "
@@ -163,10 +158,7 @@ def truth_problems(text: str, problem_type: str, data_type: str, window: float |
         if max(box) <= 1:
             yield f"the solution's box [{shown}] is in shares of the picture; write thousandths (times 1000)"
         elif min(box) < 0 or max(box) > SIDE:
-            yield (
-                f"the solution's box [{shown}] leaves the picture, whose sides count as 1000; of pixels "
-                "write 1000·x/width and 1000·y/height"
-            )
+            yield f"the solution's box [{shown}] is in pixels; write 1000·x/width and 1000·y/height"
         elif left >= right or top >= bottom:
             yield f"the solution's box [{shown}] has no area; write [x1, y1, x2, y2], x1 < x2 and y1 < y2"
         else:

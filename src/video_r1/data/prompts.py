@@ -1,9 +1,8 @@
 """Prompts: a Sample's model inputs, with its frames in order or with a contrast clip.
 
-A contrast clip is a question's own clip without its frame order, or without its frames. Each contrast is a
-pure function of the number of frames T: which frames are shown, and in which order. A model that answers
-correctly with a contrast clip does not need what the contrast removes; the temporal gap is the accuracy that
-needs the order.
+A contrast clip is a question's own clip without its frame order, or without frames: a choice of frame numbers
+that depends only on their count T. A model that answers correctly with a contrast clip does not need what the
+contrast removes; the temporal gap is the accuracy that needs the order.
 
 | contrast | frames of a clip 0 1 2 3 4 5 6 7 | removes | source |
 |---|---|---|---|
@@ -30,15 +29,15 @@ from typing import Any, Self
 import torch
 from torch import Generator, Tensor
 
-from video_r1.data.decoding.media import Media, Shown, clips_of, reordered, shuffled_order
+from video_r1.data.decoding.media import Media, Shown, clips_of, reordered
 from video_r1.data.manifests.records import Sample
 from video_r1.data.templates import Template, end_token_id, load_template, prompt_text, special_tokens
 from video_r1.errors import PromptError
 from video_r1.settings.frames import TEMPORAL_PATCH, Contrast, ContrastUnit, Order
 
 TOKEN_FEATURES = ("mm_token_type_ids", "token_type_ids")  # features with one value per token
-# Fast tokenizers keep settings (padding, truncation) that a call may change: a call in another thread at that
-# moment fails ("Already borrowed") or gets the other call's settings.
+# Fast tokenizers keep settings (padding, truncation) that a call may change: a call in another thread then
+# fails ("Already borrowed") or gets the other call's settings.
 _TOKENIZING = threading.Lock()
 
 
@@ -90,17 +89,17 @@ class Prompt:
 
 
 def response_text(sample: Sample) -> str:
-    """Return SFT's target: the rationale, then the tagged answer. Raises PromptError without a `process`."""
+    """Return SFT's target: the rationale, then the tagged answer. Raises PromptError without a rationale."""
     if not sample.process:
         raise PromptError(f"question {sample.problem_id!r} has no `process`; SFT needs a rationale")
     return f"{sample.process.strip()}\n{sample.solution.strip()}"
 
 
 def video_metadata(media: Media) -> dict[str, Any]:
-    """Return the metadata that a Hugging Face video processor needs for frames that are already sampled.
+    """Return a Hugging Face video processor's metadata for frames that are already sampled.
 
-    The clock runs in seconds (`fps` 1), so a frame's index is its timestamp, and the processors' own formulas
-    give the real sampling rate (T / duration) and timestamps.
+    With `fps` 1 a frame's index is its timestamp, and the processors' formulas give the real sampling rate
+    (T / duration) and timestamps.
     """
     return {
         "total_num_frames": media.duration,
@@ -139,20 +138,20 @@ class TextPrompts:
         turns = sample.messages or ({"role": "user", "content": self.question(sample)},)
         pieces = between_marks(sample, turns)
         if pieces is None:
+            pieces = [[turn["content"]] for turn in turns]
             first = next(place for place, turn in enumerate(turns) if turn["role"] == "user")
-            before = [""] * len(visuals)
-            pieces = [[*before * (place == first), turn["content"]] for place, turn in enumerate(turns)]
+            pieces[first] = [*[""] * len(visuals), *pieces[first]]
         waiting, chat = iter(visuals), []
         for turn, (start, *others) in zip(turns, pieces, strict=True):
-            behind = [part for piece in others for part in (*next(waiting), *_parts(piece))]
-            chat.append({**turn, "content": [*_parts(start), *behind] or [{"type": "text", "text": ""}]})
+            behind = [part for piece in others for part in (*next(waiting), *_text(piece))]
+            chat.append({**turn, "content": [*_text(start), *behind] or [{"type": "text", "text": ""}]})
         return chat
 
     def build(
         self, sample: Sample, media: Shown, permutation: Tensor | None = None, contrast: Contrast = "shuffled"
     ) -> Prompt:
-        """Build a question's prompt. media: one for each file. permutation: [T] int64, the frames to show
-        (`Prompt.permutation`); without any frame the prompt has no visuals. contrast: its name.
+        """Build a question's prompt. media: one per file. permutation: `Prompt.permutation`; an empty one
+        gives no visuals. contrast: its name.
         """
         shown = clips_of(media)
         if len(shown) != len(sample.paths):
@@ -170,9 +169,8 @@ class TextPrompts:
 def between_marks(sample: Sample, turns: Sequence[Mapping[str, str]]) -> list[list[str]] | None:
     """Split each turn's text at the marks where the sample's files go; None without marks.
 
-    Only marks in user turns count: templates of newer models drop visuals in other turns. If the number of
-    marks differs from the number of files, the marks are plain text for one file, and raise PromptError for
-    several.
+    Only marks in user turns count: templates of newer models drop visuals in other turns. Other numbers of
+    marks than of files are plain text for one file, and raise PromptError for several.
     """
     pieces = [
         turn["content"].split(sample.mark) if turn["role"] == "user" else [turn["content"]] for turn in turns
@@ -186,18 +184,17 @@ def between_marks(sample: Sample, turns: Sequence[Mapping[str, str]]) -> list[li
     return pieces if marks == count else None
 
 
-def _parts(text: str) -> list[dict[str, str]]:
+def _text(text: str) -> list[dict[str, str]]:
     return [{"type": "text", "text": text}] if text else []
 
 
 class PromptBuilder(TextPrompts):
-    """Model inputs of samples, made by the model's own processor and chat template. Thread-safe: prompts are
-    built one at a time.
+    """Model inputs of samples, made by the model's processor and chat template. Thread-safe.
 
-    processor: needs a chat template. Frames are not resized if their sides may be any multiple of its patches
-        (`frame_multiple`); other processors resize them. A processor without videos gets a clip as images.
+    processor: needs a chat template. It resizes frames only if it cannot take any multiple of its patches
+        (`frame_multiple`). A processor without videos gets a clip as images.
     template: path of a template file; None for the built-in template.
-    max_prompt_length: tokens, visual ones included. A longer prompt is an error; it is never truncated.
+    max_prompt_length: in tokens, visual ones included. A longer prompt is an error; it is never truncated.
     subtitles: add a line for subtitles to the template.
     """
 
@@ -234,8 +231,7 @@ class PromptBuilder(TextPrompts):
     def build(
         self, sample: Sample, media: Shown, permutation: Tensor | None = None, contrast: Contrast = "shuffled"
     ) -> Prompt:
-        """Build a question's prompt. Raises PromptError: too long, frames that do not fit, no duration,
-        special tokens."""
+        """Build a question's prompt. Raises PromptError if it is too long or does not fit the model."""
         plain = super().build(sample, media, permutation, contrast)
         text = prompt_text(self.processor, plain.messages, plain.thinks)
         for shown in plain.media:
@@ -278,8 +274,7 @@ class PromptBuilder(TextPrompts):
 
     def build_with_response(self, sample: Sample, media: Shown, response: str) -> tuple[Prompt, Tensor]:
         """Build the ordered prompt, and the response's token ids [L] int64 with the end-of-turn token.
-
-        Raises PromptError as `build` does, and for an empty response or special tokens in it.
+        Raises PromptError.
         """
         if not response.strip():
             raise PromptError(f"question {sample.problem_id!r}: its response is empty")
@@ -317,8 +312,8 @@ class PromptBuilder(TextPrompts):
 
 
 def frame_multiple(processor: Any) -> int | None:
-    """Return the number that must divide both sides of a frame in pixels: patch size × spatial merge size.
-    None for processors that resize every frame to their own size, or cut images into parts.
+    """Return the divisor of both sides of a frame, in pixels: patch size × spatial merge size. None for
+    processors that resize every frame to their own size, or cut images into parts.
     """
     parts = [getattr(processor, f"{kind}_processor", None) for kind in ("image", "video")]
     multiples = []
@@ -333,6 +328,16 @@ def frame_multiple(processor: Any) -> int | None:
 # --- contrasts ------------------------------------------------------------------------------------
 
 
+def shuffled_order(frames: int, generator: Generator) -> Tensor:
+    """Draw a permutation [T] int64 uniformly from all but the identity. Raise ValueError for T < 2."""
+    if frames < 2:
+        raise ValueError(f"{frames} frame has no order to shuffle")
+    identity = torch.arange(frames)
+    while torch.equal(permutation := torch.randperm(frames, generator=generator), identity):
+        pass
+    return permutation
+
+
 def _dropped(frames: int, generator: Generator) -> Tensor:
     """Draw half of the frames, in their order; an even number, since pairs make temporal patches."""
     kept = frames // 2 // TEMPORAL_PATCH * TEMPORAL_PATCH
@@ -343,7 +348,7 @@ _CONTRASTS: dict[Contrast, Callable[[int, Generator], Tensor]] = {
     "shuffled": shuffled_order,
     "reversed": lambda frames, generator: torch.arange(frames).flip(0),
     "frozen": lambda frames, generator: torch.randint(frames, (1,), generator=generator).repeat(frames),
-    # The middle frame, as often as one temporal patch needs it: an image, at an image's price.
+    # The middle frame, as often as one temporal patch needs it.
     "single": lambda frames, generator: torch.full((TEMPORAL_PATCH,), frames // 2),
     "dropped": _dropped,
     "blind": lambda frames, generator: torch.empty(0, dtype=torch.long),
@@ -353,10 +358,9 @@ _CONTRASTS: dict[Contrast, Callable[[int, Generator], Tensor]] = {
 def contrast_frames(
     contrast: Contrast, frames: int, generator: Generator, unit: ContrastUnit = "frame"
 ) -> Tensor | None:
-    """Return [T'] int64: the frame numbers that the contrast shows of a clip of `frames` frames.
+    """Return [T'] int64, the frame numbers that the contrast shows of a clip; None if it is too short.
 
-    None for a clip that is too short. generator: source of the random choices. unit: what shuffled and
-    reversed permute.
+    unit: what shuffled and reversed permute.
     """
     by_patch = unit == "patch" and contrast in ("shuffled", "reversed")
     if frames < (2 * TEMPORAL_PATCH if by_patch or contrast == "dropped" else 2):
@@ -370,9 +374,9 @@ def contrast_frames(
 def contrast_order(
     contrast: Contrast, clips: Sequence[int], generator: Generator, unit: ContrastUnit = "frame"
 ) -> Tensor | None:
-    """Return `contrast_frames` of each of several clips, numbered through all of them.
+    """Return `contrast_frames` of several clips, numbered through all of them. clips: frames per clip.
 
-    clips: frames per clip. A clip that is too short for the contrast keeps its order; None if all are.
+    A clip that is too short for the contrast keeps its order; None if all are.
     """
     found = [contrast_frames(contrast, frames, generator, unit) for frames in clips]
     if all(order is None for order in found):
@@ -390,10 +394,7 @@ def contrast_prompt(
     generator: Generator,
     unit: ContrastUnit = "frame",
 ) -> Prompt | None:
-    """Build the question's prompt with its contrast clips; None if all clips are too short, as images are.
-
-    Raises PromptError.
-    """
+    """Build the prompt with contrast clips; None for images and too short clips. Raises PromptError."""
     shown = contrast_order(contrast, [len(clip.frames) for clip in clips_of(media)], generator, unit)
     return None if shown is None else builder.build(sample, media, shown, contrast)
 

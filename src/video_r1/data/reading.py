@@ -3,10 +3,10 @@
     batches ─► reading threads ─► media of every frame count ─► one thread ─► built by the caller (prompts)
                (a clip once)       (`ahead` batches, as bytes)   (one batch ahead)
 
-A reading thread waits for a worker process, which is killed if a file takes too long (decoders.py), or finds
-the frames in the frame cache. Prompts hold pixels as float32 in every order, media hold bytes once: media are
-therefore prefetched for several batches, prompts only for the current and the next one. Training draws its
-questions one by one and submits its own work to the same threads (`submit`).
+A reading thread waits for a worker process that decodes (decoders.py), or finds frames in the frame cache.
+Prompts hold pixels as float32 in every order, media hold bytes once: media are therefore prefetched for
+several batches, prompts only for the current and the next one. Training draws its questions one by one and
+submits its own work to the same threads (`submit`).
 """
 
 from collections import OrderedDict, deque
@@ -17,7 +17,8 @@ from typing import Any, NamedTuple, Self, TypeVar
 
 import torch
 
-from video_r1.data.decoding.frame_cache import FrameCache, read_cached, read_cached_at
+from video_r1.data.decoding.decoders import read_media_at
+from video_r1.data.decoding.frame_cache import FrameCache
 from video_r1.data.decoding.media import Media, Shown
 from video_r1.data.manifests.records import Sample
 from video_r1.data.prompts import Prompt, PromptBuilder, contrast_prompt
@@ -30,11 +31,11 @@ Built = TypeVar("Built")
 Clips = tuple[Media, ...]  # of one sample: one for each of its files
 Unusable = MediaError | PromptError
 """Reason why a question cannot be used; returned in its place."""
-_Decoded = Future[list[Clips] | MediaError]  # Clips for each frame count
+_Decoded = Future[list[Clips]]  # for each frame count
 
 
 class Batch(NamedTuple):
-    """Samples that are read together, once for each max_frames in `counts` (empty: the budget's)."""
+    """Samples that are read together, for each max_frames in `counts` (empty: the budget's)."""
 
     samples: Sequence[Sample]
     counts: tuple[int, ...] = ()
@@ -54,8 +55,14 @@ class Reader:
         self._building = ThreadPoolExecutor(1, thread_name_prefix="prompts")
 
     def media(self, sample: Sample) -> Clips:
-        """Read a sample's media while the caller waits. Raises MediaError."""
-        return tuple(read_cached(file, self.budget, self.frame_cache) for file in sample.files)
+        """Read a sample's media in the caller's thread. Raises MediaError."""
+        return self._read(sample, (self.budget.max_frames,))[0]
+
+    def _read(self, sample: Sample, counts: tuple[int, ...]) -> list[Clips]:
+        """Read the media for each frame count."""
+        read = self.frame_cache.read if self.frame_cache else read_media_at
+        files = [read(file, self.budget, counts) for file in sample.files]
+        return list(zip(*files, strict=True))
 
     def submit(self, work: Callable[..., Item], *arguments: Any) -> Future[Item]:
         """Run `work(*arguments)` in a reading thread, after earlier requests."""
@@ -87,19 +94,12 @@ class Reader:
             for sample in batch.samples:
                 key = (sample.files, counts)
                 if key not in clips:
-                    clips[key] = self.submit(self._clip, sample, counts)
+                    clips[key] = self.submit(self._read, sample, counts)
                 clips.move_to_end(key)
                 pairs.append((sample, clips[key]))
             while len(clips) > len(batch.samples):  # neighbouring questions may be about one clip
                 clips.popitem(last=False)
             yield batch, pairs
-
-    def _clip(self, sample: Sample, counts: tuple[int, ...]) -> list[Clips] | MediaError:
-        try:
-            files = [read_cached_at(file, self.budget, counts, self.frame_cache) for file in sample.files]
-            return list(zip(*files, strict=True))
-        except MediaError as error:
-            return error
 
     def close(self) -> None:
         """Cancel pending work and wait for running work. The reader may be used again."""
@@ -130,11 +130,8 @@ def _delayed(items: Iterable[Item], count: int) -> Iterator[Item]:
 def _built(
     build: Callable[[Sample, Clips], Built], sample: Sample, clip: _Decoded, place: int
 ) -> Built | Unusable:
-    found = clip.result()
-    if isinstance(found, MediaError):
-        return found
     try:
-        return build(sample, found[place])
+        return build(sample, clip.result()[place])
     except (MediaError, PromptError) as error:
         return error
 

@@ -59,9 +59,7 @@ NO_THOUGHT = "<think>\n\n</think>\n\n"
 
 @dataclass(frozen=True, slots=True)
 class Template:
-    """The user's text of a question. text: with placeholders; hints: by problem type; thinks: whether it asks
-    for reasoning.
-    """
+    """The user's text of a question. text: with placeholders; thinks: whether it asks for reasoning."""
 
     text: str
     hints: Mapping[ProblemType, str]
@@ -88,15 +86,15 @@ class Template:
 
 
 def subtitle_text(subtitles: str | None, limit: int = SUBTITLE_CHARACTERS) -> str:
-    """Return a row's subtitles under a heading; "" without any. Longer ones are cut to whole lines of at most
-    `limit` characters, and a last line gives the number of characters cut."""
+    """Return a row's subtitles under a heading; "" without any. Lines beyond `limit` characters are cut and
+    counted.
+    """
     if not subtitles:
         return ""
-    shown = subtitles
     if len(subtitles) > limit:
         shown = subtitles[: limit + 1].rpartition("\n")[0] or subtitles[:limit]
-        shown += f"\n({len(subtitles) - len(shown)} more characters of subtitles)"
-    return f"Subtitles:\n{shown}\n"
+        subtitles = f"{shown}\n({len(subtitles) - len(shown)} more characters of subtitles)"
+    return f"Subtitles:\n{subtitles}\n"
 
 
 def load_template(path: str | Path | None, subtitles: bool = False) -> Template:
@@ -140,7 +138,7 @@ def _parsed(lines: list[str]) -> Template:
 
 def prompt_text(processor: Any, messages: list[dict[str, Any]], thinks: bool = True) -> str:
     """Render the chat up to the completion, placeholders not expanded. thinks: the completion begins with its
-    reasoning; otherwise the reasoning is empty, if the template knows of any.
+    reasoning; otherwise the prompt ends with an empty one, if the template has any.
     """
     switch = {SWITCH: False} if not thinks and SWITCH in str(processor.chat_template) else {}
     text = chat_text(processor, messages, add_generation_prompt=True, **switch)
@@ -167,8 +165,8 @@ def special_tokens(tokenizer: Any) -> set[str]:
 
 
 def end_token_id(processor: Any) -> int:
-    """Return the token that ends the assistant's turn: the special token that the chat template writes after
-    it, else `<|im_end|>` if the tokenizer has it, else EOS. processor: or a tokenizer.
+    """Return the token that the chat template writes after the assistant's turn, else `<|im_end|>` if the
+    tokenizer has it, else EOS. processor: or a tokenizer.
     """
     tokenizer = getattr(processor, "tokenizer", processor)
     vocabulary = tokenizer.get_vocab()

@@ -40,7 +40,7 @@ def run_ask(settings: AskSettings) -> str:
     assert settings.question is not None  # settings without it are refused
     samples = [question_sample(settings, question) for question in settings.question]
     # The file is looked for first, because importing torch takes seconds.
-    from video_r1.evaluation.session import ModelSession, sampling_of
+    from video_r1.evaluation.session import ModelSession, sampling_of, verdict
 
     sampling, answer = sampling_of(settings), ""
     with closing(ModelSession(settings)) as session:
@@ -51,7 +51,7 @@ def run_ask(settings: AskSettings) -> str:
             views = session.ask(sample, prompts, settings.samples, sampling, _write_first)
             answer = _print_answer(sample, views[0])
             if len(views) > 1 or settings.samples > 1:
-                print(f"\n{views_table(sample, views)}")
+                print(f"\n{views_table(sample, views)}\n{verdict(sample, views)}".rstrip())
     return answer
 
 
@@ -118,6 +118,7 @@ def question_sample(settings: AskSettings, question: str) -> Sample:
         end=settings.end,
         extra={} if settings.clip_fps is None else {"fps": settings.clip_fps},
         more_paths=tuple(others),
+        play=settings.play,
     )
 
 

@@ -20,6 +20,7 @@ from typing import Any, ClassVar
 
 from video_r1.console import table
 from video_r1.data.answers import read_answer
+from video_r1.data.balance import ConstantAnswer, constant_answers
 from video_r1.data.manifests.records import Sample, load_manifest, placed_rows
 from video_r1.data.prompts import Prompt
 from video_r1.data.rollouts import Rollout
@@ -53,17 +54,16 @@ def run_audit(settings: AuditSettings) -> dict[str, Any]:
     """Audit a manifest, print the table, and return the content of `audit.json` with OUT as `manifest`.
 
     OUT has the manifest's rows unchanged, without those that `bad_rows` skips, and the pass rates of the
-    questions that could be asked. The folder of its name has the answers, `quarantine.jsonl`, `audit.json`
-    and the figure, `audit.html`. Started again with the same settings it continues. Raises ManifestError,
-    ConfigError, RequestError (also when OUT was not written by an audit, or with other settings), and
-    VideoR1Error when no question can be asked or another rank is lost.
+    questions that could be asked. The folder of its name has the other files. Started again with the same
+    settings it continues. Raises ManifestError, ConfigError, RequestError (also when OUT was not written by
+    an audit, or with other settings), and VideoR1Error when no question can be asked or a rank is lost.
     """
     assert settings.manifest is not None and settings.model is not None  # settings without them are refused
     manifest, out = settings.manifest, _audited_path(settings)
     folder = out.with_suffix("")
 
     def begin() -> list[Sample]:
-        _check_out(manifest, out)
+        _check_out(out)
         return load_manifest(manifest, **settings.manifest_options())
 
     with process_group(folder):
@@ -89,7 +89,7 @@ def _audited_path(settings: AuditSettings) -> Path:
     return path.with_name(f"{path.stem}.audited{ending}")
 
 
-def _check_out(manifest: str, out: Path) -> None:
+def _check_out(out: Path) -> None:
     """Raise RequestError when OUT would replace a file that no audit has written."""
     folder = out.with_suffix("")
     if out.exists() and not (folder / SETTINGS_FILE).is_file():
@@ -98,8 +98,6 @@ def _check_out(manifest: str, out: Path) -> None:
         raise RequestError(
             f"{folder} is a file, and the audit's answers go to a folder of that name; see --out"
         )
-    if Path(manifest).is_file() and out.exists() and out.samefile(manifest):
-        raise RequestError(f"{manifest} would be replaced by its own audit; choose another --out")
 
 
 def _training_options(settings: AuditSettings, out: Path) -> str:
@@ -108,9 +106,7 @@ def _training_options(settings: AuditSettings, out: Path) -> str:
     root = media_root_of(settings.manifest, settings.media_root)
     elsewhere = ["--media_root", root] if root != media_root_of(out, None) else []
     elsewhere += ["--allowed_roots", *settings.allowed_roots] if settings.allowed_roots else []
-    own = root.startswith("hf://") and not is_address(
-        settings.manifest
-    )  # table cells of a dataset on the hub
+    own = root.startswith("hf://") and not is_address(settings.manifest)  # cells of a table on the hub
     elsewhere += ["--allow_urls"] if settings.allow_urls or own else []
     keep = f"ordered - {settings.temporal_contrast} > 0.1"
     return shlex.join(["--train_manifest", str(out), *elsewhere, "--keep", keep])
@@ -124,10 +120,10 @@ def _audit(samples: Sequence[Sample], settings: AuditSettings, out: Path) -> dic
     orders: list[Order] = [view for view in VIEWS if view in wanted]
     with closing(open_engine(settings, processor)) as engine:
         loop = Audit(
-            samples[: settings.limit], engine, builder, out.with_suffix(""), orders, [settings.max_frames],
-            sampling, settings.seed, settings.batch_size,
+            samples[: settings.limit], engine, builder, budget, settings, out.with_suffix(""), sampling,
+            orders, [settings.max_frames],
         )  # fmt: skip
-        loop.run(made_with, budget, settings)
+        loop.run(made_with)
 
         def write() -> dict[str, Any]:
             (answers,) = loop.merge().values()
@@ -149,8 +145,7 @@ def _audit(samples: Sequence[Sample], settings: AuditSettings, out: Path) -> dic
                 **audit_figures(audited, settings.temporal_contrast, settings.samples),
             }
             replace_json(loop.folder / "audit.json", summary)
-            notes = [sentence.strip() for sentence in audit_sentences(summary)]
-            page = audit_page(summary, audit_rows(summary), notes, str(settings.model))
+            page = audit_page(summary, audit_rows(summary), audit_sentences(summary), str(settings.model))
             replace_text(loop.folder / "audit.html", page)
             return summary
 
@@ -198,7 +193,7 @@ def pass_rates_of(
         for view in VIEWS:
             if record := answers.get((sample.problem_id, view)):
                 correct = [is_correct(sample.problem_type, score, threshold) for score in record["scores"]]
-                rates.setdefault(sample.problem_id, {})[view] = sum(correct) / len(correct)
+                rates.setdefault(sample.problem_id, {})[view] = fmean(correct)
     return rates
 
 
@@ -230,7 +225,8 @@ def _audited_rows(
 def audit_figures(audited: Audited, contrast: Contrast, samples: int) -> dict[str, Any]:
     """Return the figures over all questions, and over each modality, problem type and source:
 
-        {"all": {"questions", "chance",
+        {"constant_answers": sentences about letters that are right much too often,
+         "all": {"questions", "chance",
                  "views": {view: {"rate", "interval95", "questions", "answered": {"share", "interval95"}}},
                  "needs_order": {"share", "interval95", "questions", "other_way"},
                  "temporal_gap": {"gap", "interval95", "questions"},
@@ -238,11 +234,12 @@ def audit_figures(audited: Audited, contrast: Contrast, samples: int) -> dict[st
          "by_modality": {name: as "all"}, "by_type": …, "by_source": …,
          "pairs": [K + 1][K + 1] questions by right answers with the contrast (row) and in order (column)}
 
-    chance: mean over questions of 1/n for n options, 0 for other types. needs_order: share of questions that
-    are answered in order and not with the contrast clip; other_way: the reverse, which only chance explains.
-    These two and the gap are over the videos that have both rates.
+    chance: share of questions that the best constant answers get right, a letter for each number of options.
+    needs_order: share of questions that are answered in order and not with the contrast clip; other_way: the
+    reverse, which only chance explains. These two and the gap are over the videos that have both rates.
     """
-    figures: dict[str, Any] = {"all": _figures(audited, contrast)}
+    constant = [str(each) for each in _constant(audited) if each.stands_out]
+    figures: dict[str, Any] = {"constant_answers": constant, "all": _figures(audited, contrast)}
     for name, field in _GROUPINGS.items():
         groups: dict[str, list[Any]] = {}
         for sample, rates in audited:
@@ -255,6 +252,10 @@ def audit_figures(audited: Audited, contrast: Contrast, samples: int) -> dict[st
     return figures | {"pairs": pairs}
 
 
+def _constant(audited: Audited) -> list[ConstantAnswer]:
+    return constant_answers((len(sample.options), sample.answer) for sample, _ in audited)
+
+
 def _with_both(audited: Audited, contrast: Contrast) -> Audited:
     return [(sample, rates) for sample, rates in audited if {contrast, "ordered"} <= rates.keys()]
 
@@ -262,7 +263,7 @@ def _with_both(audited: Audited, contrast: Contrast) -> Audited:
 def _figures(audited: Audited, contrast: Contrast) -> dict[str, Any]:
     figures: dict[str, Any] = {
         "questions": len(audited),
-        "chance": fmean(1 / len(sample.options) if sample.options else 0.0 for sample, _ in audited),
+        "chance": sum(each.right for each in _constant(audited)) / len(audited),
         "views": {},
     }
     for view in VIEWS:
@@ -295,7 +296,13 @@ def audit_rows(summary: Mapping[str, Any]) -> list[tuple[str, Mapping[str, Any]]
 def audit_table(summary: Mapping[str, Any]) -> str:
     """Return a table of mean pass rates in percent with 95 % intervals."""
     views: list[str] = list(summary["all"]["views"])
-    head = ("pass rates", "questions", "a guess", *(SHOWN.get(view, view) for view in views), "temporal gap")
+    head = (
+        "pass rates",
+        "questions",
+        "best guess",
+        *(SHOWN.get(view, view) for view in views),
+        "temporal gap",
+    )
     rows = [
         (
             name if not place else f"  {name}",
@@ -318,7 +325,7 @@ def audit_sentences(summary: Mapping[str, Any]) -> list[str]:
         views = figures["views"]
         sentences.append(
             f"{figures['questions']:,} questions on {kind}s; answered: most of {summary['samples']} "
-            f"answers are right; a fixed guess is right in {percent(figures['chance'])}:"
+            f"answers are right; the best fixed guess is right in {percent(figures['chance'])}:"
         )
         told = {"blind": f"can be answered without the {kind}", "frozen": "can be answered from one frame"}
         told |= {contrast: told.get(contrast, f"can be answered with its frames {contrast}")}
@@ -335,6 +342,7 @@ def audit_sentences(summary: Mapping[str, Any]) -> list[str]:
             f"  {percent(figures['never_right'])} are always wrong, {percent(figures['always_right'])} "
             "always right: RL learns nothing from these"
         )
+    sentences += summary.get("constant_answers", ())
     problems = {"no_answer": "contained no answer that could be parsed", "cut_off": "were cut off"}
     sentences += [
         f"{percent(summary[name])} of the outputs {words}: the rates may be too low by as much"

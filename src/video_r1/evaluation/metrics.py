@@ -16,7 +16,7 @@ from numpy.typing import ArrayLike, NDArray
 RESAMPLES = 2_000
 OVERLAP_SHARES = {"R@0.3": 0.3, "R@0.5": 0.5, "R@0.7": 0.7}  # least overlaps
 _DRAWS_AT_ONCE = 2_000_000  # bounds the memory of a bootstrap: 16 MB of indices
-_DIRECTION_DIFFICULTY = re.compile(r"(object_rel_direction)_(?:easy|medium|hard)")
+_DIRECTION_DIFFICULTY = re.compile(r"^(object_rel_direction)_(?:easy|medium|hard)$")
 
 
 Clips = Sequence[Hashable] | None
@@ -61,9 +61,7 @@ def bootstrap_means(
     values = np.asarray(scores, dtype=np.float64)
     places: dict[Hashable, int] = {}
     shown = range(len(values)) if clips is None else clips
-    clip = [places.setdefault(each, len(places)) for each in shown]
-    if len(clip) != len(values):
-        raise ValueError(f"{len(values)} scores but {len(clip)} clips")
+    clip = [places.setdefault(each, len(places)) for _, each in zip(values, shown, strict=True)]
     by_clip = _resampled_means(np.bincount(clip, values), np.bincount(clip), resamples, seed)
     if len(places) == len(values):
         return by_clip
@@ -96,10 +94,7 @@ def paired_difference(first: ArrayLike, second: ArrayLike, clips: Clips = None) 
     With scores of ordered and shuffled frames this is the temporal gap. Questions are drawn with both values,
     so what makes a question hard both times does not widen the interval.
     """
-    one, other = np.asarray(first, dtype=np.float64), np.asarray(second, dtype=np.float64)
-    if one.shape != other.shape:
-        raise ValueError(f"{len(one)} values but {len(other)} others; they come in pairs")
-    return mean_figure(one - other, clips)
+    return mean_figure(np.subtract(first, second, dtype=np.float64), clips)
 
 
 def share_figure(right: int, count: int) -> Figure:
@@ -149,23 +144,15 @@ def task_mean(scores: ArrayLike, tasks: Sequence[str], clips: Clips = None) -> F
     interval resamples the clips within each task.
     """
     values, names = np.asarray(scores, dtype=np.float64), np.asarray(tasks, dtype=object)
-    if len(values) != len(names):
-        raise ValueError(f"{len(values)} scores but {len(names)} task types")
     merged: dict[str, list[NDArray[np.float64]]] = {}
     for number, task in enumerate(dict.fromkeys(names)):
         members = np.flatnonzero(names == task)
         chosen, shown = values[members], clips and [clips[member] for member in members]
         means = np.concatenate(([chosen.mean()], bootstrap_means(chosen, shown, seed=number)))
-        merged.setdefault(merged_task(task), []).append(means)
+        merged.setdefault(_DIRECTION_DIFFICULTY.sub(r"\1", task), []).append(means)
     # [0] is the figure itself, the rest its resamples
     headline = np.mean([np.mean(parts, axis=0) for parts in merged.values()], axis=0)
     return _figure(headline[0], headline[1:], len(values))
-
-
-def merged_task(task: str) -> str:
-    """Return `object_rel_direction` for its three difficulties, and any other name unchanged."""
-    match = _DIRECTION_DIFFICULTY.fullmatch(task)
-    return match.group(1) if match else task
 
 
 def _figure(mean: Any, resampled: NDArray[np.float64], questions: int) -> Figure:

@@ -2,7 +2,7 @@
 
 Published figures are percentages of questions without an interval. A difference is marked when the published
 figure is outside the 95 % interval of ours, so that drawing other clips and questions would rarely explain
-it. `setup_differences` lists what else may explain it.
+it. `setup_differences` lists settings that may explain it.
 
 The protocol is that of Video-R1's public code (github.com/tulerfeng/Video-R1, src/eval_bench.py): its prompt,
 and how it parses and scores an answer. Its frames and sampling are in settings/decoding.py. It deliberately
@@ -11,17 +11,15 @@ comparisons of numbers are rounded to 32 bits.
 """
 
 import tomllib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
-
+from video_r1.console import table
 from video_r1.data.answers import extract_answer
 from video_r1.data.manifests.records import ProblemType, Sample
 from video_r1.data.templates import ANSWER_HINTS, Template
-from video_r1.evaluation.benchmarks.loading import Questions
 from video_r1.settings.decoding import PROTOCOLS, EvalSettings
 from video_r1.settings.frames import FrameBudget
 
@@ -111,6 +109,8 @@ def _number(text: str) -> float | None:
 
 def _mean_relative_accuracy(predicted: float, truth: float) -> float:
     """Return the MRA in float32, whose rounding decides errors of exactly 1 − θ."""
+    import torch
+
     prediction, target = torch.tensor(predicted), torch.tensor(truth)
     error = (prediction - target).abs() / (target.abs() + 1e-8)
     thresholds = torch.arange(0.5, 0.975, 0.05)
@@ -137,14 +137,8 @@ class Comparison(NamedTuple):
     ours: float
     low: float
     high: float
-
-    @property
-    def difference(self) -> float:
-        return self.ours - self.published
-
-    @property
-    def outside(self) -> bool:
-        return not self.low <= 0 <= self.high
+    difference: float  # ours − published
+    outside: bool  # whether the published figure is outside our interval
 
 
 def compare_with_paper(results: Mapping[str, Mapping[str, Any]]) -> list[Comparison]:
@@ -160,17 +154,18 @@ def compare_with_paper(results: Mapping[str, Mapping[str, Any]]) -> list[Compari
                 figure = figure.get("kind_mean")
             if not figure:
                 continue
-            mean, interval = 100 * figure["accuracy"], [100 * end for end in figure["interval95"]]
+            mean, count = 100 * figure["accuracy"], int(frames)
             for model, rows in PUBLISHED.items():
-                if int(frames) in rows:
-                    published = rows[int(frames)][column]
-                    low, high = (end - published for end in interval)
-                    found.append(Comparison(name, int(frames), model, published, mean, low, high))
+                if count in rows:
+                    there = rows[count][column]
+                    low, high = (100 * end - there for end in figure["interval95"])
+                    ours = (mean, low, high, mean - there, not low <= 0 <= high)
+                    found.append(Comparison(name, count, model, there, *ours))
     return found
 
 
-def setup_differences(settings: EvalSettings, questions: Sequence[Questions]) -> list[str]:
-    """Return the differences from the paper's evaluation (with its protocol: its code's) as sentences."""
+def setup_differences(settings: EvalSettings) -> list[str]:
+    """Return how the settings differ from the paper's (by its protocol: its code's), as sentences."""
     by_code = settings.protocol == "reference"
     setup = {name: PROTOCOLS["reference"][name] for name in SETUP} if by_code else SETUP
     found = [
@@ -180,67 +175,21 @@ def setup_differences(settings: EvalSettings, questions: Sequence[Questions]) ->
     ]
     if settings.answer == ["direct"]:
         found.append("answers are direct, without the reasoning that the reference asks for")
-    found += [] if by_code else _own_ways(settings)
-    found.append("PyAV decodes here, decord there: pixels may differ by rounding")
-    if settings.limit is not None:
-        found.append(f"only the first {settings.limit} questions of each benchmark are asked")
-    for each in questions:
-        if not each.coverage.complete:
-            found.append(f"{each.title}: {each.coverage}")
-        if each.name in COLUMNS:
-            found += [f"{each.title}: {difference}" for difference in _other_questions(each, by_code)]
+    if not by_code:
+        found.append("prompt and scores are this project's own; --protocol reference has the reference's")
     return found
-
-
-def _other_questions(asked: Questions, by_code: bool) -> Iterator[str]:
-    """Yield the differences in the questions of one of the paper's benchmarks."""
-    if asked.annotation == "published":
-        yield "its own annotation and prompt are used, not the reference's JSON"
-    if asked.name == "tempcompass" and asked.annotation == "published":
-        yield (
-            "how the reference asks the captioning questions is not known; here they are a choice among the "
-            "given pieces of information"
-        )
-    if asked.name == "mvbench":
-        cut = sum("cut" in sample.extra for sample in asked.samples)
-        if not by_code:
-            yield "the reference's code shows whole clips; here a question about a window is shown the window"
-        elif cut:
-            yield f"the reference's code shows whole clips; here {cut:,} questions have clips cut to a window"
-        yield (
-            "episodic_reasoning is asked about its clips; the reference's published code shows none of them "
-            '(it has no branch for their data_type, "frame")'
-        )
-
-
-def _own_ways(settings: EvalSettings) -> list[str]:
-    """Return the differences when the prompt and the scores are this project's own."""
-    return [
-        f"the prompt is that of {settings.prompt_template}"
-        if settings.prompt_template
-        else "the prompt is this project's own (a checkpoint trained with another one needs prompt_template)",
-        "answers are read by a tolerant parser; the reference compares the text in the answer tags, or the "
-        "whole output where there are none (the strict score is printed beside)",
-        "frames smaller than frame_pixels are scaled up to it; there to 128 · 28 · 28 pixels",
-        "the paper names temperature 0.01; its published code has 0.1",
-    ]
 
 
 def comparison_table(comparisons: Sequence[Comparison], titles: Mapping[str, str]) -> str:
     """Return the comparison as text; `*` marks differences outside our interval."""
     if not comparisons:
         return "the paper has no figures for these benchmarks and frame counts (it has 16, 32 and 64 frames)"
-    width = max(len(each.model) for each in comparisons)
-    lines, block = [], None
+    rows = []
     for each in comparisons:
-        if (each.benchmark, each.frames) != block:
-            block = (each.benchmark, each.frames)
-            title = titles.get(each.benchmark, each.benchmark)
-            mean = f", {_KIND_MEAN[each.benchmark]}" if each.benchmark in _KIND_MEAN else ""
-            lines.append(f"{title}, {each.frames} frames{mean}: ours {each.ours:.1f}")
-        lines.append(
-            f"  {each.model.ljust(width)}  {each.published:5.1f}  {each.difference:+6.1f} "
-            f"[{each.low:+.1f}, {each.high:+.1f}]{' *' if each.outside else ''}"
-        )
-    lines.append("difference: ours − published, with our 95 % interval; * the published one is outside of it")
-    return "\n".join(lines)
+        title = f"{titles.get(each.benchmark, each.benchmark)}, {each.frames} frames: {each.model}"
+        interval = f"{each.difference:+.1f} [{each.low:+.1f}, {each.high:+.1f}]{' *' * each.outside}"
+        rows.append((title, f"{each.ours:.1f}", f"{each.published:.1f}", interval))
+    notes = ["difference: ours − published, with our 95 % interval; * the published one is outside of it"]
+    benchmarks = {each.benchmark for each in comparisons}
+    notes += [f"{titles.get(name, name)}: {mean}" for name, mean in _KIND_MEAN.items() if name in benchmarks]
+    return "\n".join([table(("", "ours", "published", "difference"), rows), *notes])

@@ -6,19 +6,15 @@
 `run_share` and `read_batches` are the loop of every command that asks questions: `eval`, `data audit`,
 `annotate`, and the validation of `rl`. `QuestionLoop` adds the files of an evaluation and an audit. A round
 is one frame count and one way of answering. The contrast clip and the sampling seeds of a question follow
-from the seed and the question alone, so a question gets the same prompt and seed whenever it is asked again.
-
-Each rank writes to its own files, part-<rank>.<answers>-<frames>.jsonl, and rank 0 merges them in the
-manifest's order. The number of ranks, and which of them were killed, leaves no trace in the files.
+from the seed and the question alone. Each rank writes to its own files, part-<rank>.<answers>-<frames>.jsonl,
+and rank 0 merges them in the manifest's order, so the number of ranks leaves no trace.
 """
 
-import json
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence, Set
 from contextlib import closing
 from dataclasses import asdict, dataclass, replace
-from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar, Generic, NamedTuple, TypeVar, get_args
 
@@ -35,7 +31,7 @@ from video_r1.fingerprint import continue_or_refuse, digest
 from video_r1.processes import decided_by_first, own_share, process_count, process_index, wait_for_everyone
 from video_r1.rollout.engine import RolloutEngine, SamplingSettings
 from video_r1.seeds import derived_seed
-from video_r1.settings.decoding import Answer, DecodingSettings
+from video_r1.settings.decoding import Answer, AuditSettings, DecodingSettings, EvalSettings
 from video_r1.settings.frames import FrameBudget, Order
 
 _BUDGET_FIELDS = ("fps", "min_frames", "frame_pixels", "image_pixels", "size_multiple")
@@ -59,9 +55,8 @@ def run_share(
 ) -> None:
     """Answer this rank's share of the work, with a progress bar.
 
-    size: number of questions in a piece of work. answer: records answers as it goes, and yields the number of
-    newly answered questions with figures for the bar. doing: title of the bar; answered: questions of earlier
-    runs.
+    size: questions in a piece of work. answer: records answers, and yields the number of newly answered
+    questions with figures for the bar. doing: title of the bar; answered: questions of earlier runs.
     """
     own = own_share(work)
     title = doing + (f" (process 1 of {process_count()})" if process_count() > 1 else "")
@@ -90,8 +85,8 @@ def read_batches(
     units = [(b.samples, count) for b in batches for count in b.counts or (reader.budget.max_frames,)]
     for (samples, count), built in zip(units, reader.batches(batches, build, ahead), strict=True):
         pairs = list(zip(samples, built, strict=True))
-        usable = [(sample, one) for sample, one in pairs if not isinstance(one, MediaError | PromptError)]
-        failed: Any = [(sample, one) for sample, one in pairs if isinstance(one, MediaError | PromptError)]
+        failed: Any = [pair for pair in pairs if isinstance(pair[1], Unusable)]
+        usable: Any = [pair for pair in pairs if not isinstance(pair[1], Unusable)]
         yield BatchRead(count, samples, usable, failed)
 
 
@@ -134,17 +129,17 @@ def asked_with(
         except PromptError as error:  # raised again, and listed, when its prompt is built
             return str(error)
 
+    sizes = {name: getattr(budget, name) for name in _BUDGET_FIELDS}
+    questions = [
+        [s.problem_id, s.path, s.solution, s.start, s.end, *([s.fps] if s.fps else []), *s.more_paths]
+        + ([s.play] if s.play != "forward" else [])
+        for s in samples
+    ]
     return {
         "seed": settings.seed,
         "sampling": asdict(sampling),
-        "budget": {name: getattr(budget, name) for name in _BUDGET_FIELDS}
-        | ({"least_pixels": budget.least_pixels} if budget.least_pixels else {}),
-        "questions": digest(
-            [
-                [s.problem_id, s.path, s.solution, s.start, s.end, *([s.fps] if s.fps else []), *s.more_paths]
-                for s in samples
-            ]
-        ),
+        "budget": sizes | ({"least_pixels": budget.least_pixels} if budget.least_pixels else {}),
+        "questions": digest(questions),
         "prompts": digest([question_text(sample) for sample in samples]),
         "model": settings.model,
     }
@@ -154,21 +149,21 @@ def asked_with(
 class QuestionLoop(ABC):
     """Every sample, asked in each of `orders` with at most each of `counts` frames, answered into `folder`.
 
-    sampling: settings of every answer, without a seed; seed: that of the contrast clips and of all answers.
-    batch_size: questions of one engine call, each in every order. ways: of answering. Files:
-    `<answers>-<frames>.jsonl` (direct answers: `direct-<frames>.jsonl`), a line for each question and order;
-    `quarantine.jsonl`, questions that could not be asked; `<settings_file>`, what the answers depend on.
+    budget: frame sizes and rate; its `max_frames` is replaced by each of `counts`. settings: the seed, the
+    questions of one engine call, and the frame cache. sampling: settings of every answer, without a seed.
+    Files: `<answers>-<frames>.jsonl` (direct answers: `direct-<frames>.jsonl`), a line for each question and
+    order; `quarantine.jsonl`, questions that could not be asked; `<settings_file>`, what answers depend on.
     """
 
     samples: Sequence[Sample]
     engine: RolloutEngine
     prompt_builder: TextPrompts
+    budget: FrameBudget
+    settings: EvalSettings | AuditSettings
     folder: Path
+    sampling: SamplingSettings
     orders: Sequence[Order]
     counts: Sequence[int]
-    sampling: SamplingSettings
-    seed: int
-    batch_size: int
     ways: Sequence[Answer] = ("reasoned",)
 
     what: ClassVar[str]  # "an evaluation"
@@ -187,13 +182,13 @@ class QuestionLoop(ABC):
         """Return the orders in which the sample is asked: images only in their own."""
         return [order for order in self.orders if order == "ordered" or sample.data_type == "video"]
 
-    def run(self, made_with: Mapping[str, Any], budget: FrameBudget, settings: DecodingSettings) -> None:
+    def run(self, made_with: Mapping[str, Any]) -> None:
         """Ask what is not answered yet; return when every rank has asked its share.
 
-        made_with: see `asked_with`. budget: frame sizes and rate; its `max_frames` is replaced by each of
-        `counts`. Questions in quarantine are tried again. Raises RequestError when the folder holds answers
-        made with other settings, when a file of answers is damaged, for no samples, for two samples with one
-        problem_id, and for direct answers to samples with `messages`; VideoR1Error when a rank is lost.
+        made_with: see `asked_with`. Questions in quarantine are tried again. Raises RequestError when the
+        folder holds answers made with other settings, when a file of answers is damaged, for no samples, for
+        two samples with one problem_id, and for direct answers to samples with `messages`; VideoR1Error when
+        a rank is lost.
         """
         if not self.samples:
             raise RequestError(f"nothing to ask for {self.what}: the manifest has no samples")
@@ -214,30 +209,15 @@ class QuestionLoop(ABC):
 
         done = decided_by_first(begin)
         batches = self.open_batches(done)
-        with Reader(budget, open_frame_cache(settings.frame_cache, settings.frame_cache_gb)) as reader:
-            run_share(
-                batches,
-                _asked,
-                lambda own: self.ask(reader, own, done),
-                self.doing,
-                len(self.samples) * len(self.counts) - sum(map(_asked, batches)),
-            )
+        answered = len(self.samples) * len(self.counts) - sum(map(_asked, batches))
+        cache = open_frame_cache(self.settings.frame_cache, self.settings.frame_cache_gb)
+        with Reader(self.budget, cache) as reader:
+            run_share(batches, _asked, lambda own: self.ask(reader, own, done), self.doing, answered)
         wait_for_everyone()
-
-    @cached_property
-    def places(self) -> dict[str | int, int]:
-        """Index of each question in the manifest."""
-        return {sample.problem_id: place for place, sample in enumerate(self.samples)}
 
     @property
     def rounds(self) -> list[Round]:
         return [(count, way) for count in self.counts for way in self.ways]
-
-    @cached_property
-    def builders(self) -> dict[Answer, TextPrompts]:
-        """Prompt builder of each way of answering."""
-        builder = self.prompt_builder
-        return {"reasoned": builder, "direct": builder.with_template(builder.template.direct())}
 
     def answers_path(self, current: Round) -> Path:
         count, way = current
@@ -249,8 +229,7 @@ class QuestionLoop(ABC):
 
     def answered(self, current: Round) -> Answers:
         """Return the round's records, also those that are not merged yet."""
-        path = self.answers_path(current)
-        records = [one for file in (path, *parts_of(path)) for one in read_records(file, self.needed)]
+        records = _with_parts(self.answers_path(current), self.needed)
         return {(record["problem_id"], record["order"]): record for record in records}
 
     def keys(self, samples: Sequence[Sample]) -> list[Key]:
@@ -264,7 +243,7 @@ class QuestionLoop(ABC):
 
     def open_batches(self, done: Mapping[Round, Set[Key]]) -> list[Batch]:
         """Return the batches with an open question, each with the frame counts in which it has one."""
-        batches, size = [], self.batch_size
+        batches, size = [], self.settings.batch_size
         for chosen in (self.samples[at : at + size] for at in range(0, len(self.samples), size)):
             keys = set(self.keys(chosen))
             counts = dict.fromkeys(count for count, way in self.rounds if not keys <= done[count, way])
@@ -280,12 +259,16 @@ class QuestionLoop(ABC):
         A round of a batch is asked again as a whole or not at all, so that padding is the same. A batch whose
         only open questions cannot be read is not asked.
         """
+        builder, seed = self.prompt_builder, self.settings.seed
+        direct = builder.with_template(builder.template.direct())
+        builders: dict[Answer, TextPrompts] = {
+            way: direct if way == "direct" else builder for way in self.ways
+        }
 
         def build(sample: Sample, media: Shown) -> dict[Answer, list[Prompt]]:
-            builders: dict[Answer, TextPrompts] = {way: self.builders[way] for way in self.ways}
             orders = self.orders_of(sample)
             return {
-                way: [build_prompt(sample, media, builder, order, self.seed) for order in orders]
+                way: [build_prompt(sample, media, builder, order, seed) for order in orders]
                 for way, builder in builders.items()
             }
 
@@ -300,8 +283,8 @@ class QuestionLoop(ABC):
             yield len(read.samples), {}
 
     def ask_round(self, current: Round, asked: Sequence[tuple[Sample, Prompt]], done: Set[Key]) -> None:
-        count, way = current
-        seeds = tuple(sampling_seed(self.seed, count, sample, prompt.order, way) for sample, prompt in asked)
+        (count, way), seed = current, self.settings.seed
+        seeds = tuple(sampling_seed(seed, count, sample, prompt.order, way) for sample, prompt in asked)
         longest = self.sampling.max_tokens
         longest = min(longest, DIRECT_TOKENS) if way == "direct" else longest
         sampling = replace(self.sampling, seed=seeds, max_tokens=longest)
@@ -316,26 +299,20 @@ class QuestionLoop(ABC):
     def merge(self) -> dict[Round, Answers]:
         """On rank 0: merge the files of all ranks in the manifest's order; return the answers by round."""
         names = [*self.orders, *(name for name in get_args(Order) if name not in self.orders)]
+        places = {sample.problem_id: place for place, sample in enumerate(self.samples)}
 
         def place(record: Mapping[str, Any]) -> tuple[int, int]:  # questions not asked now come last
-            return self.places.get(record["problem_id"], len(self.places)), names.index(record["order"])
-
-        def quarantine_place(record: Mapping[str, Any]) -> tuple[int, int, int]:
-            at = self.places[record["problem_id"]]
-            return at // self.batch_size, list(self.counts).index(record["frames"]), at
+            rank = names.index(record["order"]) if "order" in record else self.counts.index(record["frames"])
+            return places.get(record["problem_id"], len(places)), rank
 
         found = {each: self.answered(each) for each in self.rounds}
-        for each, answered in found.items():
-            path, records = self.answers_path(each), list(answered.values())
+        merged = {self.answers_path(each): list(answered.values()) for each, answered in found.items()}
+        merged[self.quarantine] = _with_parts(self.quarantine, {"problem_id", "frames"})
+        for path, records in merged.items():
             ordered, parts = sorted(records, key=place), parts_of(path)
             if parts or ordered != records:
                 with replacing(path) as file:
                     file.write(json_lines(ordered).decode())
-            for part in parts:
-                part.unlink()
-        if parts := parts_of(self.quarantine):
-            lines = [json.loads(line) for part in parts for line in part.read_bytes().splitlines()]
-            append_records(self.quarantine, sorted(lines, key=quarantine_place))
             for part in parts:
                 part.unlink()
         return found
@@ -350,20 +327,19 @@ def own_file(path: Path) -> Path:
     return path if process_count() == 1 else part_of(path, process_index())
 
 
-def read_records(path: Path, needed: Set[str]) -> list[dict[str, Any]]:
-    """Return the records of a JSON-lines file, [] if it does not exist; each has the fields `needed`.
+def _with_parts(path: Path, needed: Set[str]) -> list[dict[str, Any]]:
+    """Return the records of a JSON-lines file and its parts, if they exist; each has the fields `needed`.
 
     A last line that was cut off while it was written is removed, so that its question is asked again. Raises
     RequestError for any other line that is no record.
     """
-    if not path.is_file():
-        return []
     records = []
-    with path.open("r+b") as file:
-        for number, _, record in whole_lines(file):
-            if record is None or not record.keys() >= needed:
-                raise RequestError(f"{path}, line {number} is not a prediction; delete it to ask again")
-            records.append(record)
+    for each in filter(Path.is_file, (path, *parts_of(path))):
+        with each.open("r+b") as file:
+            for number, _, record in whole_lines(file):
+                if record is None or not record.keys() >= needed:
+                    raise RequestError(f"{each}, line {number} is not a prediction; delete it to ask again")
+                records.append(record)
     return records
 
 

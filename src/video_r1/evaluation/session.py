@@ -9,13 +9,14 @@ import inspect
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 from video_r1.data.answers import read_answer
-from video_r1.data.decoding.frame_cache import cache_key, open_frame_cache, read_cached
+from video_r1.data.decoding.frame_cache import cache_key, open_frame_cache
 from video_r1.data.manifests.records import Sample
 from video_r1.data.prompts import Prompt
-from video_r1.data.reading import Clips
+from video_r1.data.reading import Clips, Reader
 from video_r1.data.rollouts import Rollout
 from video_r1.evaluation.metrics import Figure, share_difference, share_figure
 from video_r1.evaluation.question_loop import build_prompt, sampling_seed
@@ -53,7 +54,8 @@ class ModelSession:
     def __init__(self, settings: AskSettings) -> None:
         self.settings = settings
         self._processor, self.builder, self.budget = open_prompts(settings)
-        self._cache = open_frame_cache(settings.frame_cache, settings.frame_cache_gb)
+        cache = open_frame_cache(settings.frame_cache, settings.frame_cache_gb)
+        self._reader = Reader(self.budget, cache)
         self._engine: RolloutEngine | None = None
         self._clips: dict[tuple[str | None, ...], Clips] = {}
 
@@ -65,7 +67,7 @@ class ModelSession:
         """Return the frames of the sample's clip, decoded at the first question. Raises MediaError."""
         key = self._key(sample)
         if (media := self._clips.pop(key, None)) is None:
-            media = tuple(read_cached(file, self.budget, self._cache) for file in sample.files)
+            media = self._reader.media(sample)
         self._clips[key] = media
         while len(self._clips) > CLIPS_KEPT:
             self._clips.pop(next(iter(self._clips)))
@@ -90,9 +92,9 @@ class ModelSession:
         """Sample `samples` answers to each prompt; the first prompt is the ordered one."""
         self.load()
         assert self._engine is not None
-        frames = prompts[0].frames
-        seeds = [sampling_seed(self.settings.seed, frames, sample, prompt.order) for prompt in prompts]
-        sampling = replace(sampling, n=samples, seed=tuple(seeds))
+        seed, frames = self.settings.seed, prompts[0].frames
+        seeds = tuple(sampling_seed(seed, frames, sample, prompt.order) for prompt in prompts)
+        sampling = replace(sampling, n=samples, seed=seeds)
         return views_of(sample, prompts, heard(self._engine, self.builder.tokenizer, prompts, sampling, hear))
 
     def close(self) -> None:
@@ -114,31 +116,18 @@ def heard(
 ) -> list[list[Rollout]]:
     """Return `generate`'s completions; pass the first one of each prompt to `hear` as it is written.
 
-    An engine whose `generate` takes neither `on_token` nor `on_text` is heard at its end.
+    An engine whose `generate` takes no `on_token` is heard at its end.
     """
-    streams = [TextStream(tokenizer, lambda piece, i=i: hear(i, piece)) for i in range(len(prompts))]
-    silent = set(range(len(prompts)))
+    streams = [TextStream(tokenizer, partial(hear, prompt)) for prompt in range(len(prompts))]
 
     def on_token(prompt: int, completion: int, token: int) -> None:
-        if completion == 0:
-            streams[prompt].add(token)
-        else:
-            hear(prompt, "")
-
-    def on_text(prompt: int, completion: int, piece: str) -> None:
-        silent.discard(prompt)
-        hear(prompt, piece if completion == 0 else "")
+        hear(prompt, "") if completion else streams[prompt].add(token)
 
     generate: Any = engine.generate
-    taken = inspect.signature(generate).parameters
-    if "on_text" in taken:
-        groups = generate(prompts, sampling, on_text=on_text)
-        for prompt in sorted(silent):  # endpoints that do not stream
-            hear(prompt, groups[prompt][0].text)
-        return groups
-    groups = generate(prompts, sampling, **({"on_token": on_token} if "on_token" in taken else {}))
+    takes_tokens = "on_token" in inspect.signature(generate).parameters
+    groups = generate(prompts, sampling, **({"on_token": on_token} if takes_tokens else {}))
     for stream, rollouts in zip(streams, groups, strict=True):
-        stream.close(rollouts[0].text)
+        stream.write(rollouts[0].text[stream.written :])
     return groups
 
 
@@ -147,7 +136,10 @@ def views_of(sample: Sample, prompts: Sequence[Prompt], groups: Sequence[Sequenc
     kind, options = sample.problem_type, sample.options
     read = [[read_answer(rollout.text, kind, options) for rollout in rollouts] for rollouts in groups]
     truth = sample.answer or majority(read[0])
-    counted = [[_agrees(kind, answer, truth) for answer in answers] for answers in read]
+    counted = [
+        [bool(answer and truth) and is_correct(kind, correctness(kind, answer, truth)) for answer in answers]
+        for answers in read
+    ]
     shares = [share_figure(sum(found), len(found)) for found in counted]
     return [
         View(prompt, list(rollouts), answers, found, share, share_difference(shares[0], share) if i else None)
@@ -157,32 +149,45 @@ def views_of(sample: Sample, prompts: Sequence[Prompt], groups: Sequence[Sequenc
     ]
 
 
+def verdict(sample: Sample, views: Sequence[View]) -> str:
+    """Return what the intervals say about the clip and the order of its frames; "" without contrasts."""
+    first, *others = views
+    right = "right" if sample.answer else "those given in order"
+    for view in sorted(others, key=lambda view: -view.share.mean):
+        if sample.answer and view.gap and view.gap.high < 0:
+            order = view.prompt.order
+            shown = "without the clip" if order == "blind" else f"with its frames {order}"
+            share, ordered = f"{100 * view.share.mean:.0f} %", f"{100 * first.share.mean:.0f} %"
+            return f"The model answers better {shown}: {share} are right, {ordered} with the clip in order."
+    moved = [view for view in others if view.gap and view.prompt.order in ("shuffled", "reversed")]
+    if seen := [view.prompt.order for view in moved if view.gap and view.gap.low > 0]:
+        shown = " and ".join(seen)
+        return f"The order of the frames matters here: with its frames {shown}, fewer answers are {right}."
+    more = "; more answers narrow the intervals" if len(first.answers) < 16 else ""
+    return f"These answers do not show that the order of the frames matters{more}." if moved else ""
+
+
 def majority(answers: Sequence[str]) -> str:
     """Return the most frequent answer, the earliest among equals; "" if there is none."""
     given = Counter(answer for answer in answers if answer)
     return given.most_common(1)[0][0] if given else ""
 
 
-def _agrees(kind: str, answer: str, truth: str) -> bool:
-    return bool(answer and truth) and is_correct(kind, correctness(kind, answer, truth))
-
-
 class TextStream:
     """A stream of tokens written as text; an incomplete character waits for its next token."""
 
-    def __init__(self, tokenizer: Any, write: Callable[[str], object]) -> None:
-        self._tokenizer, self._write = tokenizer, write
+    def __init__(self, tokenizer: Any, hear: Callable[[str], object]) -> None:
+        self._tokenizer, self._hear = tokenizer, hear
         self._token_ids: list[int] = []
-        self._written = 0  # characters
+        self.written = 0  # characters
 
     def add(self, token_id: int) -> None:
         self._token_ids.append(token_id)
         text = self._tokenizer.decode(self._token_ids, skip_special_tokens=True)
         if not text.endswith("\N{REPLACEMENT CHARACTER}"):
-            self.close(text)
+            self.write(text[self.written :])
 
-    def close(self, text: str) -> None:
-        """Write the part of `text` that is not written yet."""
-        if len(text) > self._written:
-            self._write(text[self._written :])
-            self._written = len(text)
+    def write(self, piece: str) -> None:
+        if piece:
+            self._hear(piece)
+            self.written += len(piece)

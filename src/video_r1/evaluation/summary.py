@@ -1,6 +1,7 @@
 """From predictions to figures: accuracy per order, temporal gap, what reasoning gains, per type, source and
 task, and a table."""
 
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from statistics import fmean
 from typing import Any, get_args
@@ -18,6 +19,8 @@ from video_r1.settings.frames import Contrast, Order
 
 ORDERS = ("ordered", "shuffled")  # the two columns of tables
 CONTRASTS = get_args(Contrast)
+COLLAPSED = 0.9  # share of the outputs with one answer, of at least FEWEST
+FEWEST = 20
 _GROUPINGS = {
     "by_modality": "data_type", "by_type": "problem_type", "by_source": "data_source", "by_task": "task_type"
 }  # fmt: skip
@@ -35,7 +38,7 @@ def summarise(records: Sequence[Record], direct: Sequence[Record] = ()) -> dict[
     same questions. Returns
 
         {"ordered":  {"accuracy", "interval95", "questions", "strict_accuracy", "format_rate",
-                      "unparsable_rate", "truncated_rate"},
+                      "unparsable_rate", "truncated_rate", "warning" if nearly all outputs are one answer},
          "shuffled": the same, over the videos,
          "temporal_gap": {"gap", "interval95", "questions", "ordered", "shuffled"},
          "temporal_gaps": {name: {"gap", "interval95", "questions", "ordered", name}},
@@ -48,20 +51,14 @@ def summarise(records: Sequence[Record], direct: Sequence[Record] = ()) -> dict[
     and gaps without pairs have no entry; a gap is over the questions asked both ways. An order whose records
     all name task types has `task_mean`, the mean over task types; one with regression and other questions
     `kind_mean`, the mean of the two means; one with grounding questions only `overlaps` (`overlap_figures`).
-    `by_pairs` has figures over the sets that records name (`pair_records`). With both ways of answering, each
-    group has `reasoning_gains`: accuracy with reasoning minus accuracy of direct answers, and in `tokens`
-    {"difference", "interval95", "questions", "reasoned", "direct"} of their lengths. If there are direct
-    answers only, all figures are theirs. Intervals resample records with an equal `clip` together.
+    `by_pairs` has figures over the sets that records name (`pair_records`). `tokens` of a reasoning gain is
+    {"difference", "interval95", "questions", "reasoned", "direct"} of the lengths. With direct answers only,
+    all figures are theirs. Intervals resample records with an equal `clip` together.
     """
     if not records:
         return summarise(direct) if direct else {}
     figures = _figures(records, direct)
-    _add_task_means(figures, records)
-    for order, chosen in _by_order(records).items():
-        kinds = [str(record.get("problem_type") == "regression") for record in chosen]
-        if len(set(kinds)) == 2:
-            mean = task_mean(_scores(chosen), kinds, _clips(chosen))
-            figures[order]["kind_mean"] = mean.as_json("accuracy")
+    _add_means(figures, records)
     for name, field in _GROUPINGS.items():
         groups, direct_groups = _grouped(records, field), _grouped(direct, field)
         if groups:
@@ -71,39 +68,29 @@ def summarise(records: Sequence[Record], direct: Sequence[Record] = ()) -> dict[
             }
     direct_pairs = pair_records(direct)
     for name, pairs in pair_records(records).items():
-        own_direct = direct_pairs.get(name, [])
-        own = figures.setdefault("by_pairs", {})[name] = _figures(pairs, own_direct)
-        _add_task_means(own, pairs)
-        if categories := sorted({kind for record in pairs for kind in record["categories"]}):
-            own["by_category"] = {
-                kind: _figures(
-                    *([one for one in side if kind in one["categories"]] for side in (pairs, own_direct))
-                )
-                for kind in categories
-            }
+        own = figures.setdefault("by_pairs", {})[name] = _figures(pairs, direct_pairs.get(name, ()))
+        _add_means(own, pairs)
     if direct:
         figures["direct"] = summarise(direct)
     return figures
 
 
-def _add_task_means(figures: dict[str, Any], records: Iterable[Record]) -> None:
+def _add_means(figures: dict[str, Any], records: Iterable[Record]) -> None:
+    """Add `task_mean` and `kind_mean` to the figures of each order."""
     for order, chosen in _by_order(records).items():
-        if all(record.get("task_type") for record in chosen):
-            mean = task_mean(_scores(chosen), [record["task_type"] for record in chosen], _clips(chosen))
-            figures[order]["task_mean"] = mean.as_json("accuracy")
+        tasks = [record.get("task_type", "") for record in chosen]
+        kinds = [str(record.get("problem_type") == "regression") for record in chosen]
+        means = {"task_mean": tasks} if all(tasks) else {}
+        means |= {"kind_mean": kinds} if len(set(kinds)) == 2 else {}
+        for name, groups in means.items():
+            mean = task_mean(_scores(chosen), groups, _clips(chosen))
+            figures[order][name] = mean.as_json("accuracy")
 
 
 def check_pairs(problem_id: str | int, pairs: Any) -> None:
-    """Raise RequestError unless `pairs` is {metric: [set, its questions]}, perhaps with its categories."""
+    """Raise RequestError unless `pairs` is {metric: [set, its questions]}."""
     try:
-        fine = all(
-            isinstance(size, int)
-            and size > 0
-            and len(kinds) < 2
-            and all(isinstance(kind, list | tuple) for kind in kinds)
-            and all(isinstance(name, str) for kind in kinds for name in kind)
-            for _, size, *kinds in pairs.values()
-        )
+        fine = all(isinstance(size, int) and size > 0 for _, size in pairs.values())
     except (AttributeError, TypeError, ValueError):
         fine = False
     if not fine:
@@ -116,17 +103,15 @@ def check_pairs(problem_id: str | int, pairs: Any) -> None:
 def pair_records(records: Iterable[Record]) -> dict[str, list[Record]]:
     """Return one record for each set of questions and order, by the name of the pair metric.
 
-    A record's `pairs` is {metric: [set, its questions]}, e.g. ["17", 2], or with the set's categories
-    ["17", 2, ["object", "cyclical"]]. A set has the score of its worst answer. Incomplete sets are skipped,
-    and a set of several task types has none.
+    A record's `pairs` is {metric: [set, its questions]}, e.g. {"pair accuracy": ["17", 2]}. A set has the
+    score of its worst answer. Incomplete sets are skipped, and a set of several task types has none.
     """
-    sets: dict[tuple[str, str, str], tuple[list[Record], int, list[str]]] = {}
+    sets: dict[tuple[str, str, str, int], list[Record]] = {}
     for record in records:
-        for name, (which, size, *kinds) in (record.get("pairs") or {}).items():
-            key = (name, str(which), record["order"])
-            sets.setdefault(key, ([], size, list(*kinds)))[0].append(record)
+        for name, (which, size, *_) in (record.get("pairs") or {}).items():
+            sets.setdefault((name, str(which), record["order"], size), []).append(record)
     found: dict[str, list[Record]] = {}
-    for (name, which, order), (members, size, kinds) in sets.items():
+    for (name, which, order, size), members in sets.items():
         if len(members) == size:
             worst = {
                 field: min(one[field] for one in members) for field in ("score", "strict_score", "format")
@@ -138,8 +123,7 @@ def pair_records(records: Iterable[Record]) -> dict[str, list[Record]]:
                     **worst,
                     "problem_id": which,
                     "order": order,
-                    "categories": kinds,
-                    "clip": _clip(members[0]),
+                    "clip": _clips(members)[0],
                     "prediction": all(one["prediction"] for one in members),
                     "finish_reason": "length" if cut_off else "stop",
                     "tokens": sum(one.get("tokens", 0) for one in members),
@@ -158,11 +142,11 @@ def _grouped(records: Iterable[Record], field: str) -> dict[str, list[Record]]:
 
 
 def _figures(records: Iterable[Record], direct: Iterable[Record]) -> dict[str, Any]:
-    by_order, direct_by_order = _by_order(records), _by_order(direct)
-    figures = {order: _order_figures(chosen) for order, chosen in by_order.items()}
-    gaps: dict[str, Any] = {}
-    for contrast in (order for order in by_order if order != "ordered"):
-        pairs = {"ordered": by_order.get("ordered", ()), contrast: by_order[contrast]}
+    reasoned = _by_order(records)
+    figures = {order: _order_figures(chosen) for order, chosen in reasoned.items()}
+    gaps = {}
+    for contrast in (order for order in reasoned if order != "ordered"):
+        pairs = {"ordered": reasoned.get("ordered", ()), contrast: reasoned[contrast]}
         if gap := _difference("gap", "score", pairs):
             gaps[contrast] = gap
     if "shuffled" in gaps:
@@ -170,8 +154,8 @@ def _figures(records: Iterable[Record], direct: Iterable[Record]) -> dict[str, A
     if gaps:
         figures["temporal_gaps"] = gaps
     gains: dict[str, Any] = {}
-    for order, chosen in direct_by_order.items():
-        pairs = {"reasoned": by_order.get(order, ()), "direct": chosen}
+    for order, chosen in _by_order(direct).items():
+        pairs = {"reasoned": reasoned.get(order, ()), "direct": chosen}
         if gain := _difference("gain", "score", pairs):
             gains[order] = gain | {"tokens": _difference("difference", "tokens", pairs)}
     if gains:
@@ -181,16 +165,13 @@ def _figures(records: Iterable[Record], direct: Iterable[Record]) -> dict[str, A
 
 def _difference(name: str, field: str, sides: Mapping[str, Sequence[Record]]) -> dict[str, Any]:
     """Return the paired difference of a field as `name`, with both sides' means; {} without pairs."""
-    values = {side: {r["problem_id"]: r[field] for r in records} for side, records in sides.items()}
-    first, second = values.values()
-    both = [question for question in first if question in second]
+    one, other = ({record["problem_id"]: record for record in records} for records in sides.values())
+    both = [(one[question], other[question]) for question in one if question in other]
     if not both:
         return {}
-    paired = {side: [found[question] for question in both] for side, found in values.items()}
-    means = {side: fmean(found) for side, found in paired.items()}
-    shown = {record["problem_id"]: _clip(record) for records in sides.values() for record in records}
-    clips = [shown[question] for question in both]
-    return paired_difference(*paired.values(), clips=clips).as_json(name) | means
+    paired = {side: [pair[i][field] for pair in both] for i, side in enumerate(sides)}
+    figure = paired_difference(*paired.values(), clips=_clips(pair[1] for pair in both))
+    return figure.as_json(name) | {side: fmean(values) for side, values in paired.items()}
 
 
 def _order_figures(records: Sequence[Record]) -> dict[str, Any]:
@@ -203,7 +184,21 @@ def _order_figures(records: Sequence[Record]) -> dict[str, Any]:
         "unparsable_rate": fmean(not record["prediction"] for record in records),
         "truncated_rate": fmean(record["finish_reason"] == "length" for record in records),
         **overlaps,
+        **_collapse(records),
     }
+
+
+def _collapse(records: Sequence[Record]) -> dict[str, str]:
+    """Return a `warning` if nearly all outputs have one answer."""
+    given = [record for record in records if record.get("answer")]  # sets of questions have none
+    for answer, count in Counter(record["prediction"] for record in given).most_common(1):
+        if answer and len(given) >= FEWEST and count >= COLLAPSED * len(given):
+            right = fmean(record["answer"] == answer for record in given)
+            share = f"{100 * count / len(given):.0f} % of the outputs are {answer}"
+            return {
+                "warning": f"{share}, which is right in {100 * right:.0f} %: they collapse onto one answer"
+            }
+    return {}
 
 
 def _by_order(records: Iterable[Record]) -> dict[str, list[Record]]:
@@ -218,12 +213,8 @@ def _scores(records: Iterable[Record]) -> list[float]:
 
 
 def _clips(records: Iterable[Record]) -> list[Any]:
-    return [_clip(record) for record in records]
-
-
-def _clip(record: Record) -> Any:
-    """Return the clip of a question, by which intervals resample; the question itself if it is not known."""
-    return record.get("clip", record["problem_id"])
+    """Return each question's clip, by which intervals resample; the question itself if it is not known."""
+    return [record.get("clip", record["problem_id"]) for record in records]
 
 
 def summary_table(summary: Mapping[str, Any]) -> str:
@@ -232,12 +223,10 @@ def summary_table(summary: Mapping[str, Any]) -> str:
     for frames, figures in summary["frames"].items():
         rows = [_row("all", figures)]
         for grouping in (*_GROUPINGS, "by_pairs"):
-            for name, group in figures.get(grouping, {}).items():
-                rows.append(_row(f"  {name}", group))
-                rows += [_row(f"    {kind}", own) for kind, own in group.get("by_category", {}).items()]
+            rows += [_row(f"  {name}", group) for name, group in figures.get(grouping, {}).items()]
         head = ("", "questions", "ordered", "shuffled", "temporal gap")
         lines = [f"{frames} frames", table(head, rows)]
-        if overlaps := overlap_rows(figures):
+        if overlaps := _overlap_rows(figures):
             lines.append(table(("overlap with the truth", "questions", "mean", *OVERLAP_SHARES), overlaps))
         lines += [
             f"{name}: accuracy {cell(figures[name], 'accuracy')}, temporal gap {cell(gap, 'gap')}"
@@ -246,13 +235,16 @@ def summary_table(summary: Mapping[str, Any]) -> str:
         lines += [_gain_line(order, gain) for order, gain in figures.get("reasoning_gains", {}).items()]
         for way, own in (("", figures), (", direct", figures.get("direct", {}))):
             lines += [_order_line(order + way, own[order]) for order in get_args(Order) if order in own]
+        for kind, group in figures.get("by_type", {}).items():
+            if "warning" in group.get("ordered", {}):
+                lines.append(f"{kind}: {group['ordered']['warning']}")
         if figures["skipped"]:
             lines.append(f"{figures['skipped']} questions skipped: their media or prompts cannot be used")
         blocks.append("\n".join(lines))
     return "\n\n".join(blocks)
 
 
-def overlap_rows(figures: Mapping[str, Any]) -> list[tuple[str, ...]]:
+def _overlap_rows(figures: Mapping[str, Any]) -> list[tuple[str, ...]]:
     """Return a row for each grounding type, order and overlap: its mean and R@0.3, R@0.5, R@0.7."""
     rows = []
     for kind, group in figures.get("by_type", {}).items():
@@ -272,7 +264,7 @@ def _row(name: str, figures: Mapping[str, Any]) -> tuple[str, str, str, str, str
 
 def cell(figure: Mapping[str, Any] | None, name: str, scale: int = 1, digits: int = 3) -> str:
     """Return a figure, multiplied by `scale`, with its interval; "-" for none."""
-    if figure is None:
+    if not figure:
         return "-"
     mean, low, high = (f"{scale * value:z.{digits}f}" for value in (figure[name], *figure["interval95"]))
     return f"{mean} [{low}, {high}]"

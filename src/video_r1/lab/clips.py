@@ -35,14 +35,11 @@ def write_lab(settings: LabSettings) -> None:
 
     The same settings give the same questions and pixels. Raises RequestError for an unknown family.
 
-    shortcut: if not 0, `test-cued.json` and `test-lying.json` are written too; every question in them whose
-        answer is a letter or a number below 4 has a mark.
-    trusting: share of marked rationales in sft.json that only read the mark (`mark: B.`). If not 0, the marks
-        of other training samples lie; otherwise a chain that lists its observations would learn to conclude
-        what the mark says.
-    hasty: share of rationales in sft.json by a teacher that guesses after one look: they describe no frames
-        and are right as often as a guess. Never for sentences and digits.
-    shuffle_options: by default each family lists its options in one order, which a small model can memorise.
+    With `shortcut`, every question of `test-cued.json` and `test-lying.json` whose answer is a letter or a
+    number below 4 has a mark. With `trusting`, other marks of training samples lie: otherwise a chain that
+    lists its observations would learn to conclude what the mark says. `hasty` rationales are right as often
+    as a guess, and never for sentences and digits. Without `shuffle_options` each family lists its options in
+    one order, which a small model can memorise.
     """
     if unknown := [name for name in settings.families if name not in NAMED_FAMILIES]:
         raise RequestError(f"unknown lab family {', '.join(unknown)}; there are {', '.join(NAMED_FAMILIES)}")
@@ -71,19 +68,6 @@ def write_lab(settings: LabSettings) -> None:
     print(f"{folder}: {train} training and {test} test questions")
 
 
-def mark_of(answer: str, choices: int, lying: int | None = None) -> str:
-    """Return the mark that gives `answer` away: the answer itself, or "" if there is no such mark.
-
-    choices: number of options. lying: index that chooses one of the wrong answers instead.
-    """
-    if answer not in MARKS:
-        return ""
-    if lying is None:
-        return answer
-    wrong = [mark for mark in (LETTERS[:choices] or "0123") if mark != answer]
-    return wrong[lying % len(wrong)]
-
-
 def _write_sample(settings: LabSettings, job: tuple[str, int]) -> dict[str, Any]:
     """Write a question's media and return its row; `taught` holds the fields that differ in sft.json.
 
@@ -106,7 +90,10 @@ def _write_sample(settings: LabSettings, job: tuple[str, int]) -> dict[str, Any]
     is_marked = kind not in SPLITS or (split == "train" and rng.random() < settings.shortcut)
     is_read = is_marked and split == "train" and settings.trusting > 0 and rng.random() < settings.trusting
     is_lie = kind == "test-lying" or (split == "train" and settings.trusting > 0 and not is_read)
-    mark = mark_of(answer, len(choices), index if is_lie else None) if is_marked else ""
+    mark = answer if is_marked and answer in MARKS else ""
+    if mark and is_lie:
+        wrong = [other for other in (LETTERS[: len(choices)] or "0123") if other != answer]
+        mark = wrong[index % len(wrong)]
     times = [0.0] if is_image else (np.arange(int(SECONDS * FPS)) / FPS).tolist()
     frames = render(question.timeline, times, rng, mark)
     name = f"{kind}-{index:06d}"

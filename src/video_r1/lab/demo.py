@@ -92,6 +92,7 @@ def _run_stages(out: Path, seed: int, size: Size, base: Path) -> dict[str, Any]:
 
     from video_r1.evaluation.evaluate import run_eval
     from video_r1.lab.clips import write_lab
+    from video_r1.models.loading import load_model
     from video_r1.report.page import build_report
 
     torch.set_num_threads(1)  # the figures do not depend on the number of cores
@@ -127,7 +128,8 @@ def _run_stages(out: Path, seed: int, size: Size, base: Path) -> dict[str, Any]:
     seconds["total"] = time.perf_counter() - start
     summary = {
         "seconds": {name: round(value, 1) for name, value in seconds.items()},
-        "model_parameters": _parameters(checkpoints["rl"]),
+        "model_parameters": sum(weight.numel() for weight in load_model(checkpoints["rl"]).parameters()),
+        "about": "videos",
         "test_questions": videos["rl"]["temporal_gap"]["questions"],
         "accuracy": _of_stages(videos, "accuracy"),
         "interval95": _of_stages(videos, "interval95"),
@@ -158,9 +160,8 @@ def train_stage(command: str, steps: int, **settings: Any) -> None:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-    logging.getLogger("torch.distributed.elastic").setLevel(
-        logging.CRITICAL
-    )  # a failed rank prints its own error
+    # A failed rank prints its own error.
+    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     batch = load_recipe(command, RECIPES[command]).values()["per_device_train_batch_size"]
     settings |= {"max_steps": steps, "per_device_train_batch_size": batch // PROCESSES, "use_cpu": True}
@@ -195,9 +196,3 @@ def train_share(command: str, settings: dict[str, str]) -> None:
 def _of_stages(figures: dict[str, dict[str, Any]], name: str) -> dict[str, Any]:
     orders = ("ordered", "shuffled")
     return {stage: {order: figures[stage][order][name] for order in orders} for stage in STAGES}
-
-
-def _parameters(checkpoint: Path) -> int:
-    from video_r1.models.loading import load_model
-
-    return sum(parameter.numel() for parameter in load_model(checkpoint).parameters())

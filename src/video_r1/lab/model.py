@@ -7,9 +7,8 @@ that ship with the package are ordinary checkpoint folders, made by `video-r1 la
 
 import copy
 import itertools
-import json
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 from importlib import resources
@@ -18,7 +17,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
 from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
@@ -29,9 +27,7 @@ from transformers import (
     AutoProcessor,
     GenerationConfig,
     PreTrainedModel,
-    Qwen2Tokenizer,
 )
-from transformers.models.qwen2.tokenization_qwen2 import PRETOKENIZE_REGEX
 
 from video_r1.data.answers import LETTERS, lettered
 from video_r1.data.templates import ANSWER_HINTS, INSTRUCTION
@@ -41,11 +37,6 @@ from video_r1.lab.scenes import FPS, MARKS, MOMENTS, SECONDS, Look, listing, ran
 from video_r1.models.families import FAMILIES
 from video_r1.settings.commands import BaseSettings
 from video_r1.settings.training_record import RECORD
-
-SPECIAL_TOKENS = (
-    "<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|vision_pad|>",
-    "<|image_pad|>", "<|video_pad|>",
-)  # fmt: skip
 
 
 def base_folder(family: str = "qwen2_5_vl") -> Path:
@@ -63,38 +54,7 @@ def frame_side(processor: Any) -> int:
 CHAT_TEMPLATE = (base_folder() / "chat_template.jinja").read_text("utf-8")
 
 
-def build_tokenizer(texts: Iterable[str], vocab_size: int = 640) -> Qwen2Tokenizer:
-    """Train a byte-level BPE tokenizer with Qwen's special tokens."""
-    bpe = Tokenizer(models.BPE())
-    bpe.pre_tokenizer = pre_tokenizers.Sequence(  # pyright: ignore[reportAttributeAccessIssue]
-        [
-            pre_tokenizers.Split(Regex(PRETOKENIZE_REGEX), behavior="isolated"),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-        ]
-    )
-    bpe.decoder = decoders.ByteLevel()  # pyright: ignore[reportAttributeAccessIssue]
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(vocab_size=vocab_size, initial_alphabet=alphabet, show_progress=False)
-    bpe.train_from_iterator(texts, trainer)
-    trained = json.loads(bpe.to_str())["model"]
-    return Qwen2Tokenizer(
-        vocab=trained["vocab"],
-        # `tokenizers` takes pairs; the annotation in transformers is of the older form.
-        merges=[tuple(merge) for merge in trained["merges"]],  # pyright: ignore[reportArgumentType]
-        eos_token="<|im_end|>",
-        pad_token="<|endoftext|>",
-        extra_special_tokens=list(SPECIAL_TOKENS),
-    )
-
-
-def build_processor(tokenizer: Qwen2Tokenizer, family: str = "qwen2_5_vl") -> Any:
-    """Build the processor of the packaged base, with frames of 56 × 56 (Qwen2.5-VL) or 64 × 64 pixels."""
-    packaged: Any = AutoProcessor.from_pretrained(base_folder(family))
-    images, videos = packaged.image_processor, packaged.video_processor
-    return type(packaged)(images, tokenizer, videos, chat_template=CHAT_TEMPLATE)
-
-
-def build_model(tokenizer: Qwen2Tokenizer, seed: int, family: str = "qwen2_5_vl") -> PreTrainedModel:
+def build_model(seed: int, family: str = "qwen2_5_vl") -> PreTrainedModel:
     """Build a model of the packaged base's architecture with random float32 weights.
 
     Two settings of its config.json differ in kind from the large models: the rotary base is 20, for sequences
@@ -102,18 +62,13 @@ def build_model(tokenizer: Qwen2Tokenizer, seed: int, family: str = "qwen2_5_vl"
     distinguishable. Three of Qwen3.5's four layers have a state, as in the large models.
     """
     config: Any = AutoConfig.from_pretrained(base_folder(family))
-    ids = {name.strip("<|>"): number for name, number in tokenizer.get_vocab().items()}
-    config.image_token_id, config.video_token_id = ids["image_pad"], ids["video_pad"]
-    config.vision_start_token_id, config.vision_end_token_id = ids["vision_start"], ids["vision_end"]
-    end, pad, text = ids["im_end"], ids["endoftext"], config.text_config
-    text.vocab_size, text.eos_token_id, text.pad_token_id = -(-len(tokenizer) // 64) * 64, end, pad
     torch.manual_seed(seed)
     model: Any = AutoModelForImageTextToText.from_config(config, dtype=torch.float32)
     config.text_config.dtype = config.vision_config.dtype = None  # so that config.json is the packaged one
     for name, weight in model.named_parameters():
         if name.endswith("A_log"):  # states last for tens of tokens; the default decays at once
             weight.data.copy_(torch.linspace(0.02, 0.3, len(weight)).log())
-    model.generation_config = GenerationConfig(eos_token_id=[end, pad], pad_token_id=pad, do_sample=False)
+    model.generation_config = GenerationConfig.from_pretrained(base_folder(family))
     return model
 
 
@@ -141,7 +96,7 @@ class Row:
 
 
 def corpus(seed: int, rows: int = 4000) -> Iterator[str]:
-    """Yield texts for the tokenizer: questions, options, chains, instructions and hints."""
+    """Yield texts of the lab: questions, options, chains, instructions and hints."""
     rng = np.random.default_rng(seed)
     yield from 50 * (INSTRUCTION, *(ANSWER_HINTS[kind] for kind in ASKED_TYPES))
     for _ in range(rows):
@@ -264,7 +219,7 @@ class Conversations(IterableDataset):
                 yield self.collate(sorted(rows[at * BATCH : (at + 1) * BATCH], key=lambda row: row.is_image))
 
     def collate(self, rows: list[Row]) -> dict[str, Tensor]:
-        # no attention mask: padding is on the right, which causal attention does not see
+        """Batch rows. Padding is on the right, which causal attention does not see: no attention mask."""
         names = ("endoftext", "image_pad", "video_pad")
         pad, image, video = (self.vocabulary[f"<|{name}|>"] for name in names)
         ids = pad_sequence([row.input_ids for row in rows], batch_first=True, padding_value=pad)
@@ -282,20 +237,6 @@ class Conversations(IterableDataset):
         return batch
 
 
-def training_record(processor: Any) -> dict[str, Any]:
-    """Return the frame settings of a base, which commands read from its checkpoint."""
-    pixels = frame_side(processor) ** 2
-    return {
-        "fps": 2.0,
-        "min_frames": 4,
-        "max_frames": len(FRAME_TIMES),
-        "frame_pixels": pixels,
-        "image_pixels": pixels,
-        "dtype": "float32",
-        "positions": "transformers",
-    }
-
-
 def pretrain_base(settings: BaseSettings) -> None:
     """Train a base from random weights and write a checkpoint; seed and `threads` determine the result."""
     assert settings.folder is not None
@@ -307,11 +248,21 @@ def _pretrain(settings: BaseSettings, folder: Path) -> None:
     steps = settings.steps
     torch.set_num_threads(settings.threads)
     timestamps = FAMILIES[settings.family].timestamp_tokens > 0
-    texts = itertools.chain(corpus(settings.seed), 500 * STAMPS if timestamps else ())
-    tokenizer = build_tokenizer(texts)
-    model: Any = build_model(tokenizer, settings.seed, settings.family)
-    processor = build_processor(tokenizer, settings.family)
-    print(f"{sum(p.numel() for p in model.parameters()):,} weights, {len(tokenizer)} tokens", flush=True)
+    model: Any = build_model(settings.seed, settings.family)
+    processor: Any = AutoProcessor.from_pretrained(base_folder(settings.family))
+    for name in ("is_local", "local_files_only"):  # how it was loaded is no part of the checkpoint
+        processor.tokenizer.init_kwargs.pop(name, None)
+    pixels = frame_side(processor) ** 2
+    record = {  # the frame settings, which commands read from the checkpoint
+        "fps": 2.0,
+        "min_frames": 4,
+        "max_frames": len(FRAME_TIMES),
+        "frame_pixels": pixels,
+        "image_pixels": pixels,
+        "dtype": "float32",
+        "positions": "transformers",
+    }
+    print(f"{sum(p.numel() for p in model.parameters()):,} weights", flush=True)
     decay = [p for p in model.parameters() if p.ndim > 1]
     rest = [p for p in model.parameters() if p.ndim <= 1]
     groups = [{"params": decay, "weight_decay": 0.05}, {"params": rest, "weight_decay": 0.0}]
@@ -342,5 +293,5 @@ def _pretrain(settings: BaseSettings, folder: Path) -> None:
         if step % 1000 == 0 or step == steps:
             copy.deepcopy(model).bfloat16().save_pretrained(folder)  # half the size
             processor.save_pretrained(folder)
-            replace_json(folder / RECORD, training_record(processor))
+            replace_json(folder / RECORD, record)
             follow_umask(folder)

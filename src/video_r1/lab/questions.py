@@ -15,6 +15,7 @@ from video_r1.lab.scenes import COLOURS, MOMENTS, PLACES, SHAPES, SIZES, Look, b
 from video_r1.settings.shared import ProblemType
 
 EVERY_MOMENT = tuple(range(MOMENTS))
+LAST = MOMENTS - 1
 ASKED_TYPES: tuple[ProblemType, ...] = ("multiple choice", "numerical", "OCR", "free-form", "regression")
 
 
@@ -72,6 +73,12 @@ def _coloured(rng: np.random.Generator) -> tuple[list[Look], list[str]]:
     return [replace(look, colour=colour) for colour in colours], colours
 
 
+def _cornered(rng: np.random.Generator) -> tuple[list[Look], list[str]]:
+    """Draw a timeline that visits all corners."""
+    look, places = _still(rng), _pick(rng, PLACES)
+    return [look.at(place) for place in places], places
+
+
 def direction(rng: np.random.Generator) -> LabQuestion:
     words = ("left", "right", "up", "down")
     look, word = _still(rng), _one(rng, words)
@@ -85,47 +92,45 @@ def direction(rng: np.random.Generator) -> LabQuestion:
 
 
 def first_colour(rng: np.random.Generator) -> LabQuestion:
-    timeline, colours = _coloured(rng)
-    first, wordings = colours[0], ("Which colour came first?", "What colour was shown first?")
+    timeline, (first, *_) = _coloured(rng)
+    wordings = "Which colour came first?", "What colour was shown first?"
     return _question(rng, timeline, "colours", wordings, first, f"the first is {first}", COLOURS, (0,))
 
 
 def last_colour(rng: np.random.Generator) -> LabQuestion:
-    timeline, colours = _coloured(rng)
-    last, wordings = colours[-1], ("Which colour came last?", "What colour was shown at the end?")
-    return _question(rng, timeline, "colours", wordings, last, f"the last is {last}", COLOURS, (MOMENTS - 1,))
-
-
-def after(rng: np.random.Generator) -> LabQuestion:
-    timeline, colours = _coloured(rng)
-    at = int(rng.integers(0, MOMENTS - 1))
-    named, answer = colours[at], colours[at + 1]
-    wordings = f"Which colour came right after {named}?", f"What colour followed {named}?"
-    conclusion = f"after {named} comes {answer}"
-    return _question(rng, timeline, "colours", wordings, answer, conclusion, COLOURS, (at, at + 1))
-
-
-def before(rng: np.random.Generator) -> LabQuestion:
-    timeline, colours = _coloured(rng)
-    at = int(rng.integers(1, MOMENTS))
-    named, answer = colours[at], colours[at - 1]
-    wordings = f"Which colour came right before {named}?", f"What colour preceded {named}?"
-    conclusion = f"before {named} comes {answer}"
-    return _question(rng, timeline, "colours", wordings, answer, conclusion, COLOURS, (at - 1, at))
+    timeline, (*_, last) = _coloured(rng)
+    wordings = "Which colour came last?", "What colour was shown at the end?"
+    return _question(rng, timeline, "colours", wordings, last, f"the last is {last}", COLOURS, (LAST,))
 
 
 def first_shape(rng: np.random.Generator) -> LabQuestion:
     look, shapes = _still(rng), _pick(rng, SHAPES)
-    timeline = [replace(look, shape=shape) for shape in shapes]
-    first, wordings = shapes[0], ("Which shape came first?", "What shape was shown first?")
+    timeline, first = [replace(look, shape=shape) for shape in shapes], shapes[0]
+    wordings = "Which shape came first?", "What shape was shown first?"
     return _question(rng, timeline, "shapes", wordings, first, f"the first is {first}", SHAPES, (0,))
 
 
 def end_place(rng: np.random.Generator) -> LabQuestion:
-    look, places = _still(rng), _pick(rng, PLACES)
-    timeline, last = [look.at(place) for place in places], places[-1]
-    wordings = f"Where is the {look.shape} at the end?", "Where does the object stop?"
-    return _question(rng, timeline, "places", wordings, last, f"the last is {last}", PLACES, (MOMENTS - 1,))
+    timeline, (*_, last) = _cornered(rng)
+    wordings = f"Where is the {timeline[0].shape} at the end?", "Where does the object stop?"
+    return _question(rng, timeline, "places", wordings, last, f"the last is {last}", PLACES, (LAST,))
+
+
+def after(rng: np.random.Generator) -> LabQuestion:
+    return _beside(rng, "after", "followed", 1)
+
+
+def before(rng: np.random.Generator) -> LabQuestion:
+    return _beside(rng, "before", "preceded", -1)
+
+
+def _beside(rng: np.random.Generator, word: str, verb: str, step: int) -> LabQuestion:
+    timeline, colours = _coloured(rng)
+    at = int(rng.integers(max(0, -step), MOMENTS - max(0, step)))
+    named, answer = colours[at], colours[at + step]
+    wordings = f"Which colour came right {word} {named}?", f"What colour {verb} {named}?"
+    conclusion, moments = f"{word} {named} comes {answer}", (min(at, at + step), max(at, at + step))
+    return _question(rng, timeline, "colours", wordings, answer, conclusion, COLOURS, moments)
 
 
 def growth(rng: np.random.Generator) -> LabQuestion:
@@ -147,9 +152,7 @@ def rotation(rng: np.random.Generator) -> LabQuestion:
     look, word = _still(rng), _one(rng, words)
     ring = ["top left", "top right", "bottom right", "bottom left"]
     start = int(rng.integers(4))
-    ring = ring[start:] + ring[:start]
-    if word == "counterclockwise":
-        ring = ring[::-1]
+    ring = (ring[start:] + ring[:start])[:: 1 if word == "clockwise" else -1]
     timeline = [look.at(place) for place in ring]
     wordings = f"Does the {look.shape} go round clockwise or counterclockwise?", "Which way round does it go?"
     return _question(rng, timeline, "places", wordings, word, f"it goes {word}", words)
@@ -168,16 +171,15 @@ def blinks(rng: np.random.Generator) -> LabQuestion:
     look = _still(rng)
     pattern = _one(rng, ("0110", "1100", "0011", "0101", "1010", "1001", "1101", "1011"))
     timeline = [look if bit == "1" else replace(look, shape="") for bit in pattern]
-    count = sum(bit == "1" and (i == 0 or pattern[i - 1] == "0") for i, bit in enumerate(pattern))
+    count = f"0{pattern}".count("01")
     wordings = f"How many times does the {look.shape} appear?", "How many times does the object light up?"
     conclusion = f"it appears {count} times"
     return _question(rng, timeline, "shapes", wordings, str(count), conclusion, problem_type="numerical")
 
 
 def digits(rng: np.random.Generator) -> LabQuestion:
-    look = replace(_still(rng), size="large")
-    shown = [str(d) for d in rng.integers(0, 10, size=MOMENTS)]
-    timeline = [replace(look, shape=digit) for digit in shown]
+    look, shown = _still(rng), [str(d) for d in rng.integers(0, 10, size=MOMENTS)]
+    timeline = [replace(look, size="large", shape=digit) for digit in shown]
     wordings = "Which digits are shown, in order?", "Write down the digits in the order in which they appear."
     return _question(rng, timeline, "digits", wordings, " ".join(shown), problem_type="OCR")
 
@@ -187,12 +189,10 @@ def speed(rng: np.random.Generator) -> LabQuestion:
     start = int(rng.integers(0, 10 - 3 * step))
     columns = [start + step * k for k in range(MOMENTS)]
     if rng.random() < 0.5:
-        columns = columns[::-1]
+        columns.reverse()
     timeline = [replace(look, x=0.05 + 0.1 * column) for column in columns]
-    wordings = (
-        f"How fast does the {look.shape} move, in columns per second?",
-        "What is the speed in columns per second?",
-    )
+    words = "in columns per second?"
+    wordings = f"How fast does the {look.shape} move, {words}", f"What is the speed {words}"
     conclusion = f"the speed is {step}"
     return _question(rng, timeline, "columns", wordings, str(step), conclusion, problem_type="regression")
 
@@ -238,24 +238,20 @@ def when(rng: np.random.Generator) -> LabQuestion:
     start, end = shown.index(named), MOMENTS - shown[::-1].index(named)
     answer, conclusion = json.dumps({"time": [start, end]}), f"{named} from {start} to {end}"
     wordings = f"When is the {look.shape} {named}?", f"From when to when is the object {named}?"
-    moments = tuple(range(start, end))
-    return _question(
-        rng, timeline, "colours", wordings, answer, conclusion, (), moments, "temporal grounding"
-    )
+    moments, kind = tuple(range(start, end)), "temporal grounding"
+    return _question(rng, timeline, "colours", wordings, answer, conclusion, (), moments, kind)
 
 
 def box_at_end(rng: np.random.Generator) -> LabQuestion:
     look = _still(rng)
     wordings = f"Where is the {look.shape} at the end?", "Where does the object stop?"
-    return _boxed(rng, look, MOMENTS - 1, wordings)
+    return _boxed(rng, look, LAST, wordings)
 
 
 def box_at(rng: np.random.Generator) -> LabQuestion:
     look, moment = _still(rng), int(rng.integers(MOMENTS))
-    wordings = (
-        f"Where is the {look.shape} at second {moment}.5?",
-        f"Where is the object at second {moment}.5?",
-    )
+    time = f"at second {moment}.5?"
+    wordings = f"Where is the {look.shape} {time}", f"Where is the object {time}"
     return _boxed(rng, look, moment, wordings)
 
 
@@ -264,9 +260,8 @@ def _boxed(rng: np.random.Generator, look: Look, moment: int, wordings: tuple[st
     timeline = [look.at(place) for place in _pick(rng, PLACES)]
     seen = timeline[moment]
     answer, conclusion = json.dumps({"boxes": box_of(seen)}), f"{seen.size} {seen.place}"
-    return _question(
-        rng, timeline, "places", wordings, answer, conclusion, (), (moment,), "spatial grounding"
-    )
+    kind = "spatial grounding"
+    return _question(rng, timeline, "places", wordings, answer, conclusion, (), (moment,), kind)
 
 
 VIDEO_FAMILIES = {

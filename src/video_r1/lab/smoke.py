@@ -57,7 +57,7 @@ def smoke_recipe(recipe: Recipe, lab: Path, output_dir: Path) -> tuple[Recipe, d
     if recipe.command == "rl":
         changes |= {
             "max_completion_length": min(values["max_completion_length"], MOST_TOKENS),
-            "length_range": [min(length, MOST_TOKENS) for length in values["length_range"]],
+            "length_range": None,  # as long as completions may be
             "preflight_questions": 0,  # it would complain that no reward is reachable without a cold start
             "use_vllm": False,
             "vllm_mode": "colocate",
@@ -90,14 +90,9 @@ def smoke_manifests(recipe: Recipe, lab: Path, folder: Path) -> dict[str, Any]:
         return {"train_manifest": str(made_up), "eval_manifest": test, "media_root": None}
     root = media_root_of(train, given_root)
     rows = first_rows(train, root, folder / f"first_{QUESTIONS}_for_training.json")
-    same_root = held_out and Path(held_out).exists() and media_root_of(held_out, given_root) == root
-    test = (
-        None
-        if held_out is None
-        else first_rows(held_out, root, folder / f"first_{QUESTIONS}.json")
-        if same_root
-        else rows
-    )
+    test = None if held_out is None else rows
+    if held_out and Path(held_out).exists() and media_root_of(held_out, given_root) == root:
+        test = first_rows(held_out, root, folder / f"first_{QUESTIONS}.json")
     return {"train_manifest": rows, "eval_manifest": test, "media_root": root}
 
 

@@ -5,10 +5,8 @@
     segment  0 0 0 0 1 1 2 2 2 3 | 4 4 5 5 5 6        one number a prompt or completion
 
 A token sees the earlier tokens of its own segment and, in a completion, the whole prompt of its group. The
-last token of a completion predicts nothing that is scored, so it is not in the row.
-
-Models run with unmodified transformers classes: their attention modules look the implementation up by name. A
-call without a row's layout (generation, evaluation, a padded batch) goes to transformers' SDPA unchanged.
+last token of a completion predicts nothing that is scored, so it is not in the row. transformers' attention
+modules look the implementation up by name; a call without a row's layout goes to its SDPA unchanged.
 """
 
 from __future__ import annotations
@@ -16,16 +14,20 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn.attention.flex_attention import BlockMask
+from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface
 from transformers.integrations.flex_attention import flex_attention_forward
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
+
+from video_r1.models.checked import Checked
 
 IMPLEMENTATION = "video_r1_groups"
 BLOCK = 128  # side of a FlexAttention block in tokens
@@ -37,28 +39,25 @@ _flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 
 
-@dataclass(frozen=True, slots=True)
-class GroupSpan:
-    """Position of a group in its row, as token indices; ends are exclusive.
+class GroupSpan(NamedTuple):
+    """Position of a group in its row: start of the prompt, and the exclusive ends of prompt and completions.
 
-    The first completion directly follows the prompt, so both together are one plain causal sequence
-    [start, first_end). The others, [first_end, end), see the prompt [start, prompt_end) and themselves.
+    The first completion directly follows the prompt, so both together are one plain causal sequence. The
+    others see the prompt and themselves.
     """
 
     start: int
-    prompt_end: int
-    first_end: int
-    end: int
+    ends: Sequence[int]
 
 
 @dataclass(frozen=True, slots=True)
 class ForkLayout:
     """Layout for layers with a state: prompts, then completions, which start from the prompts' states.
 
-    `prompts`, `completions`: buckets [n, L] of row indices, similar lengths together; short ones repeat
-    their last token. `in_prompts`: [n, L] bool a bucket of `prompts`, False for repeated tokens. `states`:
-    [groups], index of each group's prompt state among those of all `prompts` buckets. `forks`: [n] a bucket
-    of `completions`, their groups. `back`: [N], index of each token in the flattened prompts and completions.
+    `prompts`, `completions`: buckets as in RowLayout. `in_prompts`: [n, L] bool a bucket of `prompts`, False
+    for repeated tokens. `states`: [groups], index of each group's prompt state among those of all `prompts`
+    buckets. `forks`: [n] a bucket of `completions`, their groups. `back`: [N], index of each token in the
+    flattened prompts and completions.
 
     A convolution over K tokens runs over a row in which the K - 1 preceding tokens are before every segment:
     `inputs`: [M] token indices of that row, N for none; `outputs`: [N], index of each token in that row.
@@ -105,19 +104,17 @@ def row_layout(
     prompt_lengths: P of each group. completion_lengths: tokens of its completions that are in the row.
     kernel: K of the convolution in layers with a state; None for a model without such layers.
     """
-    groups: list[GroupSpan] = []
-    segments: list[tuple[int, int]] = []  # completions except the first of each group
-    for start, ends in _group_ends(prompt_lengths, completion_lengths):
-        segments += [(a, b) for a, b in itertools.pairwise(ends[1:]) if b > a]
-        groups.append(GroupSpan(start, ends[0], ends[:2][-1], ends[-1]))
-    buckets, masks, row_indices = _buckets(segments)
+    groups = tuple(_groups(prompt_lengths, completion_lengths))
+    # All completions except the first of each group
+    others = [(a, b) for group in groups for a, b in itertools.pairwise(group.ends[1:]) if b > a]
+    buckets, masks, row_indices = _buckets(others)
     # `row_indices` has the row's tokens in the order of the buckets; sorting it maps the row to the buckets.
-    others, order = torch.sort(row_indices)
+    tokens, order = torch.sort(row_indices)
     valid = torch.cat(masks).nonzero()[:, 0] if masks else torch.empty(0, dtype=torch.long)
     on_gpu = device.type != "cpu"
     return RowLayout(
-        groups=tuple(groups),
-        others=others.to(device),
+        groups=groups,
+        others=tokens.to(device),
         buckets=tuple(bucket.to(device) for bucket in buckets),
         bucket_masks=tuple(mask.to(device) for mask in masks),
         from_buckets=valid[order].to(device),
@@ -126,14 +123,13 @@ def row_layout(
     )
 
 
-def _group_ends(
+def _groups(
     prompt_lengths: Sequence[int], completion_lengths: Sequence[Sequence[int]]
-) -> Iterator[tuple[int, list[int]]]:
-    """Yield the start of each group, and the ends of its prompt and completions."""
+) -> Iterator[GroupSpan]:
     start = 0
     for prompt, lengths in zip(prompt_lengths, completion_lengths, strict=True):
         ends = list(itertools.accumulate(lengths, initial=start + prompt))
-        yield start, ends
+        yield GroupSpan(start, ends)
         start = ends[-1]
 
 
@@ -149,7 +145,7 @@ def fork_layout(
     inputs: list[Tensor] = []
     total = sum(prompt_lengths) + sum(map(sum, completion_lengths))
     nothing = torch.full((kernel - 1,), total)
-    for start, ends in _group_ends(prompt_lengths, completion_lengths):
+    for start, ends in _groups(prompt_lengths, completion_lengths):
         own = torch.cat([nothing, torch.arange(start, ends[0])])
         inputs.append(own)
         inputs += [torch.cat([own[1 - kernel :], torch.arange(a, b)]) for a, b in itertools.pairwise(ends)]
@@ -204,7 +200,7 @@ def block_mask(
     """
     spans: list[tuple[int, int, int, int]] = []  # start, end, start and end of the prompt
     prompt_numbers: list[int] = []  # index of each span's prompt
-    for start, ends in _group_ends(prompt_lengths, completion_lengths):
+    for start, ends in _groups(prompt_lengths, completion_lengths):
         prompt_numbers += [len(spans)] * len(ends)
         spans.append((start, ends[0], start, start))
         spans += [(a, b, start, ends[0]) for a, b in itertools.pairwise(ends)]
@@ -258,7 +254,7 @@ def groups_attention_forward(
     """Attend by transformers' interface: query [B, H, S, D], key, value [B, Hkv, S, D] -> [B, S, H, D].
 
     With `group_layout` B is 1 and S is the row's tokens: on the CPU the flash kernel runs on the row's pieces
-    one by one, elsewhere FlexAttention uses the layout's block mask.
+    one by one; elsewhere FlexAttention uses the layout's block mask, if it compiles (`row_attention`).
     """
     if group_layout is None:
         return sdpa_attention_forward(
@@ -268,12 +264,37 @@ def groups_attention_forward(
         raise ValueError(f"attention dropout is {dropout}; a row of groups needs config.attention_dropout 0")
     if torch.is_autocast_enabled(query.device.type):  # autocast does not reach the kernels below
         query, key, value = (x.to(torch.get_autocast_dtype(query.device.type)) for x in (query, key, value))
-    if group_layout.block_mask is not None:
-        return flex_attention_forward(module, query, key, value, group_layout.block_mask, scaling=scaling)
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    if group_layout.block_mask is not None:
+        return row_attention(query, key, value, group_layout, scale, module), None
     rows = (x[0].transpose(0, 1) for x in (query, key, value))
     out: Any = _SharedPrefixAttention.apply(*rows, group_layout, scale)
     return out[None], None
+
+
+def _flex(
+    query: Tensor, key: Tensor, value: Tensor, layout: RowLayout, scale: float, module: nn.Module
+) -> Tensor:
+    mask: Any = layout.block_mask
+    return flex_attention_forward(module, query, key, value, mask, scaling=scale)[0]
+
+
+def _by_spans(
+    query: Tensor, key: Tensor, value: Tensor, layout: RowLayout, scale: float, module: nn.Module
+) -> Tensor:
+    """Attend completion by completion behind a copy of its prompt's keys, which needs no compiler."""
+    attend, found = partial(scaled_dot_product_attention, scale=scale, enable_gqa=True), []
+    for start, ends in layout.groups:
+        first = slice(start, ends[:2][-1])  # prompt and first completion are one causal sequence
+        found.append(attend(*(x[:, :, first] for x in (query, key, value)), is_causal=True))
+        for a, b in itertools.pairwise(ends[1:]):
+            keys, values = (torch.cat([x[:, :, start : ends[0]], x[:, :, a:b]], 2) for x in (key, value))
+            mask = torch.ones(b - a, keys.shape[2], dtype=torch.bool, device=query.device)
+            found.append(attend(query[:, :, a:b], keys, values, attn_mask=mask.tril(ends[0] - start)))
+    return torch.cat(found, 2).transpose(1, 2)
+
+
+row_attention = Checked("FlexAttention", _flex, _by_spans)
 
 
 class _SharedPrefixAttention(torch.autograd.Function):
@@ -362,11 +383,11 @@ def _pieces(layout: RowLayout) -> Iterator[tuple[slice, slice, bool]]:
 
     A group's prompt and first completion are one piece; its other completions see the prompt in a second one.
     """
-    for span in layout.groups:
-        first = slice(span.start, span.first_end)
+    for start, ends in layout.groups:
+        first = slice(start, ends[:2][-1])
         yield first, first, True
-        if span.end > span.first_end:
-            yield slice(span.first_end, span.end), slice(span.start, span.prompt_end), False
+        if ends[-1] > first.stop:
+            yield slice(first.stop, ends[-1]), slice(start, ends[0]), False
 
 
 def _attend(

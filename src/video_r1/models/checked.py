@@ -33,9 +33,7 @@ class Checked:
         self.gradients_agree: bool | None = None
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        learns = torch.is_grad_enabled() and any(
-            isinstance(argument, Tensor) and argument.requires_grad for argument in args
-        )
+        learns = torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in args)
         if self.agrees is None or (self.agrees and learns and self.gradients_agree is None):
             self.agrees = self.check(args, kwargs, learns)
             self.gradients_agree = self.agrees if learns else None
@@ -51,31 +49,29 @@ class Checked:
         try:
             found = results_of(self.fast, args, kwargs, learns)
         except Exception as error:  # any failure: the plain path works
-            self.warn(f"fails with {type(error).__name__}: {error}")
-            return False
+            return self.refuse(f"fails with {type(error).__name__}: {error}")
         far = max(distance(one, two) for one, two in zip(found, expected, strict=True))
         if far > tolerance(expected):
-            self.warn(f"is off by {far:.2g} of the result's norm")
-            return False
+            return self.refuse(f"is off by {far:.2g} of the result's norm")
         return True
 
-    def warn(self, reason: str) -> None:
+    def refuse(self, reason: str) -> bool:
+        """Use the plain path from here on, and warn of it."""
+        self.agrees = False
         device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
         logger.warning(
             "%s %s: the plain path is used from here on (correct, but slower). Please report this line: "
             "%s, torch %s", self.what, reason, device, torch.__version__,
         )  # fmt: skip
+        return False
 
 
 def results_of(
     function: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any], learns: bool
 ) -> list[Tensor]:
     """Return a function's results and, if it learns, the gradients of the sum of their squares."""
-    inputs = [
-        argument.detach().requires_grad_(argument.requires_grad) if isinstance(argument, Tensor) else argument
-        for argument in args
-    ]
-    wanted = [argument for argument in inputs if isinstance(argument, Tensor) and argument.requires_grad]
+    inputs = [x.detach().requires_grad_(x.requires_grad) if isinstance(x, Tensor) else x for x in args]
+    wanted = [x for x in inputs if isinstance(x, Tensor) and x.requires_grad]
     identity = torch.autograd.graph.saved_tensors_hooks(lambda x: x, lambda x: x)
     with torch.set_grad_enabled(learns), identity:  # activation checkpointing may count saved tensors
         results = function(*inputs, **kwargs)
@@ -87,17 +83,13 @@ def results_of(
 
 
 def distance(one: Tensor, two: Tensor) -> float:
-    """Return ‖one − two‖ ÷ ‖two‖; infinity if a value is not finite."""
-    difference = float((one.float() - two.float()).norm() / two.float().norm().clamp_min(1e-20))
-    return difference if difference == difference else float("inf")
+    """Return ‖one − two‖ ÷ ‖two‖; infinity if it is not a number."""
+    difference = (one.float() - two.float()).norm() / two.float().norm().clamp_min(1e-20)
+    return float(difference.nan_to_num(torch.inf))
 
 
 def tolerance(results: Sequence[Tensor]) -> float:
-    """Return three roundings in the coarsest number format behind these results.
-
-    Formats are the results' own, autocast's (the gradient of a float32 weight is float32 but was computed in
-    bf16) and TF32 on a GPU.
-    """
+    """Return three roundings in the coarsest number format behind results: theirs, autocast's or TF32."""
     device = results[0].device.type
     steps = [torch.finfo(result.dtype).eps for result in results]
     if torch.is_autocast_enabled(device):

@@ -1,9 +1,8 @@
 """Model families, and what the fast paths need to know of each that the model itself does not say.
 
-A family is an entry of `FAMILIES`, by `model_type`. What a model, its config or its processor
-says is not repeated here: placeholders and chat template (the processor), rotary positions (`get_rope_index`
-of transformers' class), the multiple of a frame's sides (the image processor's patch × merge), which layers
-have a state (`layer_types`), DeepStack (the tower).
+A family is an entry of `FAMILIES`, by `model_type`. What a model, its config or its processor says is not
+repeated here: placeholders, chat template, rotary positions, the multiple of a frame's sides, which layers
+have a state, DeepStack.
 """
 
 from __future__ import annotations
@@ -26,7 +25,6 @@ class Family:
     name: display name.
     timestamp_tokens: approximate tokens of text before each temporal patch of a video; 0 if the patches of a
         video are one block.
-    text, tower: paths of text model and vision tower in transformers' model for conditional generation.
     text_linear: last part of the names of the text model's linear layers, which LoRA adapts.
     tower_linear: regular expression for the names of the tower's linear layers.
     windows: whether layers of the tower attend within windows of a frame.
@@ -45,18 +43,16 @@ class Family:
     resampled_positions: bool = False
     transposed_experts: bool = False
     state_functions: str | None = None
-    text: str = "model.language_model"
-    tower: str = "model.visual"
 
     @property
     def text_layers(self) -> str:
         """Regular expression for the names of the text model's linear layers, without adapters' wrappers."""
-        return rf".*\b{self.text.rpartition('.')[2]}\..*\.({'|'.join(self.text_linear)})"
+        return rf".*\blanguage_model\..*\.({'|'.join(self.text_linear)})"
 
     @property
     def tower_layers(self) -> str:
         """Regular expression for the names of the vision tower's linear layers."""
-        return rf".*\b{self.tower.rpartition('.')[2]}\.({self.tower_linear})"
+        return rf".*\bvisual\.({self.tower_linear})"
 
 
 # arXiv 2502.13923: time positions in seconds (`second_per_grid_ts`), windows in the tower
@@ -131,8 +127,7 @@ def check_kind(model: Any) -> None:
 
 def text_of(model: Any) -> Any:
     """Return the text model, without head, of a transformers model for conditional generation."""
-    family = find_family(model)
-    return model.get_decoder() if family is None else model.get_submodule(family.text)
+    return model.get_decoder() if find_family(model) is None else model.model.language_model
 
 
 def vision_parameters(model: Any) -> list[nn.Parameter]:
@@ -154,5 +149,5 @@ def text_linear_layers(model: Any) -> list[str]:
 
 
 def tower_of(model: Any) -> Any:
-    """Return the model's vision tower, including the merger."""
-    return model.get_submodule(family_of(model).tower)
+    """Return the vision tower of a model of a known family, including the merger."""
+    return model.model.visual

@@ -4,10 +4,9 @@
     prompt ─► state [H, Dk, Dv] and the last K - 1 inputs of a convolution ┼─► …
                                                                            └─► completion G
 
-Models run with unmodified transformers classes: their layers look up a convolution and a rule in their module
-by name. `fork_states` replaces both by functions that follow a row's layout. Calls without a layout go to the
-original function: the kernel that transformers has picked (`causal_conv1d`, `fla`), or torch's own.
-Gradients of all completions flow back through the forked state into the prompt.
+transformers' layers look up a convolution and a rule in their module by name. `fork_states` replaces both by
+functions that follow a row's layout. Calls without a layout go to the original function: the kernel that
+transformers has picked (`causal_conv1d`, `fla`), or torch's own.
 """
 
 from __future__ import annotations
@@ -51,7 +50,6 @@ def forked_convolution(convolve: Callable[..., Tensor]) -> Callable[..., Tensor]
 def forked_rule(rule: Callable[..., tuple[Tensor, Tensor | None]]) -> Callable[..., Any]:
     """Wrap a chunked rule of a row: query, key [1, N, H, Dk], value [1, N, H, Dv], g, beta [1, N, H].
 
-    Prompts of similar length run as a batch, and so do completions, which start from their prompts' states.
     Padding of a prompt does not change the state: it decays nothing (g 0) and writes nothing (beta 0).
     """
 

@@ -3,41 +3,55 @@
     vision tower, once a question ─► row [prompt, completion 1, …, completion G] of every question ─►
     head on the positions that predict completion tokens, in chunks
 
-A token sees the same tokens and has the same position as in a sequence of its prompt and completion alone. So
-values and gradients equal those of the expanded batch, in which pixels and prompt are repeated G times.
+A token sees the same tokens and has the same position as in a sequence of its prompt and completion alone, so
+values and gradients equal those of the expanded batch.
 """
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from functools import partial
+from typing import Any, NamedTuple, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+from torch.utils.checkpoint import checkpoint
 
 from video_r1.data.prompts import Prompt
 from video_r1.errors import ConfigError, PromptError
 from video_r1.models.attention import IMPLEMENTATION, row_layout
 from video_r1.models.families import check_kind, family_of, find_family, text_of
 from video_r1.models.gated_delta import fork_states
-from video_r1.models.general_forward import EncodedVisuals, encode_prompts, general_logprobs
-from video_r1.models.head import token_logprobs
+from video_r1.models.general_forward import Encoded, encode_prompts, general_scores
 from video_r1.models.vision import encode_visuals
 
 Result = TypeVar("Result")
 KINDS = (("pixel_values", "image_grid_thw"), ("pixel_values_videos", "video_grid_thw"))
 """Names of the features with the pixels of images and of videos, and with their grids."""
+CHUNK_LOGITS = {"cpu": 2**21, "cuda": 2**26}  # elements of one chunk of logits; fits a CPU's cache
+LEAST_ROWS = 64  # of a chunk; each chunk adds a gradient of the head's size, costly for a large vocabulary
+
+
+class TokenScores(NamedTuple):
+    """Scores of N given tokens: `logprobs` [N] float32, nats.
+
+    On request: `entropy` [N] float32, nats, of each token's distribution; `likeliest` [N] bool, whether the
+    token is the arg max.
+    """
+
+    logprobs: Tensor
+    entropy: Tensor | None = None
+    likeliest: Tensor | None = None
 
 
 @dataclass(slots=True)
 class GroupLogprobs:
-    """Packed log-probs of a batch of groups; torch.split(logprobs, lengths.tolist()) gives each completion's.
+    """TokenScores of all completion tokens of a batch of groups in order, and each completion's length.
 
-    `logprobs`: [N] float32, nats, all completion tokens of all groups in order. `lengths`: [completions]
-    int64, tokens of each completion. On request: `entropy` [N] float32, nats; `likeliest` [N] bool, whether
-    the token is the arg max.
+    lengths: [completions] int64; torch.split(logprobs, lengths.tolist()) gives each completion's log-probs.
     """
 
     logprobs: Tensor
@@ -61,8 +75,7 @@ class VisionFeatures:
         """Return the features of a prompt that shows this prompt's temporal patches in another order.
 
         patches: [T'] int64, numbers of temporal patches, counted over all clips; grids: [clips, 3] int64 of
-        this prompt's clips. The towers attend within one temporal patch (their `cu_seqlens`), and nothing in
-        them depends on its position in the clip.
+        this prompt's clips. The towers attend within one temporal patch, wherever it is in the clip.
         """
         sizes = (grids[:, 1] * grids[:, 2]).repeat_interleave(grids[:, 0])
         lengths = (sizes * len(self.embeddings) // sizes.sum()).tolist()  # patches are merged
@@ -74,7 +87,7 @@ class VisionFeatures:
         return VisionFeatures(turned(self.embeddings), tuple(map(turned, self.deepstack)))
 
 
-VisualFeatures = VisionFeatures | EncodedVisuals
+VisualFeatures = VisionFeatures | Encoded
 """Features of a known family, or of the general path."""
 
 
@@ -90,32 +103,28 @@ def group_logprobs(
 ) -> GroupLogprobs:
     """Return the log-probs of every completion's tokens after its prompt.
 
-    model: for conditional generation, also inside PEFT, DDP or FSDP. The text attention of a known family
-    (families.py) is set to "video_r1_groups", which is transformers' SDPA outside of this function; other
-    models take the general path (general_forward.py). With autocast, call within its context.
-    `completions[q][g]`: token ids [L_qg] int64 of any lengths. vision_features: one a prompt from
-    `encode_vision`, to share a frozen tower's output; by default the tower runs here. entropy_gradient: keep
-    the entropy's gradient. Raises PromptError if a prompt's placeholders and pixels do not match, and
-    ConfigError if the model is no vision-language model.
+    model: for conditional generation, also inside PEFT, DDP or FSDP; of no known family: see
+    general_forward.py. With autocast, call within its context. `completions[q][g]`: token ids [L_qg] int64 of
+    any lengths. vision_features: one a prompt from `encode_vision`, to share a frozen tower's output; by
+    default the tower runs here. entropy_gradient: keep the entropy's gradient. Raises PromptError if a
+    prompt's placeholders and pixels do not match, and ConfigError if the model is no vision-language model.
     """
     if len(prompts) != len(completions) or not prompts:
         raise ValueError(f"{len(prompts)} prompts and {len(completions)} groups of completions")
 
     def forward() -> tuple[Tensor | None, ...]:  # FSDP finds no tensors in a record
         inner = vision_language_model(model)
+        score = partial(
+            token_logprobs, temperature=temperature, with_entropy=with_entropy,
+            with_likeliest=with_likeliest, entropy_gradient=entropy_gradient,
+        )  # fmt: skip
         if find_family(inner) is None:
             visuals: Any = vision_features or encode_prompts(inner, prompts)
-            flags = (with_entropy, with_likeliest, entropy_gradient)
-            return tuple(general_logprobs(inner, prompts, completions, temperature, visuals, *flags))
+            return tuple(_joined(general_scores(inner, prompts, completions, visuals, score)))
         hidden = _predicting_states(inner, prompts, completions, vision_features)
         targets = torch.cat([tokens for group in completions for tokens in group]).to(hidden.device)
         vocabulary = inner.config.get_text_config().vocab_size
-        head = inner.get_output_embeddings()
-        scores = token_logprobs(
-            head, hidden, targets, temperature, with_entropy, vocabulary,
-            with_likeliest=with_likeliest, entropy_gradient=entropy_gradient,
-        )  # fmt: skip
-        return tuple(scores)
+        return tuple(score(inner.get_output_embeddings(), hidden, targets, vocabulary=vocabulary))
 
     logprobs, entropy, likeliest = through_wrapper(model, forward)
     assert logprobs is not None
@@ -126,8 +135,7 @@ def group_logprobs(
 def encode_vision(model: nn.Module, prompts: Sequence[Prompt]) -> list[Any]:
     """Return each prompt's output of the vision tower, as VisualFeatures; None for a prompt without visuals.
 
-    The tower is called once for images and videos together (on the general path once a prompt). Gradients
-    follow grad mode and whether the tower is frozen.
+    Gradients follow grad mode and whether the tower is frozen.
     """
     inner = vision_language_model(model)
     encode: Callable[..., Any] = encode_prompts if find_family(inner) is None else visual_features
@@ -140,34 +148,20 @@ def visual_features(model: Any, prompts: Sequence[Prompt]) -> list[VisionFeature
     All visuals are one row, as each attends only to itself. All ranks of a sharded model have to make the
     same calls, so there is one call, not one for each kind of visual in the batch.
     """
-    names = [[kind for kind in KINDS if kind[0] in prompt.features] for prompt in prompts]
-    if not any(names):
+    kinds = [next((kind for kind in KINDS if kind[0] in prompt.features), None) for prompt in prompts]
+    shown = [(prompt.features, kind) for prompt, kind in zip(prompts, kinds, strict=True) if kind]
+    if not shown:
         return [None] * len(prompts)
-    present = [
-        (prompt.features, kind) for prompt, kinds in zip(prompts, names, strict=True) for kind in kinds
-    ]
-    pixels = torch.cat([features[name] for features, (name, _) in present])
-    grids = torch.cat([features[name] for features, (_, name) in present]).cpu()
-    output = encode_visuals(model, pixels, grids)
+    pixels = torch.cat([features[name] for features, (name, _) in shown])
+    grids = [features[name].cpu() for features, (_, name) in shown]
+    output = encode_visuals(model, pixels, torch.cat(grids))
     layers = getattr(output, "deepstack_features", None) or []
-    visuals = zip(output.pooler_output, *layers, strict=True)
+    visuals, counts = zip(output.pooler_output, *layers, strict=True), map(len, grids)
     encoded: list[VisionFeatures | None] = []
-    for prompt, kinds in zip(prompts, names, strict=True):
-        if not kinds:
-            encoded.append(None)
-            continue
-        count = sum(len(prompt.features[grid]) for _, grid in kinds)
-        found = list(itertools.islice(visuals, count))
+    for kind in kinds:
+        found = itertools.islice(visuals, next(counts)) if kind else ()
         parts = [torch.cat(part) for part in zip(*found, strict=True)]
-        if len(kinds) > 1:  # features of images come first, wherever the images are in the prompt
-            visual = prompt.input_ids[_is_visual(model.config, prompt.input_ids)]
-            is_video = visual == model.config.video_token_id
-            images = sum(len(image) for image, *_ in found[: len(prompt.features[kinds[0][1]])])
-            if (len(visual), int(is_video.sum())) != (len(parts[0]), len(parts[0]) - images):
-                raise PromptError("placeholders of images or videos and their features differ in number")
-            order = torch.argsort(torch.argsort(is_video.int(), stable=True)).to(parts[0].device)
-            parts = [part[order] for part in parts]
-        encoded.append(VisionFeatures(parts[0], tuple(parts[1:])))
+        encoded.append(VisionFeatures(parts[0], tuple(parts[1:])) if parts else None)
     return encoded
 
 
@@ -195,18 +189,15 @@ def _inside(model: Any) -> Any:
 def prompt_positions(model: Any, prompt: Prompt) -> tuple[Tensor, int]:
     """Return a prompt's rotary positions [3, P] (time, height, width) and the position of the next token.
 
-    `forward` and `generate` use the same for a single sequence: text after the prompt continues from the
-    position of its last token. (Time positions of a video may be larger.)
+    As in `generate`, it follows the position of the last token. (Time positions of a video may be larger.)
     """
     ids = prompt.input_ids[None].cpu()
     names = ("image_grid_thw", "video_grid_thw", "second_per_grid_ts")
     grids = {name: prompt.features[name].cpu() for name in names if name in prompt.features}
     if not grids.keys() & set(names[:2]):
         return torch.arange(ids.shape[1]).expand(3, -1), ids.shape[1]
-    kinds = prompt.features.get("mm_token_type_ids")
-    if kinds is None:
-        kinds = (ids == model.config.image_token_id) + 2 * (ids == model.config.video_token_id)
-    positions, _ = model.model.get_rope_index(ids, mm_token_type_ids=kinds.view(1, -1).cpu(), **grids)
+    kinds = prompt.features["mm_token_type_ids"].view(1, -1).cpu()
+    positions, _ = model.model.get_rope_index(ids, mm_token_type_ids=kinds, **grids)
     return positions[:, 0], int(positions[:, 0, -1].max()) + 1
 
 
@@ -233,8 +224,8 @@ def _predicting_states(
         kernel = text.config.linear_conv_kernel_dim
     layout = row_layout(*lengths, device, kernel)
     in_prompt = torch.zeros(1, len(row_ids), dtype=torch.bool)
-    for span in layout.groups:
-        in_prompt[0, span.start : span.prompt_end] = True
+    for start, ends in layout.groups:
+        in_prompt[0, start : ends[0]] = True
     features: Any = visual_features(model, prompts) if vision_features is None else vision_features
     hidden = text(
         **embedded(model, prompts, features, row_ids[None], in_prompt.to(device)),
@@ -253,12 +244,11 @@ def embedded(
     ids: Tensor,
     in_prompt: Tensor,
 ) -> dict[str, Any]:
-    """Return the text model's inputs for the token ids [B, S].
+    """Return the text model's inputs for the token ids [B, S]: embeddings [B, S, d], and DeepStack features.
 
-    These are embeddings [B, S, d], with visual features at the prompts' placeholders, and DeepStack features.
-    in_prompt: [B, S] bool, the prompts' tokens, in the order of the prompts. A placeholder id that the policy
-    sampled keeps its plain embedding, as in generation. Raises PromptError if placeholders and features of a
-    prompt differ in number.
+    in_prompt: [B, S] bool, the prompts' tokens, in the order of the prompts; their placeholders get visual
+    features. One that the policy sampled keeps its plain embedding, as in generation. Raises PromptError if
+    placeholders and features of a prompt differ in number.
     """
     embeddings = model.get_input_embeddings()(ids)
     present = [part for part in features if part is not None]
@@ -289,10 +279,7 @@ def _row_positions(model: Any, prompts: Sequence[Prompt], inputs: Sequence[Seque
 
 
 def _predicting_positions(prompts: Sequence[Prompt], completions: Sequence[Sequence[Tensor]]) -> Tensor:
-    """Return row indices [N] of the tokens that predict completion tokens.
-
-    The prompt's last token predicts the first token of each completion.
-    """
+    """Return row indices [N] of the tokens that predict completion tokens, each first one by the prompt's."""
     parts = []
     position = 0
     for prompt, group in zip(prompts, completions, strict=True):
@@ -329,3 +316,68 @@ def through_wrapper(model: nn.Module, function: Callable[[], Result]) -> Result:
         return model(None)  # on a GPU, DDP moves the first argument there and fails without one
     finally:
         restore()
+
+
+# ---- The head
+
+
+def token_logprobs(
+    head: Callable[[Tensor], Tensor],
+    hidden: Tensor,
+    targets: Tensor,
+    temperature: float,
+    with_entropy: bool,
+    vocabulary: int,
+    chunk_logits: int | None = None,
+    with_likeliest: bool = False,
+    entropy_gradient: bool = False,
+) -> TokenScores:
+    """Return log softmax(head(hidden) / temperature) at `targets`, for hidden [N, d] and targets [N] int64.
+
+    The logits exist one chunk at a time; the backward pass computes them again. chunk_logits: elements of one
+    chunk (default: by the device); a chunk has at least LEAST_ROWS tokens. entropy_gradient: keep the
+    entropy's gradient, for an entropy bonus.
+    """
+    if chunk_logits is None:
+        chunk_logits = CHUNK_LOGITS.get(hidden.device.type, CHUNK_LOGITS["cuda"])
+    rows = max(LEAST_ROWS, chunk_logits // vocabulary)
+    run: Any = _chunk
+    if torch.is_grad_enabled():
+        run = partial(checkpoint, _chunk, use_reentrant=False, preserve_rng_state=False)
+    return _joined(
+        run(head, states, tokens, temperature, with_entropy, with_likeliest, entropy_gradient)
+        for states, tokens in zip(hidden.split(rows), targets.split(rows), strict=True)
+    )
+
+
+def _joined(parts: Iterable[Any]) -> TokenScores:
+    columns = zip(*parts, strict=True)
+    joined: list[Any] = [None if column[0] is None else torch.cat(column) for column in columns]
+    return TokenScores(*joined)
+
+
+def _chunk(
+    head: Any,
+    hidden: Tensor,
+    targets: Tensor,
+    temperature: float,
+    with_entropy: bool,
+    with_likeliest: bool,
+    entropy_gradient: bool,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    if isinstance(head, FSDPModule):  # its hooks expect one call a step, not one a chunk
+        head.unshard()
+        linear = cast(nn.Linear, head)
+        logits = nn.functional.linear(hidden, linear.weight, linear.bias).float()
+    else:
+        logits = head(hidden).float()
+    if temperature != 1.0:
+        logits = logits / temperature
+    scores = torch.log_softmax(logits, dim=-1)
+    entropy = likeliest = None
+    if with_entropy:
+        values = scores if entropy_gradient else scores.detach()
+        entropy = -(values.exp() * values).sum(-1)
+    if with_likeliest:
+        likeliest = scores.detach().argmax(-1) == targets
+    return scores.gather(1, targets[:, None])[:, 0], entropy, likeliest

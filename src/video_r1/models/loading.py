@@ -21,7 +21,7 @@ from transformers.core_model_loading import Transpose
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 
-from video_r1.availability import ask_the_hub, is_hub_id
+from video_r1.availability import ask_the_hub, check_adapters, check_checkpoint
 from video_r1.data.prompts import frame_multiple
 from video_r1.errors import ConfigError, first_line
 from video_r1.files import claimed, follow_umask, replace_json
@@ -50,7 +50,7 @@ EXPERTS = ("experts.gate_up_proj", "experts.down_proj")
 
 def load_model(
     path: str | Path,
-    dtype: str | torch.dtype = "auto",
+    dtype: str = "auto",
     attn_implementation: str | None = None,
     trust_remote_code: bool = False,
     device: str | torch.device | None = None,
@@ -59,14 +59,13 @@ def load_model(
 ) -> PreTrainedModel:
     """Load a video-language model from a checkpoint folder or a hub id, in evaluation mode.
 
-    dtype: "auto" (that of the file), a name such as "bfloat16", or a torch dtype. attn_implementation: None
-    leaves the choice to transformers. load_in_4bit: see `four_bits`; quantization_config: another way to
-    quantise. Raises ConfigError if the folder is missing or incomplete, if it holds no video-language model,
-    and if weights are missing or not in safetensors files.
+    dtype: "auto" (that of the file) or a name such as "bfloat16". attn_implementation: None leaves the choice
+    to transformers. load_in_4bit: see `four_bits`; quantization_config: another way to quantise. Raises
+    ConfigError if the folder is missing or incomplete, if it holds no video-language model, and if weights
+    are missing or not in safetensors files.
     """
     source = checked_source(path)
-    named = dtype if isinstance(dtype, torch.dtype) else getattr(torch, dtype, None)
-    if dtype != "auto" and not isinstance(named, torch.dtype):
+    if dtype != "auto" and not isinstance(getattr(torch, dtype, None), torch.dtype):
         raise ConfigError(f"dtype {dtype!r} is unknown; use auto, float32, bfloat16 or float16")
     quantization = four_bits() if load_in_4bit else quantization_config
     config = load_config(path, trust_remote_code)
@@ -76,7 +75,6 @@ def load_model(
                 f"{path}: 4-bit weights are for {family_names()}, not for {config.model_type}; remove "
                 "load_in_4bit"
             )
-        _check_weight_files(source)
         loaded: Any = AutoModelForImageTextToText.from_pretrained(
             source,
             config=config,
@@ -117,10 +115,7 @@ def load_config(path: str | Path, trust_remote_code: bool = False) -> PreTrained
 
 
 def keep_angles_exact(model: Any) -> None:
-    """Restore rotary frequencies to float32 after loading under ZeRO-3.
-
-    While DeepSpeed loads sharded weights, it makes every new tensor in their number format.
-    """
+    """Restore rotary frequencies to float32: under ZeRO-3 every new tensor gets the weights' format."""
     for module in model.modules():
         rounded = [name for name in module._non_persistent_buffers_set if "inv_freq" in name]
         for name in rounded:
@@ -132,8 +127,7 @@ def keep_angles_exact(model: Any) -> None:
 def keep_published_layout(model: Any) -> None:
     """Let a model save its experts' tensors in the layout of published checkpoints, which vLLM reads.
 
-    transformers (5.19) transposes them when it loads a file with such shapes. When saving, it checks its own
-    tensors' shapes and does not transpose them back.
+    transformers (5.19) transposes them when it loads such a file, and does not transpose them back.
     """
     for conversion in model._weight_conversions:
         for operation in getattr(conversion, "operations", ()):
@@ -158,9 +152,7 @@ def load_processor(path: str | Path, trust_remote_code: bool = False) -> Process
 
 
 def size_multiple(processor: ProcessorMixin) -> int:
-    """Return the pixels that divide both sides of a frame: the processor's `frame_multiple`, or
-    PIXELS_OF_ANY_MODEL if it resizes frames itself.
-    """
+    """Return the pixels that divide both sides of a frame, also for a processor that resizes it itself."""
     return frame_multiple(processor) or PIXELS_OF_ANY_MODEL
 
 
@@ -180,14 +172,7 @@ def merge_adapter(adapter: str | Path, out: str | Path, dtype: str = "auto") -> 
     adapters, or if their base model is no longer where it was.
     """
     source = Path(adapter)
-    if not (source / "adapter_config.json").is_file():
-        if not source.is_dir():
-            raise ConfigError(
-                f"{source}: there is no such folder; name the run folder of a use_peft training"
-            )
-        raise ConfigError(
-            f"{source}: not a LoRA run (no adapter_config.json): nothing to merge, use it as it is"
-        )
+    check_adapters(source)
     import peft  # an extra of this package; installed where adapters are
 
     name = str(peft.PeftConfig.from_pretrained(str(source)).base_model_name_or_path)
@@ -268,30 +253,9 @@ def with_trained_parts(model: PreTrainedModel, settings: ModelSettings) -> Any:
 
 
 def checked_source(path: str | Path, with_weights: bool = True) -> str:
-    """Return a checkpoint folder or hub id in the form that from_pretrained takes.
-
-    with_weights: the folder must hold a whole model. Raises ConfigError, without asking the hub, if the
-    folder is missing or incomplete.
-    """
+    """Return a checkpoint folder or hub id in the form that from_pretrained takes. Raises ConfigError."""
+    check_checkpoint(path, with_weights)
     folder = Path(path).expanduser()
-    if folder.is_dir():
-        if with_weights and (folder / "adapter_config.json").is_file():
-            raise ConfigError(f"{path}: these are adapters; make a checkpoint: video-r1 merge {path} OUT")
-        if with_weights and not (folder / "config.json").is_file():
-            raise ConfigError(f"{path}: no config.json; a checkpoint folder is written by save_pretrained")
-        return str(folder)
-    if folder.exists():
-        raise ConfigError(f"{path}: this is a file; name the checkpoint folder")
-    if is_hub_id(str(path)):
+    if not folder.is_dir():
         ask_the_hub()
-        return str(path)
-    raise ConfigError(f"{path}: no such folder, and not the id of a model on the hub")
-
-
-def _check_weight_files(source: str) -> None:
-    folder = Path(source)
-    if not folder.is_dir() or any(folder.glob("*.safetensors")):
-        return
-    others = sorted(file.name for pattern in ("*.bin", "*.pt", "*.pth") for file in folder.glob(pattern))
-    found = f"only {', '.join(others)}" if others else "no weights"
-    raise ConfigError(f"{source}: {found}; weights must be safetensors (save_pretrained writes them)")
+    return str(folder if folder.is_dir() else path)

@@ -33,10 +33,7 @@ IN_FULL = ("model.visual", "lm_head")
 
 
 def beyond_lora(model: Any) -> str | None:
-    """Return what a PEFT model's adapters have besides W + s·B·A of linear layers and experts, or None.
-
-    `merged_weight` and the model in vLLM would ignore it.
-    """
+    """Return what a PEFT model's adapters have besides W + s·B·A, which sampling would ignore, or None."""
     for config in model.peft_config.values():
         if config.peft_type != "LORA":
             return f"peft_type {getattr(config.peft_type, 'value', config.peft_type)}"
@@ -51,8 +48,7 @@ def beyond_lora(model: Any) -> str | None:
 def merged_weight(layer: Any) -> Tensor:
     """Return a PEFT layer's weight plus active adapters, in the base weight's format (`rounded_sum`).
 
-    The layer does not change. Weights in 4 bits are dequantised, sharded ones (FSDP2) gathered. A layer may
-    also adapt a tensor of all experts: see `adapted_name`.
+    Weights in 4 bits are dequantised, sharded ones (FSDP2) gathered.
     """
     base = layer.get_base_layer()
     weight = dense_weight(base) if is_four_bit(base) else whole(getattr(base, adapted_name(layer)))
@@ -65,10 +61,9 @@ def merged_weight(layer: Any) -> Tensor:
 def rounded_sum(weight: Tensor, *changes: Tensor) -> Tensor:
     """Return weight + changes in the weight's number format; small changes survive in bfloat16.
 
-    A bfloat16 number has 8 significant bits, so the number nearest to W + Δ is W again if |Δ| is below about
-    |W| ÷ 512: nearly everywhere in the first hundred steps of a LoRA run. So the sum is rounded up with the
-    probability that its cut-off bits stand for (stochastic rounding, arXiv 1502.02551, section 3), with the
-    same random numbers at each call: it is right on average over the weights of a row.
+    The bfloat16 number nearest to W + Δ is W again if |Δ| is below about |W| ÷ 512: nearly everywhere in the
+    first hundred steps of a LoRA run. So the sum is rounded up with the probability that its cut-off bits
+    stand for (stochastic rounding, arXiv 1502.02551, section 3), with the same random numbers at each call.
     """
     total = torch.empty_like(weight)
     fixed = torch.Generator(weight.device).manual_seed(0)
@@ -89,10 +84,7 @@ def rounded_sum(weight: Tensor, *changes: Tensor) -> Tensor:
 
 @torch.no_grad()
 def add_adapters(model: nn.Module) -> None:
-    """Add a PEFT model's adapters to its weights; the adapter modules remain until `unload`.
-
-    Raises ConfigError if a sum is not finite.
-    """
+    """Add a PEFT model's adapters to its weights. Raises ConfigError if a sum is not finite."""
     for name, layer in list(model.named_modules()):
         if hasattr(layer, "get_delta_weight"):
             weight = merged_weight(layer)
@@ -117,8 +109,8 @@ def whole(tensor: Tensor) -> Tensor:
 def merged_adapters(model: nn.Module) -> Iterator[None]:
     """Replace the model's LoRA layers by plain linear layers with merged copies of their weights.
 
-    Decoding then launches as many kernels as without adapters. For forwards under `torch.no_grad` with
-    weights that do not change. Layers with a 4-bit base are not replaced; on a GPU without memory none are.
+    Decoding then launches as many kernels as without adapters. Layers with a 4-bit base are not replaced; on
+    a GPU without memory none are.
     """
     layers = adapted_linears(model)
     if layers and not has_memory_for([layer.base_layer.weight for layer in layers.values()]):
@@ -155,10 +147,10 @@ def has_memory_for(weights: list[Tensor]) -> bool:
 
 
 def four_bits() -> Any:
-    """NF4 with double quantisation for the linear layers of the text model alone. Products are bfloat16 on a
-    GPU and float32 on a CPU, where bfloat16 is not faster.
+    """Return the config of NF4 with double quantisation for the text model's linear layers.
 
-    Raises ConfigError when bitsandbytes is not installed.
+    Products are bfloat16 on a GPU and float32 on a CPU, where bfloat16 is not faster. Raises ConfigError when
+    bitsandbytes is not installed.
     """
     from transformers import BitsAndBytesConfig
 
@@ -193,9 +185,7 @@ def dense_weight(layer: nn.Module) -> Tensor:
     weight: Any = layer.weight
     if not is_four_bit(layer):
         return weight.detach()
-    from bitsandbytes.functional import (
-        dequantize_4bit,
-    )  # an extra of this package; installed, as it is in use
+    from bitsandbytes.functional import dequantize_4bit  # an extra; installed, as it is in use
 
     return dequantize_4bit(weight.data, weight.quant_state)
 
@@ -209,10 +199,7 @@ def record_four_bits(model: Any, folder: Path) -> None:
 
 
 def recorded_four_bits(folder: Path) -> tuple[str, Any] | None:
-    """Return the record of `record_four_bits`: the original number format and the config; or None.
-
-    Raises ConfigError if bitsandbytes is not installed.
-    """
+    """Return the number format and config that `record_four_bits` wrote, or None. Raises ConfigError."""
     if not (folder / RECORD).is_file():
         return None
     from transformers import BitsAndBytesConfig

@@ -1,9 +1,8 @@
 """Linear layers on a CPU through oneDNN, without gradients.
 
 torch multiplies float32 matrices on a CPU through MKL, which rearranges the weight at every call. Decoding
-multiplies a few rows by all weights at every token and spends most of its time on that. Within
-`onednn_linears` a model's layers call oneDNN instead, with weights that are arranged once.
-`python -m benchmarks.rollout` measures the gain.
+multiplies a few rows by all weights at every token and spends most of its time on that. oneDNN takes weights
+that are arranged once. `python -m benchmarks.rollout` measures the gain.
 """
 
 from __future__ import annotations
@@ -74,8 +73,5 @@ def _linear(weight: Tensor, arranged: Tensor, bias: Tensor | None, inputs: Tenso
 
 
 def _patches(weight: Tensor, arranged: Tensor, bias: Tensor | None, inputs: Tensor) -> Tensor:
-    """Convolve patches [patches, C, T, H, W] by kernels that cover a whole patch -> [patches, N, 1, 1, 1].
-
-    weight: [N, K] with K = C*T*H*W.
-    """
+    """Convolve patches [patches, C, T, H, W] by weight [N, C*T*H*W] -> [patches, N, 1, 1, 1]."""
     return _linear(weight, arranged, bias, inputs.flatten(1))[..., None, None, None]

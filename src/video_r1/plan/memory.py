@@ -6,10 +6,9 @@ layers in an update. Not counted: the CUDA context and the allocator's unused bl
 GPUs, for which a limit in GB, not GiB, leaves room), and the pixels of a batch.
 """
 
-import json
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,16 +18,17 @@ from transformers import PreTrainedConfig
 
 from video_r1.errors import ConfigError
 from video_r1.models.families import find_family
-from video_r1.models.onednn import LEAST_PRODUCTS, MOST_ARRANGED_BYTES
-from video_r1.plan.fake_trace import Policy, Row, Traced
-from video_r1.plan.trace import family_row, general_row, trace, trace_general
+from video_r1.plan.fake_trace import Policy, Traced
+from video_r1.plan.trace import Row, longest_row, trace
 from video_r1.recipe import Recipe
-from video_r1.rollout.shared_prefix import FIRST_CAPACITY
-from video_r1.rollout.transformers import MAX_PREFILL_TOKENS, MAX_SEQUENCES
+from video_r1.recipe_files import RECIPES
+from video_r1.rollout.engine import MAX_SEQUENCES
+from video_r1.rollout.shared_prefix import first_capacity
+from video_r1.rollout.transformers import MAX_PREFILL_TOKENS
 from video_r1.settings.commands import GPUSharding
-from video_r1.settings.shared import ModelSettings
+from video_r1.settings.shared import ModelSettings, PromptSettings
 from video_r1.settings.training import SFTSettings, TGRPOSettings
-from video_r1.settings.vllm import VLLMSettings
+from video_r1.settings.vllm import MAX_BATCHED_TOKENS, VLLMSettings
 
 FLOAT32 = ("fp32", "float32", "float")  # as DeepSpeed reads it
 
@@ -42,15 +42,9 @@ class Sharding:
     weights: bool = False
     gradients: bool = False
     optimizer: bool = False
-    whole_in_step: bool = False  # sharded weights are gathered once for forward and backward
     master: bool = False  # the optimizer keeps a float32 copy of bf16 weights (DeepSpeed)
     float32_gradients: bool = False  # gradients of bf16 weights are summed in float32 (DeepSpeed)
     offload: bool = False  # the optimizer is in main memory
-
-    @property
-    def buckets(self) -> bool:
-        """Whether DistributedDataParallel keeps a second copy of the gradients."""
-        return self.processes > 1 and not (self.weights or self.gradients or self.optimizer)
 
     @property
     def fsdp(self) -> bool:
@@ -63,52 +57,36 @@ class Sharding:
 
 def sharding_of(training: Mapping[str, Any], gpus: int = 1, kind: GPUSharding | None = None) -> Sharding:
     """Return the sharding of this kind, by default that of TrainingArguments. Raises ConfigError."""
-    if kind in ("zero2", "zero3"):  # as in the packaged DeepSpeed configs
-        return _deepspeed(gpus, int(kind[-1]), offload=False, exact=True)
-    if kind is None and training.get("deepspeed"):
-        given = training["deepspeed"]
+    given = training.get("deepspeed") if kind is None else None
+    if kind in ("zero2", "zero3"):
+        given = RECIPES / "deepspeed" / f"{kind}.json"
+    if given:
         options = given if isinstance(given, Mapping) else read_mapping(given)
         zero = options.get("zero_optimization", {})
-        offload = bool(zero.get("offload_optimizer", {}).get("device", "none") != "none")
-        exact = options.get("data_types", {}).get("grad_accum_dtype") in FLOAT32
-        return _deepspeed(gpus, int(zero.get("stage", 0)), offload, exact)
-    if kind == "fsdp2":
+        stage = int(zero.get("stage", 0))
+        offload = zero.get("offload_optimizer", {}).get("device", "none") != "none"
+        return Sharding(
+            f"{gpus} GPUs, DeepSpeed ZeRO-{stage}{', optimizer in main memory' * offload}", gpus,
+            weights=stage >= 3, gradients=stage >= 2, optimizer=stage >= 1, master=True, offload=offload,
+            float32_gradients=options.get("data_types", {}).get("grad_accum_dtype") in FLOAT32,
+        )  # fmt: skip
+    if kind == "fsdp2" or (kind is None and training.get("fsdp")):
         return Sharding(f"{gpus} GPUs, FSDP2", gpus, True, True, True)
-    if kind is None and training.get("fsdp"):
-        options = training.get("fsdp_config") or {}
-        options = dict(options) if isinstance(options, Mapping) else read_mapping(options)
-        options = {name.removeprefix("fsdp_"): value for name, value in options.items()}
-        asked = f"{training.get('fsdp', '')} {options.get('sharding_strategy', '')}".lower()
-        keeps = options.get("reshard_after_forward") in (False, "false", "SHARD_GRAD_OP")
-        keeps = keeps or "shard_grad_op" in asked
-        offload = "offload" in asked or bool(options.get("offload_params", False))
-        name = f"{gpus} GPUs, FSDP" + (" (weights whole in a step)" if keeps else "")
-        return Sharding(name, gpus, True, True, True, whole_in_step=keeps, offload=offload)
     return Sharding(f"{gpus} GPUs, each with all weights" if gpus > 1 else "one GPU", gpus)
 
 
 def read_mapping(path: str | Path) -> dict[str, Any]:
     """Read a YAML or JSON file that holds a mapping. Raises ConfigError."""
     try:
-        text = Path(path).read_text(encoding="utf-8")
-        values = json.loads(text) if str(path).endswith(".json") else yaml.safe_load(text)
-    except (OSError, UnicodeDecodeError, ValueError, yaml.YAMLError) as error:
+        values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise ConfigError(f"{path}: cannot be read: {' '.join(str(error).split())}") from error
     if not isinstance(values, dict):
         raise ConfigError(f"{path}: not a mapping of settings")
     return values
 
 
-def _deepspeed(processes: int, stage: int, offload: bool, exact: bool) -> Sharding:
-    name = f"{processes} GPUs, DeepSpeed ZeRO-{stage}{', optimizer in main memory' * offload}"
-    return Sharding(
-        name, processes, stage >= 3, stage >= 2, stage >= 1,
-        master=True, float32_gradients=exact, offload=offload,
-    )  # fmt: skip
-
-
 BYTES = 2  # bf16
-PROFILED_TOKENS = 8192  # vLLM's max_num_batched_tokens
 LIVE_COPIES = 2  # of a layer's largest activations
 
 
@@ -140,18 +118,21 @@ def vllm_share(
 ) -> VLLMShare:
     """Return vLLM's needs. parameters: number of the model's weights. row: longest prompt and completions."""
     text, vision, parts = config.get_text_config(), config.vision_config, settings.vllm_tensor_parallel_size
-    size = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-    of_a_token = 2 * BYTES * text.num_hidden_layers * math.ceil(text.num_key_value_heads / parts) * size
+    heads = math.ceil(text.num_key_value_heads / parts)
+    of_a_token = 2 * BYTES * text.num_hidden_layers * heads * head_size(text)
     orders = 2 if training.shuffled_generations else 1
     completions = training.num_generations + training.shuffled_generations
     tokens = orders * row.prompt + completions * row.completion
-    tower = (
-        row.visual * vision.spatial_merge_size**2 * (4 * vision.hidden_size + 2 * vision.intermediate_size)
-    )
-    layer = PROFILED_TOKENS * (4 * text.hidden_size + 2 * text.intermediate_size // parts)
+    tower = row.patches * (4 * vision.hidden_size + 2 * vision.intermediate_size)
+    layer = MAX_BATCHED_TOKENS * (4 * text.hidden_size + 2 * text.intermediate_size // parts)
     profile = LIVE_COPIES * BYTES * max(tower, layer)
     share = int(settings.vllm_gpu_memory_utilization * gpu_memory)
     return VLLMShare(share, BYTES * parameters // parts, profile, tokens * of_a_token)
+
+
+def head_size(text: Any) -> int:
+    """Return the size of an attention head of a text config."""
+    return getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
 
 
 ADAM_STATES = 2
@@ -164,9 +145,9 @@ class MemoryPlan:
     """Bytes on one GPU.
 
     `parts`: weights, gradients, optimizer, reference, gathered (weights of other ranks), activations (kept
-    for the backward pass), logits, KV cache, vLLM; they do not all exist at once. `phases`: peaks while
-    sampling (rollout), in forward and backward (update), in the optimizer step and while weights are sent to
-    a server (weight sync).
+    for the backward pass), KV cache, vLLM; they do not all exist at once. `phases`: peaks while sampling
+    (rollout), in forward and backward (update), in the optimizer step and while weights are sent to vLLM
+    (weight sync).
     """
 
     recipe: Recipe
@@ -190,6 +171,13 @@ class MemoryPlan:
             return None
         return self.peak <= self.gpu_memory and (self.vllm is None or self.vllm.questions > 0)
 
+    @property
+    def fits_awake(self) -> bool:
+        """Whether a vLLM that sleeps during updates would fit beside them."""
+        sleeps = self.vllm is not None and self.recipe.section(VLLMSettings).vllm_enable_sleep_mode
+        others = max(self.phases["update"], self.phases["optimizer step"])
+        return bool(sleeps and self.fits and others + self.parts["vLLM"] <= (self.gpu_memory or 0))
+
 
 def memory_plan(
     config: PreTrainedConfig,
@@ -209,45 +197,39 @@ def memory_plan(
     for settings that the general path does not support.
     """
     sharding = sharding or sharding_of(recipe.training)
-    training = recipe.section(TGRPOSettings if recipe.command == "rl" else SFTSettings)
-    values = recipe.values()
-    known = find_family(config) is not None
+    training: Any = recipe.section(TGRPOSettings if recipe.command == "rl" else SFTSettings)
+    known, rl = find_family(config) is not None, recipe.command == "rl"
     if not known:
         check_general(config, recipe, sharding)
-    row = (
-        family_row(config, recipe, training, text_tokens)
-        if known
-        else general_row(config, recipe, training, text_tokens, processor)
-    )
+    row = longest_row(config, recipe.section(PromptSettings), training, text_tokens, processor)
     policy = _policy(config, recipe.section(ModelSettings), training, sharding, device_type)
-    prefill, prompts, sequences = None, 0, 0
-    if isinstance(training, TGRPOSettings):
-        questions = training.per_device_train_batch_size * training.gradient_accumulation_steps
+    vllm = recipe.section(VLLMSettings) if rl and recipe.section(VLLMSettings).use_vllm else None
+    questions = training.per_device_train_batch_size * training.gradient_accumulation_steps
+    sampled = prompts = sequences = 0
+    if rl and not known:  # one question at a time, the prompt repeated for each completion
+        prompts = sequences = max(training.num_generations, training.shuffled_generations)
+        sampled = min(prompts, MAX_SEQUENCES)
+    elif rl and vllm is None:
         prompts = questions * (2 if training.shuffled_generations else 1)
         sequences = questions * (training.num_generations + training.shuffled_generations)
-        if not known:  # one question at a time, the prompt repeated for each completion
-            prompts = sequences = max(training.num_generations, training.shuffled_generations)
-            prefill = replace(row, questions=min(prompts, MAX_SEQUENCES))
-        elif not values.get("use_vllm"):
-            rows = max(1, min(prompts, MAX_PREFILL_TOKENS // row.prompt))
-            prefill = replace(row, questions=rows)
-    if known:
-        traced = trace(config, policy, row, prefill)
-    else:
-        traced = trace_general(config, policy, row, 0 if prefill is None else prefill.questions)
+        sampled = max(1, min(prompts, MAX_PREFILL_TOKENS // row.prompt))
+    traced = trace(config, policy, row, sampled)
     weights = int(traced.weights * policy.stored * sharding.share(sharding.weights))
-    optimizer = _optimizer_bytes(str(values.get("optim", "")), traced, policy.stored, sharding)
+    optimizer = _optimizer_bytes(str(recipe.values().get("optim", "")), traced, policy.stored, sharding)
     update, left, whole = _gathered(traced, sharding, policy)
-    on_server, beside = False, None
-    if values.get("use_vllm") and isinstance(training, TGRPOSettings):
-        ours = recipe.section(VLLMSettings)
-        on_server = ours.vllm_mode == "server"
-        if not on_server:
-            beside = vllm_share(config, traced.parameters, row, training, ours, gpu_memory or 0)
-    vllm = 0 if beside is None else beside.share
-    cache, sampling = 0, vllm
-    if prefill is not None:
-        cache, sampling = _sampling(config, policy, traced, row, prefill, prompts, sequences)
+    beside = None
+    if vllm is not None and vllm.vllm_mode == "colocate":
+        if sharding.processes % vllm.vllm_tensor_parallel_size:
+            size = vllm.vllm_tensor_parallel_size
+            raise ConfigError(
+                f"vllm_tensor_parallel_size is {size}; it must divide {sharding.processes} GPUs"
+            )
+        beside = vllm_share(config, traced.parameters, row, training, vllm, gpu_memory or 0)
+    cache = decoding = 0
+    if sampled:
+        vocabulary = config.get_text_config().vocab_size
+        first = first_capacity(device_type)
+        cache, decoding = _sampling(vocabulary, traced, row, sampled, prompts, sequences, first)
     parts = {
         "weights": weights,
         "gradients": int(traced.gradients * policy.summed * sharding.share(sharding.gradients)),
@@ -256,25 +238,25 @@ def memory_plan(
         "reference": policy.reference * _reference_bytes(policy, traced, weights, sharding),
         "gathered": max(update, left, whole),
         "activations": traced.activations,
-        "logits": traced.logits,
         "KV cache": cache,
-        "vLLM": vllm,
+        "vLLM": 0 if beside is None else beside.share,
     }
     # from the second step on, when the optimizer has its states
     always = parts["weights"] + parts["reference"] + parts["optimizer"]
-    always += traced.gradients if sharding.buckets else 0
-    awake = 0 if values.get("vllm_enable_sleep_mode") else vllm
+    if sharding.processes > 1 and not (sharding.weights or sharding.gradients or sharding.optimizer):
+        always += traced.gradients  # the second copy that DistributedDataParallel keeps
+    awake = 0 if vllm is None or vllm.vllm_enable_sleep_mode else parts["vLLM"]
     phases = {
         "update": always + traced.update_peak + update + awake,
         "optimizer step": always + parts["gradients"] + left + awake,
     }
-    if sampling:
-        phases["rollout"] = always + whole + sampling
-        unused = math.inf if gpu_memory is None else gpu_memory - always - whole
-        if prefill is not None and unused > 2 * traced.adapted:  # as `has_memory_for` asks
-            phases["rollout"] += traced.adapted
-    if on_server:
-        phases["weight sync"] = always + whole
+    if vllm is not None:
+        phases["weight sync"] = always + whole + parts["vLLM"]
+    if sampled or beside is not None:
+        phases["rollout"] = always + (whole + decoding if sampled else left + parts["vLLM"])
+    unused = math.inf if gpu_memory is None else gpu_memory - always - whole
+    if sampled and unused > 2 * traced.adapted:  # as `has_memory_for` asks
+        phases["rollout"] += traced.adapted
     return MemoryPlan(recipe, sharding, row, traced, parts, phases, gpu_memory, beside, processor)
 
 
@@ -317,31 +299,24 @@ def _optimizer_bytes(name: str, traced: Traced, stored: int, sharding: Sharding)
 
 
 def _sampling(
-    config: Any, policy: Policy, traced: Traced, row: Row, prefill: Row, prompts: int, sequences: int
+    vocabulary: int, traced: Traced, row: Row, sampled: int, prompts: int, sequences: int, first: int
 ) -> tuple[int, int]:
     """Return the bytes of the KV cache of prompts and completions, and the peak of sampling beyond weights.
 
     The peak is in the prefill, when caches of its parts are joined, or while decoding. The cache's capacity
-    for completions doubles whenever it is full.
+    for completions, `first`, doubles whenever it is full.
     """
     waves = math.ceil(sequences / MAX_SEQUENCES)
-    of_a_token = traced.prompt_cache / (prefill.questions * prefill.prompt) / waves
-    state = traced.prompt_states / prefill.questions / waves
-    room = FIRST_CAPACITY * 2 ** max(0, math.ceil(math.log2(row.completion / FIRST_CAPACITY)))
+    of_a_token = traced.prompt_cache / (sampled * row.prompt) / waves
+    state = traced.prompt_states / sampled / waves
+    room = first * 2 ** max(0, math.ceil(math.log2(row.completion / first)))
     ours = int(prompts * (row.prompt * of_a_token + state))
     theirs = int(sequences * (room * of_a_token + state))
-    decoding = SAMPLING_COPIES * 4 * min(sequences, MAX_SEQUENCES) * config.get_text_config().vocab_size
+    decoding = SAMPLING_COPIES * 4 * min(sequences, MAX_SEQUENCES) * vocabulary
     cached = traced.prompt_cache + traced.prompt_states
     joined = 2 * ours if ours > cached else 0
-    arranged = 0  # oneDNN's copies of weights
-    if policy.device_type == "cpu" and policy.dtype == torch.float32 and policy.autocast is None:
-        arranged = 4 * sum(size for size in traced.text_linear if sequences * size >= LEAST_PRODUCTS)
-        arranged = arranged if arranged <= MOST_ARRANGED_BYTES else 0
-    most = max(
-        ours + traced.prefill_peak - cached,
-        traced.prefill_copies + max(joined, ours + theirs + decoding),
-    )
-    return ours + theirs, arranged + most
+    most = max(joined, ours + theirs + decoding) + traced.prefill_copies
+    return ours + theirs, max(ours + traced.prefill_peak - cached, most)
 
 
 def _reference_bytes(policy: Policy, traced: Traced, weights: int, sharding: Sharding) -> int:
@@ -370,8 +345,7 @@ def _gathered(traced: Traced, sharding: Sharding, policy: Policy) -> tuple[int, 
             layers += 2 * (traced.largest_layer + traced.outside_layers)
         if not policy.settings.use_peft:
             layers += int(traced.outside_layers * (1 - policy.gradients_kept))
-    update = traced.weights if sharding.whole_in_step else layers
-    return update + left, left, traced.weights + left
+    return layers + left, left, traced.weights + left
 
 
 def check_general(config: Any, recipe: Recipe, sharding: Sharding) -> None:

@@ -5,15 +5,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import (
-    AutoConfig,
-    PreTrainedConfig,
-    PreTrainedTokenizerFast,
-    SmolVLMImageProcessor,
-    SmolVLMProcessor,
-    SmolVLMVideoProcessor,
-)
+from transformers import AutoConfig, PreTrainedConfig
 
 from video_r1.errors import ConfigError, first_line
 from video_r1.models.loading import checked_source
@@ -48,44 +40,18 @@ def published_config(source: str) -> PreTrainedConfig:
     )  # fmt: skip
 
 
-def published_processor(kind: str) -> Any:
-    """Build a processor that makes as many visual tokens as the published one, for a plan without its files.
+def published_frame(kind: str) -> int:
+    """Return the tokens of a frame, with its time, of a model on the general path whose size is fixed.
 
-    Its tokenizer has one token a byte, so timestamps of frames count about double. Raises ConfigError for a
-    model type other than `smolvlm`, or if the package that its processor needs is missing.
+    Raises ConfigError for a model type whose processor has to be asked.
     """
-    if kind != "smolvlm":
-        raise ConfigError(f"no built-in processor of {kind}; name a folder with its files in --model_config")
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=_tokenizer_of_bytes())
-    named = {
-        "image_token": "<image>",
-        "fake_image_token": "<fake_token_around_image>",
-        "global_image_token": "<global-img>",
-        "end_of_utterance_token": "<end_of_utterance>",
-        "video_token": "<video>",
-    }
-    tokenizer.add_special_tokens({"extra_special_tokens": list(named.values())})
-    for name, token in named.items():
-        setattr(tokenizer, name, token)
-    template = (
-        "{% for message in messages %}{{ message['role'] }}:{% for part in message['content'] %}"
-        "{% if part['type'] == 'text' %}{{ part['text'] }}{% else %}<{{ part['type'] }}>{% endif %}"
-        "{% endfor %}<end_of_utterance>\n{% endfor %}Assistant:"
-    )
-    images, videos = SmolVLMImageProcessor(), SmolVLMVideoProcessor()
-    try:
-        return SmolVLMProcessor(images, tokenizer, videos, image_seq_len=64, chat_template=template)
-    except ImportError as error:
+    family = published()["families"].get(kind, {})
+    if "frame_tokens" not in family:
         raise ConfigError(
-            f"a plan of {kind}: {first_line(error)}; pip install 'video-r1[smolvlm]'"
-        ) from error
-
-
-def _tokenizer_of_bytes() -> Tokenizer:
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    tokenizer = Tokenizer(models.BPE({byte: index for index, byte in enumerate(alphabet)}, []))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)  # pyright: ignore[reportAttributeAccessIssue]
-    return tokenizer
+            f"a plan of {kind} asks its processor how many tokens a clip has: name a folder with its files "
+            "too in model_name_or_path or --model_config"
+        )
+    return family["frame_tokens"]
 
 
 def model_config(source: str | None) -> PreTrainedConfig:

@@ -12,29 +12,24 @@ kernels do not keep).
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedConfig
-from transformers.vision_utils import (
-    get_vision_cu_seqlens,
-    get_vision_interpolation_indices_and_weights,
-    get_vision_position_ids,
-    get_vision_window_index,
-)
 
 from video_r1.data.decoding.media import Media
 from video_r1.data.manifests.records import Sample
 from video_r1.data.prompts import Prompt, PromptBuilder
 from video_r1.errors import ConfigError
-from video_r1.models.families import family_of, text_of, tower_of, vision_parameters
+from video_r1.models.families import family_of, find_family, text_of, tower_of, vision_parameters
 from video_r1.models.general_forward import micro_batches
-from video_r1.models.group_forward import vision_language_model
-from video_r1.models.head import CHUNK_LOGITS, token_logprobs
+from video_r1.models.group_forward import CHUNK_LOGITS, token_logprobs, vision_language_model
 from video_r1.models.loading import size_multiple
-from video_r1.plan.fake_trace import Policy, Row, Traced, Tracing, cached_bytes, without_storage
-from video_r1.recipe import Recipe
+from video_r1.models.vision import tower_arguments
+from video_r1.plan.fake_trace import Policy, Traced, build_models, count_weights, without_storage
+from video_r1.plan.shapes import published_frame
 from video_r1.settings.shared import PromptSettings
 from video_r1.settings.training import SFTSettings, TGRPOSettings
 
@@ -42,70 +37,70 @@ NUMBERS_KEPT = 17  # by a tower's layer, for each patch and hidden unit
 QUESTION = Sample("plan", "?", "video", "free-form", "", "")
 
 
-def trace(config: PreTrainedConfig, policy: Policy, row: Row, prefill: Row | None) -> Traced:
-    """Count the bytes of one update on `row` and of the prefill of the prompts in `prefill`."""
-    indices = _vision_indices(config, row), _vision_indices(config, prefill) if prefill else {}
-    with without_storage(config, policy) as tracing:
-        update_indices, prefill_indices = (
-            {k: tracing.mode.from_tensor(v) if isinstance(v, Tensor) else v for k, v in found.items()}
-            for found in indices
-        )
-        if prefill is not None:
-            tracing.prefill(lambda: _prefill(tracing.model, prefill, prefill_indices))
-        tracing.updates(lambda: _update(tracing, row, update_indices))
-    return tracing.traced
+@dataclass(frozen=True, slots=True)
+class Row:
+    """Tokens of one forward pass: `questions` prompts and their `completions` (SFT: one each)."""
+
+    questions: int
+    grid: tuple[int, int, int]  # patches of one question's clip: time, height, width
+    visual: int  # tokens
+    prompt: int  # tokens, including visual ones
+    completions: int
+    completion: int  # tokens
+    patches: int  # of one question's frames
+    repeated: bool = False  # the prompt is repeated for every completion, on the general path
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of the row, without the last token of each completion, which predicts nothing."""
+        prompts = self.completions if self.repeated else 1
+        return self.questions * (prompts * self.prompt + self.completions * (self.completion - 1))
 
 
-def trace_general(config: Any, policy: Policy, row: Row, sampled: int) -> Traced:
-    """Count the bytes of one update on `row` and of the prefill of `sampled` rows with one prompt.
-
-    Activations of the tower are added to those of the text model.
-    """
-    with without_storage(config, policy) as tracing:
-        model = tracing.model
-        if sampled:
-            tracing.prefill(
-                lambda: _fill_cache(
-                    vision_language_model(model),
-                    input_ids=torch.zeros(sampled, row.prompt, dtype=torch.long),
-                )
-            )
-        tracing.updates(lambda: _update_general(tracing, row))
-    traced, tower = tracing.traced, _tower_bytes(model, config, policy, row)
-    traced.activations += tower
-    traced.update_peak += tower
-    traced.prefill_peak += _layer_bytes(config, policy, row) * bool(sampled)
-    return traced
-
-
-def family_row(config: Any, recipe: Recipe, training: TGRPOSettings | SFTSettings, text_tokens: int) -> Row:
+def longest_row(
+    config: Any,
+    frames: PromptSettings,
+    training: TGRPOSettings | SFTSettings,
+    text_tokens: int,
+    processor: Any,
+) -> Row:
     """Return the longest row that the settings allow: of an image or a video, whichever has more tokens.
 
-    Raises ConfigError if the frames alone exceed max_prompt_length.
+    Raises ConfigError if the frames alone exceed max_prompt_length, and on the general path without a
+    processor.
     """
-    vision, frames = config.vision_config, recipe.section(PromptSettings)
-    side = vision.patch_size * vision.spatial_merge_size
-    times = max(1, frames.max_frames // vision.temporal_patch_size)
-    video, image = times * (frames.frame_pixels // side**2), frames.image_pixels // side**2
-    squares = video // times if video >= image else image
-    grid = times if video >= image else 1, vision.spatial_merge_size, vision.spatial_merge_size * squares
-    visual = max(video, image)
-    _check_prompt(visual, frames, "max_frames, frame_pixels or image_pixels")
-    timestamps = family_of(config).timestamp_tokens * grid[0]
-    prompt = min(visual + timestamps + text_tokens, frames.max_prompt_length)
-    return Row(training.per_device_train_batch_size, grid, visual, prompt, *_completions(training))
-
-
-def general_row(
-    config: Any, recipe: Recipe, training: TGRPOSettings | SFTSettings, text_tokens: int, processor: Any
-) -> Row:
-    """Return the longest row of a clip or an image, as the processor makes it. Raises ConfigError."""
-    if processor is None:
+    grid, timestamps, family = (1, 1, 1), 0, find_family(config)
+    if family is None:
+        visual, patches = _general_visuals(config, frames, processor)
+    else:
+        vision = config.vision_config
+        merge, side = vision.spatial_merge_size, vision.patch_size * vision.spatial_merge_size
+        times = max(1, frames.max_frames // vision.temporal_patch_size)
+        image, frame = frames.image_pixels // side**2, frames.frame_pixels // side**2
+        times, squares = (times, frame) if times * frame >= image else (1, image)
+        grid, visual, timestamps = (times, merge, merge * squares), times * squares, family.timestamp_tokens
+        patches = visual * merge**2
+    if visual >= frames.max_prompt_length:
         raise ConfigError(
-            f"a plan of {config.model_type} asks its processor how many tokens a clip has: name a folder "
-            "with its files too in model_name_or_path or --model_config"
+            f"the frames of a clip are {visual} tokens, which max_prompt_length ({frames.max_prompt_length}) "
+            "does not allow; lower max_frames, frame_pixels or image_pixels, or raise max_prompt_length"
         )
-    frames = recipe.section(PromptSettings)
+    prompt = min(visual + timestamps * grid[0] + text_tokens, frames.max_prompt_length)
+    completions = (
+        (training.num_generations, training.max_completion_length)
+        if isinstance(training, TGRPOSettings)
+        else (1, training.max_response_length)
+    )
+    questions = training.per_device_train_batch_size
+    return Row(questions, grid, visual, prompt, *completions, patches, repeated=family is None)
+
+
+def _general_visuals(config: Any, frames: PromptSettings, processor: Any) -> tuple[int, int]:
+    """Return the tokens and patches of the longest clip or image, as the processor makes it."""
+    vision = config.vision_config
+    if processor is None:
+        tokens = published_frame(config.model_type)
+        return frames.max_frames * tokens, frames.max_frames * (vision.image_size // vision.patch_size) ** 2
     builder = PromptBuilder(processor, max_prompt_length=2**30)
     multiple = size_multiple(processor)
 
@@ -119,186 +114,151 @@ def general_row(
     shown = [built(frames.max_frames, frames.frame_pixels), built(1, frames.image_pixels)]
     longest = max(shown, key=lambda prompt: len(prompt.input_ids))
     blind = builder.build(QUESTION, longest.media, torch.empty(0, dtype=torch.long), "blind")
-    visual = len(longest.input_ids) - len(blind.input_ids)
-    _check_prompt(visual, frames, "max_frames")
-    return Row(
-        training.per_device_train_batch_size, (1, 1, 1), visual,
-        min(visual + text_tokens, frames.max_prompt_length), *_completions(training),
-        patches=_patches(config.vision_config, longest), repeated=True,
-    )  # fmt: skip
-
-
-def _check_prompt(visual: int, frames: PromptSettings, lower: str) -> None:
-    if visual >= frames.max_prompt_length:
-        raise ConfigError(
-            f"the frames of a clip are {visual} tokens, which max_prompt_length ({frames.max_prompt_length}) "
-            f"does not allow; lower {lower}, or raise max_prompt_length"
-        )
-
-
-def _completions(training: TGRPOSettings | SFTSettings) -> tuple[int, int]:
-    """Return the completions of a question and the most tokens of each."""
-    if isinstance(training, TGRPOSettings):
-        return training.num_generations, training.max_completion_length
-    return 1, training.max_response_length
-
-
-def _patches(vision: Any, prompt: Prompt) -> int:
-    """Return the patches of all frames of a prompt, as its tower counts them."""
-    pixels = sum(value.numel() for name, value in prompt.features.items() if name.startswith("pixel_values"))
+    features = longest.features.items()
+    pixels = sum(value.numel() for name, value in features if name.startswith("pixel_values"))
     sides = [vision.patch_size] if isinstance(vision.patch_size, int) else list(vision.patch_size)
     times = getattr(vision, "temporal_patch_size", 1)
-    return pixels // (3 * sides[0] * sides[-1] * (times if isinstance(times, int) else times[0]))
+    times = times if isinstance(times, int) else times[0]
+    return len(longest.input_ids) - len(blind.input_ids), pixels // (3 * sides[0] * sides[-1] * times)
 
 
-def _update(tracing: Tracing, row: Row, indices: dict[str, Any]) -> None:
-    traced, live, autocast, policy = tracing.traced, tracing.live, tracing.autocast, tracing.policy
-    inner, judge = vision_language_model(tracing.model), vision_language_model(tracing.judge)
-    features = None
-    if policy.settings.freeze_vision_tower:
-        with torch.no_grad(), autocast:
-            features = _vision(inner, row, indices)
-    start = live.live
-    with autocast:
-        states = _hidden(inner, row, features or _vision(inner, row, indices))
-        before, most, live.peak = live.here, live.peak, live.here
-        loss = _loss(inner, policy, row, states)
-        traced.logits, live.peak = live.peak - before, max(live.peak, most)
-    del states
-    traced.activations = live.live - start
-    if policy.reference:
-        with torch.no_grad(), autocast:
-            _loss(judge, policy, row, _hidden(judge, row, features or _vision(judge, row, indices)))
-    loss.backward()
+def trace(config: PreTrainedConfig, policy: Policy, row: Row, sampled: int) -> Traced:
+    """Count the bytes of one update on `row` and of the prefill of `sampled` prompts."""
+    model, judge = build_models(config, policy)
+    inner, traced = vision_language_model(model), count_weights(model, policy)
+    visuals = [_tower_inputs(inner, row, count) for count in (row.questions, sampled)]
+    autocast = torch.autocast("cpu", dtype=policy.autocast, enabled=policy.autocast is not None)
+
+    with without_storage(*{model, judge}, gradients_kept=policy.gradients_kept) as (mode, live):
+        for inputs in visuals:
+            inputs |= {k: mode.from_tensor(v) for k, v in inputs.items() if isinstance(v, Tensor)}
+        if sampled:
+            with live, torch.no_grad(), autocast:
+                model.eval()
+                found = _prefill(inner, row, sampled, visuals[1])
+                traced.prompt_cache, traced.prompt_states, traced.prefill_copies = *found, live.live
+            traced.prefill_peak = live.peak + traced.dequantised
+            live.peak = live.live
+        model.train()
+        with live:
+            trained = [weight for weight in model.parameters() if weight.requires_grad]
+            if policy.training.gradient_accumulation_steps > 1:  # gradients of the passes before
+                for weight in trained:
+                    weight.grad = torch.empty_like(weight)
+                    live.add_gradient(weight)
+            else:
+                for weight in trained:
+                    weight.register_post_accumulate_grad_hook(live.add_gradient)
+            features = None
+            if not row.repeated and policy.settings.freeze_vision_tower:
+                with torch.no_grad(), autocast:
+                    features = _vision(inner, visuals[0])
+            start = live.live
+            with autocast:
+                loss = _loss(inner, policy, row, visuals[0], features)
+            traced.activations = live.live - start
+            if policy.reference:
+                with torch.no_grad(), autocast:
+                    _loss(vision_language_model(judge), policy, row, visuals[0], features)
+            loss.backward()
+        traced.update_peak = live.peak + traced.dequantised
+    if row.repeated:
+        layer, tower = _tower_bytes(inner, policy, row)
+        traced.activations += tower
+        traced.update_peak += tower
+        traced.prefill_peak += layer * bool(sampled)
+    return traced
 
 
-def _vision(model: Any, row: Row, indices: dict[str, Any]) -> tuple[Tensor, ...]:
+def _tower_inputs(model: Any, row: Row, questions: int) -> dict[str, Any]:
+    """Return the tower's inputs for so many clips, computed from the values of their grids."""
+    if row.repeated or not questions:
+        return {}
+    grids = torch.tensor([row.grid] * questions)
+    found = tower_arguments(family_of(model), tower_of(model), grids, torch.device("cpu"))
+    return {**found, "grid_thw": grids}
+
+
+def _vision(model: Any, inputs: dict[str, Any]) -> tuple[Tensor, ...]:
     """Return the tower's output for all clips of a row, and DeepStack features if there are any."""
-    vision = model.config.vision_config
-    across = vision.temporal_patch_size * vision.patch_size**2
-    pixels = torch.empty(len(indices["position_ids"]), vision.in_channels * across)
-    grid = torch.tensor([row.grid] * row.questions)
-    tower = tower_of(model)
-    output = tower(pixels.to(tower.dtype), grid, return_dict=True, **indices)
+    vision, tower = model.config.vision_config, tower_of(model)
+    values = vision.in_channels * vision.temporal_patch_size * vision.patch_size**2
+    pixels = torch.empty(len(inputs["position_ids"]), values)
+    output = tower(pixels.to(tower.dtype), **inputs, return_dict=True)
     return (output.pooler_output, *(getattr(output, "deepstack_features", None) or ()))
 
 
 def _embeddings(model: Any, rows: int, tokens: int, features: tuple[Tensor, ...]) -> Tensor:
     ids = torch.zeros(rows, tokens, dtype=torch.long)
     embedded = model.get_input_embeddings()(ids)
-    mask = (ids > 0)[..., None]
-    return embedded.masked_scatter(mask, features[0].to(embedded.dtype))
+    return embedded.masked_scatter((ids > 0)[..., None], features[0].to(embedded.dtype))
 
 
-def _hidden(model: Any, row: Row, features: tuple[Tensor, ...]) -> Tensor:
-    """Return the last hidden states [1, tokens, d]. DeepStack features are kept and get a gradient."""
-    states = text_of(model)(
-        inputs_embeds=_embeddings(model, 1, row.tokens, features),
-        position_ids=torch.zeros(3, 1, row.tokens, dtype=torch.long),
-        use_cache=False,
-    ).last_hidden_state
-    for layer in features[1:]:
-        states = states + 0 * layer.sum()
-    return states
+def _prefill(model: Any, row: Row, prompts: int, visuals: dict[str, Any]) -> tuple[int, ...]:
+    """Run a forward of `prompts` prompts with a cache; return the bytes of its keys, values and states."""
+    text = text_of(model)
+    cache: Any = DynamicCache(config=text.config)
+    if row.repeated:
+        inputs: dict[str, Any] = {"input_ids": torch.zeros(prompts, row.prompt, dtype=torch.long)}
+    else:
+        inputs = {"inputs_embeds": _embeddings(model, prompts, row.prompt, _vision(model, visuals))}
+        inputs["position_ids"] = torch.zeros(3, prompts, row.prompt, dtype=torch.long)
+    states = text(**inputs, past_key_values=cache, use_cache=True).last_hidden_state
+    model.get_output_embeddings()(states[:, -1])
+    stateful = [layer for layer in cache.layers if hasattr(layer, "recurrent_states")]
+    kept = [state for layer in stateful for state in (layer.conv_states[0], layer.recurrent_states[0])]
+    pairs = [x for layer in cache.layers if layer not in stateful for x in (layer.keys, layer.values)]
+    if torch.is_autocast_enabled("cpu"):  # keys and values are kept in the compute dtype
+        pairs = [state.to(torch.get_autocast_dtype("cpu")) for state in pairs]
+    return tuple(sum(tensor.untyped_storage().nbytes() for tensor in part) for part in (pairs, kept))
 
 
-def _loss(model: Any, policy: Policy, row: Row, states: Tensor) -> Tensor:
-    vocabulary = model.config.get_text_config().vocab_size
-    head = model.get_output_embeddings()
-    chosen = torch.zeros(row.questions * row.completions * row.completion, dtype=torch.long)
+def _loss(
+    model: Any, policy: Policy, row: Row, visuals: dict[str, Any], features: tuple[Tensor, ...] | None
+) -> Tensor:
+    """Return a loss of all completions of a row: of separate rows in micro-batches on the general path."""
+    head, vocabulary = model.get_output_embeddings(), model.config.get_text_config().vocab_size
     chunk = CHUNK_LOGITS.get(policy.device_type, CHUNK_LOGITS["cuda"])
     rl = isinstance(policy.training, TGRPOSettings)  # with the entropy; SFT with the likeliest tokens
-    return token_logprobs(head, states[0][chosen], chosen, 1.0, rl, vocabulary, chunk, not rl).logprobs.mean()
 
+    def mean_of(head: nn.Module, hidden: Tensor, vocabulary: int) -> Tensor:
+        targets = torch.zeros(len(hidden), dtype=torch.long)
+        return token_logprobs(head, hidden, targets, 1.0, rl, vocabulary, chunk, not rl).logprobs.mean()
 
-def _prefill(model: Any, row: Row, indices: dict[str, Any]) -> tuple[int, int]:
-    """Run one forward of `row.questions` prompts with a cache; return the bytes of `cached_bytes`."""
-    inner = vision_language_model(model)
-    return _fill_cache(
-        inner,
-        inputs_embeds=_embeddings(inner, row.questions, row.prompt, _vision(inner, row, indices)),
-        position_ids=torch.zeros(3, row.questions, row.prompt, dtype=torch.long),
-    )
-
-
-def _fill_cache(inner: Any, **inputs: Any) -> tuple[int, int]:
-    text = text_of(inner)
-    cache: Any = DynamicCache(config=text.config)
-    states = text(**inputs, past_key_values=cache, use_cache=True).last_hidden_state
-    inner.get_output_embeddings()(states[:, -1])
-    return cached_bytes(cache)
-
-
-def _vision_indices(config: Any, row: Row) -> dict[str, Any]:
-    """Return what the tower computes from the grid's values: order, positions and lengths of the patches."""
-    grid = torch.tensor([row.grid] * row.questions)
-    vision = config.vision_config
-    merge = vision.spatial_merge_size
-    patches = row.grid[1] * row.grid[2]
-    found: dict[str, Any] = {
-        "position_ids": get_vision_position_ids(grid, merge),
-        "cu_seqlens": get_vision_cu_seqlens(grid),
-        "max_seqlen": patches,
-    }
-    if family_of(config).windows:
-        window = get_vision_window_index(grid, merge, vision.window_size, vision.patch_size)
-        found |= dict(zip(("window_index", "cu_window_seqlens"), window, strict=True))
-        found["max_window_seqlen"] = patches
-    if family_of(config).resampled_positions:
-        side = int(vision.num_position_embeddings**0.5)
-        taps = get_vision_interpolation_indices_and_weights(grid, side, spatial_merge_size=merge)
-        found |= dict(zip(("interp_indices", "interp_weights"), taps, strict=True))
-    return found
-
-
-def _update_general(tracing: Tracing, row: Row) -> None:
-    live, policy = tracing.live, tracing.policy
-    start = live.live
-    with tracing.autocast:
-        loss = _scores(tracing.model, policy, row)
-    tracing.traced.activations = live.live - start
-    if policy.reference:
-        with torch.no_grad(), tracing.autocast:
-            _scores(tracing.judge, policy, row)
-    loss.backward()
-
-
-def _scores(model: Any, policy: Policy, row: Row) -> Any:
-    """Return a loss of all completions of the row's questions, in the micro-batches of an update."""
-    inner = vision_language_model(model)
-    text, head = text_of(inner), inner.get_output_embeddings()
-    vocabulary = head.weight.shape[0]
-    chunk = CHUNK_LOGITS.get(policy.device_type, CHUNK_LOGITS["cuda"])
-    rl = isinstance(policy.training, TGRPOSettings)
+    if not row.repeated:
+        features = features or _vision(model, visuals)
+        states = text_of(model)(
+            inputs_embeds=_embeddings(model, 1, row.tokens, features),
+            position_ids=torch.zeros(3, 1, row.tokens, dtype=torch.long),
+            use_cache=False,
+        ).last_hidden_state
+        for layer in features[1:]:  # DeepStack features are kept and get a gradient
+            states = states + 0 * layer.sum()
+        tokens = torch.zeros(row.questions * row.completions * row.completion, dtype=torch.long)
+        return mean_of(head, states[0][tokens], vocabulary)
     total: Any = 0
     for rows in list(micro_batches(row.prompt, [row.completion] * row.completions)) * row.questions:
         ids = torch.zeros(len(rows), row.prompt + row.completion - 1, dtype=torch.long)
-        states = text(input_ids=ids, use_cache=False).last_hidden_state
+        states = text_of(model)(input_ids=ids, use_cache=False).last_hidden_state
         logits = head(states[:, row.prompt - 1 :]).flatten(0, 1)
-        targets = torch.zeros(len(logits), dtype=torch.long)
-        flags = (rl, vocabulary, chunk, not rl)
-        total = total + token_logprobs(nn.Identity(), logits, targets, 1.0, *flags).logprobs.mean()
+        total = total + mean_of(nn.Identity(), logits, head.weight.shape[0])
     return total
 
 
-def _layer_bytes(config: Any, policy: Policy, row: Row) -> int:
-    """Return the activations of one layer of the tower for one question."""
-    size = (policy.autocast or policy.dtype).itemsize
-    return NUMBERS_KEPT * size * row.patches * config.vision_config.hidden_size
-
-
-def _tower_bytes(model: Any, config: Any, policy: Policy, row: Row) -> int:
-    """Return the activations of the tower.
+def _tower_bytes(model: Any, policy: Policy, row: Row) -> tuple[int, int]:
+    """Return the activations of one layer of the tower for one question, and those of all that are kept.
 
     Every layer keeps its own if the tower trains, one layer if it is frozen. With gradient checkpointing one
     layer and the inputs of all are kept.
     """
-    layer, layers = _layer_bytes(config, policy, row), tower_depth(config)
-    if not any(weight.requires_grad for weight in vision_parameters(vision_language_model(model))):
-        return layer
+    vision = model.config.vision_config
+    layer = NUMBERS_KEPT * (policy.autocast or policy.dtype).itemsize * row.patches * vision.hidden_size
+    kept = row.questions * tower_depth(model.config) * layer
+    if not any(weight.requires_grad for weight in vision_parameters(model)):
+        return layer, layer
     if policy.training.gradient_checkpointing:
-        return row.questions * layers * layer // NUMBERS_KEPT + layer
-    return row.questions * layers * layer
+        return layer, kept // NUMBERS_KEPT + layer
+    return layer, kept
 
 
 def tower_depth(config: Any) -> int:

@@ -87,9 +87,15 @@ const LINE_COLOURS = new Map(
 /** What a chart's x is: how a value is written, and which values may have a tick. */
 const AXES = {
   step: { name: "step", show: (value) => show(value), whole: true },
-  time: { name: "after", show: (seconds) => clockTime(seconds) },
+  time: { name: "after", show: (seconds) => clockTime(seconds), marks: timeMarks },
   tokens: { name: "tokens", show: (value) => compact(value) },
 };
+
+/** Ticks of a time axis as [seconds, text], in the largest unit of which it has four. */
+function timeMarks(first, last, count) {
+  const [name, unit] = [["h", 3600], ["min", 60]].find(([, seconds]) => last - first >= 4 * seconds) ?? ["s", 1];
+  return ticks(first / unit, last / unit, count).map((value) => [value * unit, `${show(value)} ${name}`]);
+}
 
 const clockTime = (seconds) => (seconds < 60 ? `${Math.round(seconds)} s` : seconds < 3600 ? `${Math.round(seconds / 60)} min` : `${(seconds / 3600).toFixed(1)} h`);
 const compact = (value) => (value >= 1e9 ? `${show(value / 1e9)} G` : value >= 1e6 ? `${show(value / 1e6)} M` : value >= 1e3 ? `${show(value / 1e3)} k` : show(value));
@@ -101,6 +107,16 @@ function lineColour(label) {
   if (Object.hasOwn(CONTRASTS, label)) return "var(--shuffled)";
   if (!LINE_COLOURS.has(label)) LINE_COLOURS.set(label, LINE_COLOURS.size);
   return `var(--line${LINE_COLOURS.get(label) % 8})`;
+}
+
+/** A run with its `series`, each with its own points alone, from the columns `points`. axis: steps, times or tokens. */
+function charted(run, axis = "steps") {
+  const { points } = run;
+  return { ...run, series: Object.fromEntries(Object.entries(points.series).map(([name, values]) => {
+    const known = values.flatMap((value, i) => (value === null ? [] : [i]));
+    const bad = Object.hasOwn(points.bad, name) ? points.bad[name] : 0;
+    return [name, { x: known.map((i) => points[axis][i]), y: known.map((i) => values[i]), bad, averaged: points.averaged }];
+  })) };
 }
 
 /**
@@ -122,12 +138,13 @@ function chartSpecs(run) {
     const compared = contrasts.some((ending) => names.includes(`${stem}_${ending}`));
     const paired = compared && (contrast !== undefined || base === orderedTwin(stem));
     if (paired && !label) label = contrast || "ordered";
+    if (parts[0] === "answers") [base, label] = ["answers/letters", parts[1]];
     if (base === "temporal/p_shuffled") label = run.config?.temporal_contrast || label; // the name stays, whatever the clip
     if (paired) base = orderedTwin(stem) || base;
     if (!specs.has(base)) specs.set(base, { base, group: groupOf(name), lines: [] });
     const data = run.series[name];
     const colour = label ? lineColour(label) : "var(--ink)";
-    specs.get(base).lines.push({ label, colour, main: !label || paired, x: run.axes[data.axis], y: data.y, bad: data.bad, averaged: data.averaged });
+    specs.get(base).lines.push({ label, colour, main: !label || paired, x: data.x, y: data.y, bad: data.bad, averaged: data.averaged });
   }
   const place = (line) => (line.main ? 0 : 2) + (Object.hasOwn(CONTRASTS, line.label) ? 1 : 0);
   for (const spec of specs.values()) spec.lines.sort((a, b) => place(a) - place(b));
@@ -143,7 +160,7 @@ function overlaySpecs(runs) {
     for (const [base, data] of Object.entries(run.series)) {
       if (data.y.length < 2 || base.split("/").length > 2) continue;
       if (!specs.has(base)) specs.set(base, { base, group: groupOf(base), overlay: true, lines: [] });
-      specs.get(base).lines.push({ label: run.name, colour: `var(--line${i % 8})`, main: true, x: run.axes[data.axis], y: data.y, bad: data.bad, averaged: data.averaged });
+      specs.get(base).lines.push({ label: run.name, colour: `var(--line${i % 8})`, main: true, x: data.x, y: data.y, bad: data.bad, averaged: data.averaged });
     }
   });
   return [...specs.values()];
@@ -205,10 +222,11 @@ function chart(spec, title, options) {
       marks.push(draw("text", { class: "tick", x: margin.left - 6, y: y(value) + 4, "text-anchor": "end" },
         show(large ? value : Number(value.toPrecision(2)))));
     }
-    const steps = large ? ticks(first, last, Math.max(3, width / 130)) : [first, last];
-    steps.filter((s) => !across.whole || Number.isInteger(s)).forEach((step, i) => {
+    const count = Math.max(3, width / 130);
+    const steps = large && across.marks ? across.marks(first, last, count) : (large ? ticks(first, last, count) : [first, last]).map((step) => [step, across.show(step)]);
+    steps.filter(([s]) => !across.whole || Number.isInteger(s)).forEach(([step, text], i) => {
       const anchor = x(step) > right - 12 ? "end" : x(step) < margin.left + 14 ? "start" : "middle";
-      marks.push(draw("text", { class: "tick", x: x(step), y: height - 4, "text-anchor": anchor }, i ? across.show(step) : `${across.name} ${across.show(step)}`));
+      marks.push(draw("text", { class: "tick", x: x(step), y: height - 4, "text-anchor": anchor }, i ? text : `${across.name} ${text}`));
     });
     for (const line of lines.filter((l) => l.main && radius && l.s !== l.y)) {
       marks.push(draw("path", { class: "raw", d: path(line.x, line.y), stroke: line.colour }));

@@ -2,13 +2,13 @@
 
 // Names of groups of series and of series, where the logged name is not the best one.
 const GROUP_TITLES = {
-  reward: "Rewards", reward_std: "Deviation of rewards in a group", temporal: "Frame order", completion: "Completions", policy: "Policy", groups: "Groups",
+  reward: "Rewards", reward_std: "Deviation of rewards in a group", temporal: "Frame order", completion: "Completions", answers: "Answers", policy: "Policy", groups: "Groups",
   "": "Optimisation", eval: "Validation", speed: "Speed", seconds: "Seconds of each phase", media: "Media", updates: "Updates",
   memory: "Memory", sampler: "Sampler against trainer",
 };
 const GROUP_ORDER = Object.keys(GROUP_TITLES);
 const SERIES_TITLES = {
-  "reward/accuracy": "Accuracy reward", "reward/temporal": "Temporal reward", "completion/length": "Response length, tokens",
+  "reward/accuracy": "Accuracy reward", "reward/temporal": "Temporal reward", "completion/length": "Response length, tokens", "answers/letters": "letters answered",
   loss: "Loss", "accuracy/token": "Token accuracy", learning_rate: "Learning rate", grad_norm: "Gradient norm",
   "temporal/p": "share right, p and p\u0303", "temporal/p_shuffled": "share right with the contrast, p\u0303", "temporal/gap": "temporal gap", "temporal/credit": "credit, of advantages",
   "temporal/credit_groups": "credit, share of groups", "policy/kl": "KL to the reference", "policy/clip_ratio": "share clipped",
@@ -128,11 +128,12 @@ function plainTable(caption, rows) {
 
 /** Tables of what runs set aside: rows of a file of theirs, by `field`. */
 function asideSection(all, id, title, lead, field, noun) {
-  const runs = all.filter((run) => run[field].total);
+  const runs = all.filter((run) => run[field].shown.length);
   if (!runs.length) return null;
   return section(id, title, make("p", { class: "lead" }, lead), runs.map((run) => {
     const { shown, total } = run[field];
-    return plainTable(`${run.name}: ${plural(total, noun)}${shown.length < total ? `, the first ${show(shown.length)} shown` : ""}`, shown);
+    const last = `the last ${plural(shown.length, noun)}`;
+    return plainTable(`${run.name}: ${total === undefined ? last : `${plural(total, noun)}${shown.length < total ? `, ${last} shown` : ""}`}`, shown);
   }));
 }
 

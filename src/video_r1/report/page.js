@@ -1,4 +1,5 @@
 const data = JSON.parse(document.getElementById("data").textContent);
+data.runs = data.runs.map((run) => charted(run));
 
 const INTRODUCTION = "T-GRPO asks every question about a video twice: with its frames in order, and with a contrast clip, which is the "
   + "same frames shuffled unless the settings name another one. p is the share of right answers in order, p\u0303 the share with the "

@@ -1,6 +1,6 @@
 """The report: one self-contained HTML page of a run folder, or of several with their curves overlaid.
 
-    run folders ─► Run, groups, scores (plain values) ─► JSON ─► page.html + page.css + the four scripts
+    run folders ─► Run, groups, scores (plain values) ─► JSON ─► page.html + page.css + the scripts
 
 A page is passed on to other people, and most of its text was written by a model or came with a dataset. So
 no value becomes markup: all travel as JSON in which `<`, `>` and `&` are escaped, the scripts set text only,
@@ -20,17 +20,9 @@ from typing import Any
 
 from video_r1.errors import RequestError, writing_to
 from video_r1.files import replace_text
-from video_r1.report.run_data import (
-    Run,
-    Series,
-    as_table,
-    find_run_folders,
-    finite,
-    read_groups,
-    read_object,
-    read_run,
-)  # fmt: skip
-from video_r1.report.scores import read_scores, with_summary
+from video_r1.report.run_data import Run, find_run_folders, read_groups, read_object, read_run
+from video_r1.report.scores import in_order_of_stages, read_scores
+from video_r1.report.values import as_table
 
 ROLLOUT_BYTES = 20_000_000  # of recorded groups and their frames in a page
 SCRIPTS = ("charts.js", "curves.js", "places.js", "frames.js", "rollouts.js", "page.js")
@@ -99,8 +91,8 @@ def page_data(*folders: Path) -> dict[str, Any]:
     for folder, name in zip(folders, folder_names(folders), strict=True):
         summary = read_object(folder / "summary.json", notes)
         found = [read_run(each, folder) for each in find_run_folders(folder)]
-        rows = with_summary([row for run in found for row in read_scores(run)], summary)
-        if not found and not rows:
+        rows = in_order_of_stages([row for run in found for row in read_scores(run)])
+        if not found:
             raise RequestError(
                 f"{folder} holds nothing to report: expected metrics.jsonl, rollouts.jsonl or "
                 f"predictions-*.jsonl or direct-*.jsonl in it or in its subfolders"
@@ -111,12 +103,12 @@ def page_data(*folders: Path) -> dict[str, Any]:
     overlay = len(folders) > 1
     runs.sort(key=lambda run: ("rl", "sft", "evaluation", "data").index(run.kind))
     recorded = [run for run in runs if (run.folder / "rollouts.jsonl").is_file()]
-    trained = {run.name: run.config for run in runs if run.series and run.config}
+    trained = {run.name: run.config for run in runs if run.points["series"] and run.config}
     groups = {run.name: read_groups(run, ROLLOUT_BYTES // len(recorded)) for run in recorded}
     return {
         "title": ", ".join(folder_names(folders)),
         "overlay": overlay,
-        "figures": [] if overlay else _demo_figures(summary, scores) or _figures(runs),
+        "figures": [] if overlay else _demo_figures(scores) or _figures(runs),
         "ends": series_ends(runs) if overlay else [],
         "differing": differing_settings(trained) if overlay else [],
         "seconds": {} if overlay else as_table(summary.get("seconds")),
@@ -152,9 +144,12 @@ def series_ends(runs: Sequence[Run]) -> list[dict[str, str]]:
     """Return table rows: the mean of each main series over the last tenth, by run."""
     rows = []
     for name, (caption, unit, decimals) in KEY_SERIES.items():
-        curves = {run.name: run.series[name] for run in runs if name in run.series and run.series[name].steps}
-        if curves:
-            ended = {run: f"{ends(curve)[1]:.{decimals}f} {unit}".rstrip() for run, curve in curves.items()}
+        ended = {
+            run.name: f"{ends(values)[1]:.{decimals}f} {unit}".rstrip()
+            for run in runs
+            if (values := run.values(name))
+        }
+        if ended:
             rows.append({"series": caption, **ended})
     return rows
 
@@ -196,20 +191,9 @@ def _digest(text: str) -> str:
 
 
 def _run(run: Run, groups: tuple[list[dict[str, Any]], int]) -> dict[str, Any]:
-    axes: list[list[int]] = []  # most series of a run share their steps
-    series = {}
-    for name, curve in run.series.items():
-        if not curve.steps:
-            continue
-        if curve.steps not in axes:
-            axes.append(curve.steps)
-        points = [float(f"{value:.5g}") for value in curve.values]
-        series[name] = {
-            "axis": axes.index(curve.steps), "y": points, "bad": curve.not_finite, "averaged": curve.averaged
-        }  # fmt: skip
     return {
-        "name": run.name, "kind": run.kind, "about": _about(run), "config": run.config, "axes": axes,
-        "series": series, "groups": groups[0], "groupsTotal": groups[1], "quarantine": run.quarantine,
+        "name": run.name, "kind": run.kind, "about": _about(run), "config": run.config, "points": run.points,
+        "groups": groups[0], "groupsTotal": groups[1], "quarantine": run.quarantine,
         "skippedUpdates": run.skipped_updates, "leftOut": run.left_out,
     }  # fmt: skip
 
@@ -217,11 +201,10 @@ def _run(run: Run, groups: tuple[list[dict[str, Any]], int]) -> dict[str, Any]:
 def _about(run: Run) -> list[str]:
     """Return short facts on a run: steps, time, and its main settings."""
     facts = []
-    steps = max((curve.steps[-1] for curve in run.series.values() if curve.steps), default=None)
-    if steps is not None:
-        facts.append(f"{steps:,} steps")
-    if run.seconds:
-        facts.append(duration(run.seconds))
+    if run.points["steps"]:
+        facts.append(f"{run.points['steps'][-1]:,} steps")
+        if seconds := run.points["times"][-1]:
+            facts.append(duration(seconds))
     named = {key.rsplit(".", 1)[-1]: value for key, value in run.config.items()}
     for key, caption in KEY_SETTINGS.items():
         if named.get(key) not in (None, "", "null"):
@@ -244,22 +227,22 @@ def duration(seconds: float) -> str:
 
 def _figures(runs: list[Run]) -> list[dict[str, str]]:
     """Return the main figures of the first training run: the end and the start of each series."""
-    series = next((run.series for run in runs if run.series), {})
     figures = []
+    run = next((run for run in runs if run.points["series"]), runs[0])
     for name, (caption, unit, decimals) in KEY_SERIES.items():
-        if name in series and series[name].values:
-            start, end = (f"{mean:.{decimals}f}" for mean in ends(series[name]))
+        if values := run.values(name):
+            start, end = (f"{mean:.{decimals}f}" for mean in ends(values))
             figures.append({"caption": caption, "value": end, "note": f"{unit} from {start}".lstrip()})
     return figures[:4]
 
 
-def ends(curve: Series) -> tuple[float, float]:
-    """Return the means of a curve's first and last tenth (at least one point each)."""
-    width = max(1, round(len(curve.values) * END_SHARE))
-    return sum(curve.values[:width]) / width, sum(curve.values[-width:]) / width
+def ends(values: Sequence[float]) -> tuple[float, float]:
+    """Return the means of the first and the last tenth of a series (at least one point each)."""
+    width = max(1, round(len(values) * END_SHARE))
+    return sum(values[:width]) / width, sum(values[-width:]) / width
 
 
-def _demo_figures(summary: dict[str, Any], scores: list[dict[str, Any]]) -> list[dict[str, str]]:
+def _demo_figures(scores: list[dict[str, Any]]) -> list[dict[str, str]]:
     """Return the main figures of a folder with evaluated stages: the last stage beside the one before."""
     rows = [row for row in scores if row["ordered"]]
     if not rows:
@@ -271,10 +254,6 @@ def _demo_figures(summary: dict[str, Any], scores: list[dict[str, Any]]) -> list
         if last[key]:
             note = f"{before['name']} {before[key]['mean']:.2f}" if before and before[key] else ""
             value = f"{last[key]['mean']:.2f}"
-            figures.append({"caption": f"{last['name']} {caption}", "value": value, "note": note})
-    total = finite(as_table(summary.get("seconds")).get("total"))
-    if total:
-        parameters = finite(summary.get("model_parameters"))
-        note = f"{parameters / 1e6:,.1f} M weights" if parameters else ""
-        figures.append({"caption": "whole run", "value": duration(total), "note": note})
+            about = f", {last['about']}" if last["about"] else ""
+            figures.append({"caption": f"{last['name']} {caption}{about}", "value": value, "note": note})
     return figures

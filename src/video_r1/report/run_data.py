@@ -3,38 +3,36 @@
 import base64
 import contextlib
 import json
-import math
 import os
 from bisect import bisect
-from collections.abc import Collection, Iterator
+from collections import deque
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple, TypeGuard, get_args
-
-import yaml
+from typing import Any, get_args
 
 from video_r1.data.answers import read_answer
 from video_r1.data.grounding import GROUNDING_FORMS
+from video_r1.report.curves import Curves
+from video_r1.report.values import (
+    as_list,
+    as_table,
+    finite,
+    flat,
+    parse,
+    parse_object,
+    short_path,
+    text,
+    whole,
+)
 from video_r1.settings.frames import Contrast
 
 MAX_TEXT = 20_000  # characters of one completion
 MAX_WORDS = 4000  # words with a log-prob contrast
-MAX_POINTS = 1_500  # a curve with more points is averaged over neighbours
-NOT_SERIES = {"step", "epoch", "time"}
-SECRET_ENDINGS = ("token", "api_key", "password", "secret")
 MAX_ROWS = 300  # of a table
 LEFT_OUT_COLUMNS = ("step", "problem_id", "problem", "accuracy", "reward", "reason", "replaced_by")
 RUN_FILES = ("metrics.jsonl", "rollouts.jsonl", "quarantine.jsonl")
 ANSWERS = {"reasoned": "predictions", "direct": "direct"}  # beginnings of the files of an evaluation
-
-
-class Series(NamedTuple):
-    """A logged quantity. `steps` and `values` have equal lengths; values are finite."""
-
-    steps: list[int]
-    values: list[float]
-    not_finite: int = 0  # logged values that were NaN or infinite: not in the curve
-    averaged: int = 1  # neighbouring points behind each shown one
 
 
 @dataclass(slots=True)
@@ -44,8 +42,7 @@ class Run:
     name: str
     folder: Path
     config: dict[str, str]
-    series: dict[str, Series]
-    seconds: float | None  # at the last logged step
+    points: dict[str, Any]  # of all series (`Curves.points`)
     quarantine: dict[str, Any]  # read_rows: questions that could not be used, with the reason
     skipped_updates: dict[str, Any]  # read_rows: optimizer steps whose loss or gradient was not finite
     left_out: dict[str, Any]  # read_rows: groups without variance
@@ -53,13 +50,20 @@ class Run:
 
     @property
     def kind(self) -> str:
-        """The kind of the folder's files: `rl`, `sft`, `evaluation` or `data`."""
-        rewarded = any(name.startswith("reward/") for name in self.series)
-        if rewarded or (self.folder / "rollouts.jsonl").exists():
-            return "rl"
-        if self.series:
-            return "sft"
-        return "evaluation" if prediction_files(self.folder) else "data"
+        return kind_of(self.folder, self.points["series"])
+
+    def values(self, name: str) -> list[float]:
+        """Return the known points of a series, [] if there are none."""
+        return [value for value in self.points["series"].get(name, ()) if value is not None]
+
+
+def kind_of(folder: Path, series: Iterable[str]) -> str:
+    """Return the kind of a folder's files: `rl`, `sft`, `evaluation` or `data`. series: logged names."""
+    if (folder / "rollouts.jsonl").exists() or any(name.startswith("reward/") for name in series):
+        return "rl"
+    if (folder / "metrics.jsonl").exists():
+        return "sft"
+    return "evaluation" if prediction_files(folder) else "data"
 
 
 def prediction_files(folder: Path) -> list[Path]:
@@ -84,15 +88,21 @@ def find_run_folders(root: Path, depth: int = 2) -> list[Path]:
 def read_run(folder: Path, root: Path) -> Run:
     """Read a run folder. Raises OSError when one of its files cannot be opened."""
     notes: list[str] = []
-    series, seconds = read_series(folder / "metrics.jsonl", notes)
+    curves = Curves()
+    for _, _, record in json_lines(folder / "metrics.jsonl", notes):
+        curves.add(record)
+    points = curves.points()
+    notes += [
+        f"metrics.jsonl: {name} was never finite"
+        for name, values in points["series"].items()
+        if not any(value is not None for value in values)
+    ]
     settings = read_object(folder / "config.yaml", notes) or read_object(folder / "evaluation.json", notes)
-    notes += [f"metrics.jsonl: {name} was never finite" for name, curve in series.items() if not curve.steps]
     return Run(
         name=folder.relative_to(root).as_posix() if folder != root else folder.resolve().name,
         folder=folder,
         config=dict(flat(settings)),
-        series=series,
-        seconds=seconds,
+        points=points,
         quarantine=read_rows(folder / "quarantine.jsonl", notes),
         skipped_updates=read_rows(folder / "skipped_updates.jsonl", notes),
         left_out=read_rows(folder / "left_out.jsonl", notes, LEFT_OUT_COLUMNS),
@@ -109,61 +119,35 @@ def json_lines(path: Path, notes: list[str] | None = None) -> Iterator[tuple[int
     if path.is_file():
         with path.open("rb") as file:
             for line in file:
-                try:
-                    record = json.loads(line) if line.strip() else None
-                except (ValueError, RecursionError):  # no JSON, no UTF-8, or a thousand nested brackets
-                    record = "broken"
-                if isinstance(record, dict):
+                if (record := parse(line)) is not None:
                     yield offset, len(line), record
-                elif record is not None:
+                elif line.strip():
                     skipped += 1
                 offset += len(line)
     if skipped and notes is not None:
         notes.append(f"{path.name}: {skipped} unreadable line{'s' if skipped > 1 else ''} skipped")
 
 
-def read_series(path: Path, notes: list[str] | None = None) -> tuple[dict[str, Series], float | None]:
-    """Return every numeric series of metrics.jsonl by name, and the time of its last line in seconds.
-
-    A step that was logged twice (by a resumed run) counts once, with its last value.
-    """
-    logged: dict[str, dict[int, float]] = {}
-    seconds: float | None = None
-    for _, _, record in json_lines(path, notes):
-        if (step := finite(record.get("step"))) is None:
-            continue
-        seconds = finite(record.get("time"), seconds)
-        for name, value in record.items():
-            if name not in NOT_SERIES and (value is None or is_number(value)):  # null: not finite
-                logged.setdefault(name, {})[int(step)] = math.nan if value is None else float(value)
-    return {name: thin(values) for name, values in logged.items()}, seconds
-
-
-def thin(logged: dict[int, float], max_points: int = MAX_POINTS) -> Series:
-    """Return a series in the order of its steps, neighbours averaged until it has at most `max_points`."""
-    points = sorted((step, value) for step, value in logged.items() if math.isfinite(value))
-    width = math.ceil(len(points) / max_points) or 1
-    chunks = [points[i : i + width] for i in range(0, len(points), width)]
-    return Series(
-        steps=[chunk[-1][0] for chunk in chunks],
-        values=[sum(value for _, value in chunk) / len(chunk) for chunk in chunks],
-        not_finite=len(logged) - len(points),
-        averaged=width,
-    )
-
-
 def read_rows(path: Path, notes: list[str], columns: Collection[str] = ()) -> dict[str, Any]:
-    """Return the first rows of a JSON lines file for a table (`shown`), and their number (`total`).
+    """Return the last rows of a JSON lines file for a table (`shown`), and their number (`total`).
 
     columns: of the table; () for all.
     """
-    shown, total = [], 0
-    for total, (_, _, record) in enumerate(json_lines(path, notes), 1):
-        if total <= MAX_ROWS:
-            told = {key: value for key, value in record.items() if not columns or key in columns}
-            cells = {key: text(value)[:500] for key, value in told.items() if value is not None}
-            shown.append(cells | ({"path": short_path(cells["path"])} if "path" in cells else {}))
-    return {"shown": shown, "total": total}
+    kept: deque[dict[str, Any]] = deque(maxlen=MAX_ROWS)
+    total = 0
+    for _, _, record in json_lines(path, notes):
+        kept.append(record)
+        total += 1
+    return {"shown": [table_row(record, columns) for record in kept], "total": total}
+
+
+def table_row(record: dict[str, Any], columns: Collection[str] = ()) -> dict[str, str]:
+    """Return the cells of a table's row; absent values have none."""
+    told = {
+        key: value for key, value in record.items() if value is not None and (not columns or key in columns)
+    }
+    cells = {key[:100]: text(value)[:500] for key, value in told.items()}
+    return cells | ({"path": short_path(cells["path"])} if "path" in cells else {})
 
 
 def read_object(path: Path, notes: list[str]) -> dict[str, Any]:
@@ -175,72 +159,6 @@ def read_object(path: Path, notes: list[str]) -> dict[str, Any]:
     except ValueError as error:  # UnicodeError is one
         notes.append(f"{path.name} cannot be read: {str(error).splitlines()[0]}")
         return {}
-
-
-def parse_object(written: str) -> dict[str, Any]:
-    """Return the object in a YAML or JSON text, {} for another value. Raises ValueError.
-
-    YAML aliases are refused: a few lines of them can stand for more than a machine's memory.
-    """
-    try:
-        return as_table(json.loads(written))
-    except (ValueError, RecursionError):
-        pass
-    try:
-        if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(written, _LOADER)):
-            raise ValueError("it has YAML aliases")
-        return as_table(yaml.load(written, _LOADER))
-    except (yaml.YAMLError, RecursionError) as error:
-        raise ValueError(str(error) or "it is nested too deep") from error
-
-
-_LOADER: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
-
-
-def flat(tree: dict[Any, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
-    """Yield settings, nested names joined by dots. Values that look like credentials are not shown."""
-    for key, value in tree.items():
-        name = f"{prefix}{key}"
-        if isinstance(value, dict) and value:
-            yield from flat(value, f"{name}.")
-        elif name.lower().endswith(SECRET_ENDINGS) and value:
-            yield name, "(not shown)"
-        else:
-            shown = text(value)[:500]
-            yield name, f"…/{short_path(shown)}" if shown.startswith("/") else shown
-
-
-def text(value: Any) -> str:
-    try:
-        return value if isinstance(value, str) else json.dumps(value, default=str, ensure_ascii=False)
-    except RecursionError:
-        return "(nested too deep)"
-
-
-def short_path(path: str) -> str:
-    """Return a file's name and folder: a page that is passed on need not show the writer's disk."""
-    return "/".join(path.replace("\\", "/").split("/")[-2:])
-
-
-def is_number(value: Any) -> TypeGuard[int | float]:
-    """Return whether a JSON value is a number that a float can hold, NaN and infinity included."""
-    return isinstance(value, float) or (type(value) is int and abs(value) < 1e300)
-
-
-def finite(value: Any, otherwise: float | None = None) -> float | None:
-    return float(value) if is_number(value) and math.isfinite(value) else otherwise
-
-
-def whole(value: Any) -> int:
-    return int(finite(value) or 0)
-
-
-def as_table(value: Any) -> dict[str, Any]:
-    return value if isinstance(value, dict) else {}
-
-
-def as_list(value: Any) -> list[Any]:
-    return value if isinstance(value, list) else []
 
 
 def read_groups(run: Run, budget: int) -> tuple[list[dict[str, Any]], int]:
@@ -357,5 +275,5 @@ def strip_of(folder: Path, record: dict[str, Any]) -> Path | None:
             return None
         with path.open("rb") as file:
             return path if file.read(3) == b"\xff\xd8\xff" else None
-    except (OSError, RuntimeError):  # a name that is too long; links in a circle
+    except (OSError, RuntimeError, ValueError):  # too long; links in a circle; half a surrogate pair
         return None

@@ -5,16 +5,8 @@ from typing import Any
 
 from video_r1.evaluation.metrics import OVERLAP_SHARES
 from video_r1.evaluation.summary import NEEDED, ORDERS, summarise
-from video_r1.report.run_data import (
-    ANSWERS,
-    Run,
-    as_list,
-    as_table,
-    finite,
-    json_lines,
-    prediction_files,
-    read_object,
-)
+from video_r1.report.run_data import ANSWERS, Run, json_lines, prediction_files, read_object
+from video_r1.report.values import as_list, as_table, finite, text
 
 STAGES = ("base", "sft", "rl")  # the order of the rows where these names occur
 BREAKDOWNS = ("by_modality", "by_type", "by_task", "by_source")
@@ -35,6 +27,9 @@ def read_scores(run: Run) -> list[dict[str, Any]]:
     for frames, value in tables.items():
         figures, own = as_table(value), f"{name}, {frames} frames" if len(tables) > 1 else name
         rows.append(_row(own, figures))
+        for kind, group in list(as_table(figures.get("by_type")).items())[:MAX_PARTS]:
+            if warning := text(as_table(as_table(group).get("ordered")).get("warning") or ""):
+                run.notes.append(f"{own}, {kind}: {warning[:200]}")
         if direct := as_table(figures.get("direct")):
             rows.append(_row(f"{own}, direct", direct))
     return rows
@@ -104,22 +99,6 @@ def _overlaps(types: Mapping[str, Any]) -> list[dict[str, Any]]:
     return rows
 
 
-def with_summary(rows: list[dict[str, Any]], summary: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Return rows in the order of the stages, including those that only a demo's summary.json has."""
-    merged = {row["name"]: row for row in rows}
-    keys = ("accuracy", "interval95", "format_rate", "temporal_gap")
-    accuracy, intervals, formats, gaps = (as_table(summary.get(key)) for key in keys)
-    for name, means in accuracy.items():
-        orders = {
-            order: {
-                "accuracy": as_table(means).get(order),
-                "interval95": as_table(intervals.get(name)).get(order),
-                "questions": summary.get("test_questions"),
-            }
-            for order in ORDERS
-        }
-        rate = finite(as_table(formats.get(name)).get("ordered"))
-        figures = _figures({**orders, "temporal_gap": gaps.get(name)})
-        merged.setdefault(name, {"name": name, **figures, "format": rate, "about": "", "by": {}})
+def in_order_of_stages(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     ranks = {name: rank for rank, name in enumerate(STAGES)}
-    return sorted(merged.values(), key=lambda row: ranks.get(row["name"].split(",")[0], len(STAGES)))
+    return sorted(rows, key=lambda row: ranks.get(row["name"].split(",")[0], len(STAGES)))

@@ -1,7 +1,7 @@
 """Reward functions of the user, with the signature of TRL's trainers."""
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -54,19 +54,14 @@ def call_reward_function(
     arguments = reward_columns(samples) | columns
     try:
         rewards = function(**arguments)
-    except Exception as error:  # the function is the user's: whatever it raises is reported as its error
-        where = _culprit(function, arguments, samples)
-        kind = type(error).__name__
-        raise RewardError(f"reward function {name!r} raised {kind}: {error} ({where})") from error
-    try:
         given = list(rewards)
-    except TypeError:
-        given = None
-    if given is None or len(given) != len(samples):
-        what = type(rewards).__name__ if given is None else f"{len(given)} rewards"
+    except Exception as error:  # the function is the user's: whatever it raises is reported as its error
+        reason = f"{type(error).__name__}: {error}"
+        raise RewardError(f"reward function {name!r} raised {reason} (problem_id {_ids(samples)})") from error
+    if len(given) != len(samples):
         raise RewardError(
-            f"reward function {name!r} returned {what} for {len(samples)} completions of problem_id "
-            f"{_ids(samples)}; return a list with one number or None for each"
+            f"reward function {name!r} returned {len(given)} rewards for {len(samples)} completions of "
+            f"problem_id {_ids(samples)}; return a list with one number or None for each"
         )
     numbers = [_number(reward, name, sample) for reward, sample in zip(given, samples, strict=True)]
     return torch.tensor(numbers, dtype=torch.float32)
@@ -76,25 +71,17 @@ def _number(reward: Any, name: str, sample: Sample) -> float:
     if reward is None:
         return math.nan
     try:
-        number = float(reward)
+        number = float(torch.tensor(float(reward), dtype=torch.float32))  # 1e39 is infinite there
     except (TypeError, ValueError):
         number = math.nan
+    except OverflowError:  # 10**400
+        number = reward = math.inf
     if not math.isfinite(number):
         raise RewardError(
             f"reward function {name!r} returned {reward!r} for problem_id {sample.problem_id!r}; "
-            "a reward is a finite number, or None where the function does not apply"
+            "a reward is a finite number (float32), or None where the function does not apply"
         )
     return number
-
-
-def _culprit(function: RewardFunction, arguments: Mapping[str, list[Any]], samples: Sequence[Sample]) -> str:
-    """Find the sample that makes the function raise, by passing one at a time."""
-    for row, sample in enumerate(samples):
-        try:
-            function(**{column: values[row : row + 1] for column, values in arguments.items()})
-        except Exception:  # the user's function again
-            return f"problem_id {sample.problem_id!r}, completion {arguments['completions'][row][:200]!r}"
-    return f"with problem_id {_ids(samples)} together, not with any of them alone"
 
 
 def _ids(samples: Sequence[Sample]) -> str:

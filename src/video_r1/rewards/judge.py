@@ -2,9 +2,8 @@
 
     groups ─► answers ─► judge.jsonl (scored before?) ─► the endpoint, each new answer once ─► [G] scores
 
-A group has no scores at all (nan throughout) when one of its answers has none: the judge is away and
-`judge_down` is skip, its reply is no number, or it refuses the request. The group is then compared by the
-other rewards alone, or by ROUGE where the judge replaces accuracy, so that no answer gains or loses by it.
+If one answer of a group has no score (the judge is away and `judge_down` is skip, or its reply is no number),
+the group has none (nan): other rewards, or ROUGE, compare all of its answers.
 """
 
 from __future__ import annotations
@@ -17,6 +16,7 @@ import os
 import re
 import time
 from collections.abc import Callable, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -40,7 +40,7 @@ from video_r1.data.answers import extract_answer
 from video_r1.data.manifests.records import Sample
 from video_r1.data.rollouts import Rollout, RolloutGroup
 from video_r1.errors import ConfigError, VideoR1Error, first_line
-from video_r1.files import append_line, part_of, parts_of
+from video_r1.files import append_line, part_of, parts_of, tolerated
 from video_r1.fingerprint import digest
 from video_r1.processes import decided_by_first, gather, process_index
 from video_r1.settings.training import JudgeSettings
@@ -95,7 +95,7 @@ class JudgeAway(VideoR1Error):
 
 
 class JudgeRequest(NamedTuple):
-    """The text sent to the judge about an answer, its fingerprint, and the question it belongs to."""
+    """Text sent to the judge about an answer, and its fingerprint."""
 
     key: str
     text: str
@@ -107,8 +107,7 @@ class Judge:
     """Scores groups by the model at `judge_endpoint`, which gets the same request only once in a run.
 
     folder: the run folder, where judge.jsonl keeps the scores (each rank writes its own file and reads all).
-    meter: of training's metrics. stopped: returns whether the run was told to stop, which ends waiting.
-    Call `open` first.
+    stopped: returns whether the run was told to stop, which ends waiting. Call `open` first.
     """
 
     def __init__(
@@ -125,7 +124,7 @@ class Judge:
         self.scores: dict[str, float] = {}
         self.model = settings.judge_model or ""
         self.is_away = False
-        self._warned: set[str] = set()
+        self.has_warned = False
 
     def open(self) -> None:
         """Send one trial request, and read the scores of before. Raises ConfigError if the trial fails."""
@@ -199,45 +198,35 @@ class Judge:
                 time.sleep(min(0.1, RETRY_SECONDS))
 
     def _try(self, requests: list[JudgeRequest], unread: set[str]) -> JudgeAway | None:
+        """Record each score as soon as it arrives; return the reason if the judge does not answer."""
+        if not requests:
+            return None
+        own = self.path if process_index() == 0 else part_of(self.path, process_index())
         try:
-            if requests and self.is_away:
+            if self.is_away:
                 wait_for(models_of(self.endpoint, 0.0))
-            if requests:
-                self._ask_once(requests, unread)
+            for one, score, said in chain.from_iterable(self.client.each(requests, self._answer)):
+                if score is None:
+                    unread.add(one.key)
+                    self._warn_of(said, one)
+                    continue
+                self.scores[one.key] = score
+                line = {"key": one.key, "score": score, "problem_id": one.problem_id, "answer": one.answer}
+                with tolerated(FILE):
+                    append_line(own, line)
         except ServerFailure:
             return JudgeAway(f"the judge at {self.endpoint.url} does not answer")
         except JudgeAway as away:
             return away
         return None
 
-    def _ask_once(self, requests: list[JudgeRequest], unread: set[str]) -> None:
-        """Record each score as soon as it arrives. Raises JudgeAway."""
-        own = self.path if process_index() == 0 else part_of(self.path, process_index())
-        for finished in self.client.each(requests, self._answer):
-            for one, score, said in finished:
-                if score is None:
-                    self._warn_once(
-                        "unread",
-                        f"the judge {self.model} said {said[:200]!r} of an answer to {one.problem_id!r}, "
-                        "no number from 0 to 1: its group is not judged (said once; the series "
-                        "judge/unread has the share)",
-                    )
-                    unread.add(one.key)
-                    continue
-                self.scores[one.key] = score
-                line = {"key": one.key, "score": score, "problem_id": one.problem_id, "answer": one.answer}
-                try:
-                    append_line(own, line)
-                except OSError as error:  # a full disk does not end the run
-                    reason = error.strerror or error
-                    self._warn_once(
-                        "disk", f"{FILE} cannot be written ({reason}); training goes on without it"
-                    )
-
-    def _warn_once(self, kind: str, message: str) -> None:
-        if kind not in self._warned:
-            self._warned.add(kind)
-            logger.warning(message)
+    def _warn_of(self, said: str, request: JudgeRequest) -> None:
+        if not self.has_warned:
+            self.has_warned = True
+            logger.warning(
+                "the judge %s said %r of an answer to %r, no number from 0 to 1: its group is not judged "
+                "(the series judge/unread has the share)", self.model, said[:200], request.problem_id,
+            )  # fmt: skip
 
     async def _answer(self, request: JudgeRequest) -> tuple[JudgeRequest, float | None, str]:
         """Return the request, its score (None if the reply is no score), and the reply. Raises JudgeAway."""

@@ -29,7 +29,6 @@ from video_r1.rewards.custom import RewardFunction, as_said, call_reward_functio
 from video_r1.rewards.expressions import same_expression
 from video_r1.rewards.judge import JudgeScores, SampleAnswers
 from video_r1.rewards.temporal import rule_of
-from video_r1.settings.base import raise_problems
 from video_r1.settings.training import TGRPOSettings
 
 _FORMAT = re.compile(r"<think>(.*?)</think>\s*<answer>(.*?)</answer>", re.DOTALL)
@@ -137,19 +136,6 @@ def track_iou(boxes: Mapping[float, Box], truth: Mapping[float, Box]) -> float:
     return sum(ious) / max(1, len(truth))
 
 
-def _measured(problem_type: str, answer: Located, truth: Located) -> dict[str, float]:
-    """Return the overlaps of two parsed answers of one grounding type, by name."""
-    found: dict[str, float] = {}
-    if answer.time and truth.time:
-        found["tIoU"] = span_iou(answer.time, truth.time)
-    if answer.box and truth.box:
-        found["IoU"] = box_iou(answer.box, truth.box)
-    if answer.boxes is not None and truth.boxes is not None:
-        mean = track_iou if problem_type == "tracking" else common_iou
-        found["IoU"] = mean(answer.boxes, truth.boxes)
-    return found
-
-
 def overlaps(problem_type: str, answer: str, truth: str) -> dict[str, float]:
     """Return the overlaps that score a grounding type, by name: {"tIoU": 0.4, "IoU": 0.7}.
 
@@ -159,10 +145,15 @@ def overlaps(problem_type: str, answer: str, truth: str) -> dict[str, float]:
     expected = parse_located(truth, problem_type) if problem_type in GROUNDING_FORMS else None
     if expected is None:
         return {}
-    said = parse_located(answer, problem_type)
-    if said is None:
-        return dict.fromkeys(_measured(problem_type, expected, expected), 0.0)
-    return _measured(problem_type, said, expected)
+    said, found = parse_located(answer, problem_type) or Located(), {}
+    if expected.time:
+        found["tIoU"] = span_iou(said.time, expected.time) if said.time else 0.0
+    if expected.box:
+        found["IoU"] = box_iou(said.box, expected.box) if said.box else 0.0
+    if expected.boxes is not None:
+        mean = track_iou if problem_type == "tracking" else common_iou
+        found["IoU"] = mean(said.boxes or {}, expected.boxes)
+    return found
 
 
 def grounding(problem_type: str, answer: str, truth: str) -> float:
@@ -220,8 +211,8 @@ def reward_terms(
     reward_funcs: names of built-in terms and functions with TRL's signature. None: those that the settings
     name, or accuracy and format, with the length, temporal and judge rewards that the settings ask for. The
     temporal reward joins any list if `temporal_rule` adds a reward. Raises ConfigError for an empty list, an
-    unknown name, names both here and in the settings, a judge without an address, a length reward out of
-    reach, or a weight of a missing term (a weight of 1, the default, is allowed for built-in ones).
+    unknown name, names both here and in the settings, a judge without an address,
+    or a weight of a missing term (a weight of 1, the default, is allowed for built-in ones).
     """
     asked_for = {
         "length": settings.length_reward > 0,
@@ -233,58 +224,58 @@ def reward_terms(
             raise ConfigError("reward_funcs is given to the trainer and in its settings; remove one of them")
         reward_funcs = settings.reward_funcs
     if reward_funcs is None:
-        built_in = ("accuracy", "format", *(name for name in asked_for if asked_for[name]))
-        custom: dict[str, RewardFunction] = {}
-    else:
-        if isinstance(reward_funcs, str) or callable(reward_funcs):
-            reward_funcs = [reward_funcs]
-        given = list(reward_funcs)
-        if not given:
-            raise ConfigError(
-                "reward_funcs is empty: name rewards, pass functions, or remove it for accuracy and format"
-            )
-        names = [entry for entry in given if isinstance(entry, str)]
-        unknown = [name for name in names if name not in BUILT_IN_TERMS]
-        if unknown:
-            raise ConfigError(
-                f"reward_funcs: {unknown[0]!r} is no built-in reward; these are {', '.join(BUILT_IN_TERMS)}, "
-                "anything else has to be a function"
-            )
-        built_in = tuple(dict.fromkeys([*names, "temporal"] if asked_for["temporal"] else names))
-        if "temporal" in built_in and not asked_for["temporal"]:
-            raise ConfigError(
-                f"reward_funcs: 'temporal' is named while temporal_rule is {settings.temporal_rule}, "
-                "which adds no reward; set margin, threshold or likelihood"
-            )
-        if ("judge" in built_in) != asked_for["judge"]:
-            raise ConfigError(
-                "judge_endpoint is set, but reward_funcs does not name 'judge'; add it (or judge_as accuracy)"
-                if asked_for["judge"]
-                else "reward_funcs: 'judge' is named while judge_endpoint is not set; give its address"
-                if settings.judge_endpoint is None
-                else "reward_funcs: 'judge' is named while judge_as is accuracy; remove one of them"
-            )
-        custom = {}
-        for function in (entry for entry in given if callable(entry)):
-            name = getattr(function, "__name__", type(function).__name__)
-            if name in custom or name in BUILT_IN_TERMS:
-                raise ConfigError(f"reward_funcs: two rewards have the name {name!r}; rename the function")
-            custom[name] = function
-    if "length" in built_in:
-        raise_problems(list(settings.length_problems()))
+        reward_funcs = ["accuracy", "format", *(name for name in asked_for if asked_for[name])]
+    elif isinstance(reward_funcs, str) or callable(reward_funcs):
+        reward_funcs = [reward_funcs]
+    names = [entry for entry in reward_funcs if isinstance(entry, str)]
+    custom: dict[str, RewardFunction] = {}
+    for function in (entry for entry in reward_funcs if callable(entry)):
+        name = getattr(function, "__name__", type(function).__name__)
+        if name in custom or name in BUILT_IN_TERMS:
+            raise ConfigError(f"reward_funcs: two rewards have the name {name!r}; rename the function")
+        custom[name] = function
+    built_in = tuple(dict.fromkeys([*names, "temporal"] if asked_for["temporal"] else names))
     terms = RewardTerms(built_in, custom, dict(settings.reward_weights))
+    if problem := _problem_of(terms, [*names, *custom], asked_for, settings):
+        raise ConfigError(f"reward_funcs {problem}")
     for name, weight in terms.weights.items():
         if name not in terms.names and (name not in BUILT_IN_TERMS or weight != 1):
             remedies = {
-                "length": "; set length_reward above 0",
-                "temporal": "; set a temporal_rule",
-                "judge": "; set judge_endpoint",
+                "length": "length_reward above 0",
+                "temporal": "a temporal_rule",
+                "judge": "judge_endpoint",
             }
+            remedy = f"; set {remedies[name]}" if name in remedies else ""
             raise ConfigError(
                 f"reward_weights names {name!r}, which is none of the rewards of this run: "
-                f"{', '.join(terms.names)}{remedies.get(name, '')}"
+                f"{', '.join(terms.names)}{remedy}"
             )
     return terms
+
+
+def _problem_of(
+    terms: RewardTerms, given: Sequence[str], asked_for: Mapping[str, bool], settings: TGRPOSettings
+) -> str:
+    """Return what is wrong with the given names, in words after "reward_funcs"; "" if nothing is."""
+    if not given:
+        return "is empty: name rewards, pass functions, or remove it for accuracy and format"
+    if unknown := [name for name in terms.built_in if name not in BUILT_IN_TERMS]:
+        known = ", ".join(BUILT_IN_TERMS)
+        return (
+            f"names {unknown[0]!r}, no built-in reward; these are {known}, anything else has to be a function"
+        )
+    if "temporal" in terms.built_in and not asked_for["temporal"]:
+        rule = settings.temporal_rule
+        return (
+            f"names 'temporal' while temporal_rule is {rule}, which adds no reward; set margin or likelihood"
+        )
+    if "judge" in terms.built_in and settings.judge_endpoint is None:
+        return "names 'judge' while judge_endpoint is not set; give its address"
+    if "judge" in terms.built_in and not asked_for["judge"]:
+        return "names 'judge' while judge_as is accuracy; remove one of them"
+    if asked_for["judge"] and "judge" not in terms.built_in:
+        return "does not name 'judge' while judge_endpoint is set; add it, or set judge_as to accuracy"
+    return ""
 
 
 def length_reward(
@@ -294,8 +285,6 @@ def length_reward(
 
     correct: [G] bool; lengths: [G] int, tokens of each completion. Returns [G] float32.
     """
-    if len(correct) != len(lengths):
-        raise ValueError(f"{len(correct)} responses but {len(lengths)} lengths")
     inside = (lengths >= shortest) & (lengths <= longest)
     return omega * (correct.to(torch.bool) & inside).to(torch.float32)
 
@@ -378,7 +367,7 @@ def score_group(
     every = {
         "accuracy": accuracy,
         "format": format_scores(sample, ordered),
-        "length": length_reward(correct, lengths, settings.length_reward, *settings.length_range),
+        "length": length_reward(correct, lengths, settings.length_reward, *settings.length_bounds),
     }
     group = RolloutGroup(
         sample=sample,

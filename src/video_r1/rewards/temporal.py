@@ -181,9 +181,5 @@ def warn_of_cancelled_bonus(
     telling = {name for name in names if weights.get(name, 1.0) != 0}
     two_values = telling <= {"accuracy", "format", "temporal"}
     if adds and two_values and settings.scale_rewards == "group" and process_index() == 0:
-        logger.warning(
-            "the temporal reward will change next to nothing: answers are right or wrong, right ones get the "
-            "same bonus, and scale_rewards group divides it out (docs/t-grpo.md; see the series "
-            "temporal/credit). Set scale_rewards to task, batch or none, or temporal_rule to weight, "
-            "tokens or likelihood, which reach the gradient, or to off to save the shuffled completions"
-        )
+        rule = settings.temporal_rule
+        logger.warning("temporal_rule %s: scale_rewards group divides its bonus out (docs/t-grpo.md)", rule)

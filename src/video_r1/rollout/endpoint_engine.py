@@ -7,8 +7,7 @@ token ids or log-probs, so nothing can be trained on its rollouts.
 from __future__ import annotations
 
 import base64
-from collections.abc import Callable, Sequence
-from functools import partial
+from collections.abc import Sequence
 from io import BytesIO
 from typing import Any
 
@@ -61,14 +60,11 @@ class EndpointEngine(RolloutEngine):
         prompts: Sequence[Prompt],
         sampling: SamplingSettings,
         counts: Sequence[int] | None = None,
-        on_text: Callable[[int, int, str], object] | None = None,
     ) -> list[list[Rollout]]:
         """Sample as `RolloutEngine.generate` says.
 
         A completion has as many tokens as the endpoint counts, with unknown ids (-1) and log-probs (nan).
-        on_text: is called with the indices of prompt and completion and each piece of text as it arrives;
-        then failures are not retried. Raises VideoR1Error when a request is refused or fails eight times, or
-        the endpoint stays away.
+        Raises VideoR1Error when a request is refused or fails eight times, or the endpoint stays away.
         """
         counts = wanted_counts(prompts, sampling, counts)
         seeds = prompt_seeds(sampling.seed, len(prompts))
@@ -79,13 +75,10 @@ class EndpointEngine(RolloutEngine):
                 return chat_request(self.model, prompts[index], self.frames_as, sampling, n, seed)
 
             try:
-                on_piece = on_text and partial(on_text, index)
-                return index, await self._client.draw(counts[index], request, rollouts_of, on_piece)
+                return index, await self._client.draw(counts[index], request, rollouts_of)
             except ServerRefusal as refusal:
                 raise VideoR1Error(f"{self.endpoint.url} refused a request: {refusal}") from refusal
             except ServerFailure as failure:
-                if on_text is not None:
-                    raise VideoR1Error(f"{self.endpoint.url} failed: {failure}") from failure
                 raise VideoR1Error(
                     f"{self.endpoint.url} failed {ATTEMPTS} times at one request: {failure}; started again, "
                     "an evaluation continues"

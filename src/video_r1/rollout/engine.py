@@ -2,18 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from transformers import GenerationConfig
 
 from video_r1.data.prompts import Prompt
 from video_r1.data.reading import Question
 from video_r1.data.rollouts import Rollout
+from video_r1.data.templates import end_token_id
+from video_r1.models.group_forward import vision_language_model
 from video_r1.seeds import hashed_seed
 from video_r1.settings.decoding import DecodingSettings
+
+MAX_SEQUENCES = 256  # completions decoded at once
+PRODUCTS_OF_A_THREAD = 2**23  # multiplications; with fewer a CPU's threads wait for each other
+OnToken = Callable[[int, int, int], object]
+"""Called with the indices of prompt and completion, and a token id."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,7 +30,6 @@ class SamplingSettings:
     n: int = 1
     temperature: float = 1.0
     top_p: float = 1.0
-    top_k: int = 0
     max_tokens: int = 768
     seed: int | tuple[int, ...] | None = None  # for the call, or one for each prompt
 
@@ -32,6 +40,9 @@ class SamplingSettings:
 
 
 class RolloutEngine(Protocol):
+    has_own_weights: bool = False
+    """Whether it samples with a copy of the weights, so that the trainer's need not be whole meanwhile."""
+
     def generate(
         self, prompts: Sequence[Prompt], sampling: SamplingSettings, counts: Sequence[int] | None = None
     ) -> list[list[Rollout]]:
@@ -50,6 +61,68 @@ class RolloutEngine(Protocol):
 
     def close(self) -> None:
         """Free everything that the engine holds; a model in this process belongs to the caller."""
+
+
+class InProcessEngine(RolloutEngine):
+    """Samples with a transformers model in this process, also within PEFT or DistributedDataParallel.
+
+    The model is in eval mode while sampling. Under mixed precision call `generate` within the trainer's
+    autocast. tokenizer: tokenizer or processor. max_sequences: completions decoded at once.
+    """
+
+    def __init__(self, model: Any, tokenizer: Any, max_sequences: int = MAX_SEQUENCES) -> None:
+        self.tokenizer = getattr(tokenizer, "tokenizer", tokenizer)
+        self.max_sequences = max_sequences
+        self.update_weights(model)
+
+    def update_weights(self, model: Any) -> None:
+        """Use `model`. It is the trained model itself, so its weights need no copy."""
+        self.model = vision_language_model(model)
+        self.stop_ids = stop_token_ids(self.model.generation_config, self.tokenizer)
+
+
+def stop_token_ids(generation: GenerationConfig, tokenizer: Any) -> list[int]:
+    """Return the tokens that end a completion: the generation config's, and the tokenizer's end of turn."""
+    configured = generation.eos_token_id
+    configured = configured if isinstance(configured, list) else [configured]
+    return sorted({token for token in (*configured, end_token_id(tokenizer)) if token is not None})
+
+
+@contextmanager
+def eval_mode(model: nn.Module) -> Iterator[None]:
+    """Put every module into eval mode, and back into its own mode afterwards."""
+    training = [module for module in model.modules() if module.training]
+    for module in training:
+        module.training = False
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+@contextmanager
+def useful_threads(model: Any, rows: int) -> Iterator[None]:
+    """Decode this many completions with as many CPU threads as their products with the head keep busy."""
+    threads, products = torch.get_num_threads(), rows * model.get_output_embeddings().weight.numel()
+    torch.set_num_threads(max(1, min(threads, products // PRODUCTS_OF_A_THREAD)))
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+def as_rollouts(
+    tokenizer: Any, token_ids: Tensor, logprobs: Tensor, lengths: Tensor, stopped: Tensor
+) -> list[Rollout]:
+    """Build rollouts from token_ids, logprobs [B, L], lengths [B] and stopped [B] (by an end token)."""
+    ids = [row[:length].clone() for row, length in zip(token_ids.cpu(), lengths.tolist(), strict=True)]
+    texts = tokenizer.batch_decode([row.tolist() for row in ids], skip_special_tokens=True)
+    values, ended = logprobs.cpu(), stopped.tolist()
+    return [
+        Rollout(row, values[index, : len(row)].clone(), text, "stop" if ended[index] else "length")
+        for index, (row, text) in enumerate(zip(ids, texts, strict=True))
+    ]
 
 
 def wanted_counts(
@@ -81,29 +154,35 @@ def sample_rollouts(
 # ---- The sampling distribution
 
 
-def sampling_logprobs(logits: Tensor, temperature: float = 1.0, top_p: float = 1.0, top_k: int = 0) -> Tensor:
+def sampling_logprobs(logits: Tensor, temperature: float = 1.0, top_p: float = 1.0) -> Tensor:
     """Return the log-probs [..., V] float32 of the distribution that is sampled.
 
-    Temperature first, then the `top_k` most likely tokens (0: all), then the smallest set of tokens whose
-    probabilities sum to at least `top_p`; the rest is normalised again. Tokens outside have -inf.
-    `temperature` 0 (greedy) gives the model's own distribution.
+    Temperature first, then the smallest set of tokens whose probabilities sum to at least `top_p`; the rest
+    is normalised again. Tokens outside have -inf. Temperature 0 (greedy) gives the model's own distribution.
     """
     logits = logits.float()
     if temperature > 0 and temperature != 1.0:
         logits = logits / temperature
-    truncates_k = 0 < top_k < logits.shape[-1]
-    if temperature > 0 and (truncates_k or top_p < 1.0):
+    if temperature > 0 and top_p < 1.0:
         ordered, indices = logits.sort(-1, descending=True)
-        if truncates_k:
-            ordered[..., top_k:] = -torch.inf
-        if top_p < 1.0:
-            probabilities = ordered.softmax(-1)
-            before = probabilities.cumsum(-1) - probabilities  # the mass of all more likely tokens
-            outside = before >= top_p
-            outside[..., 0] = False
-            ordered = ordered.masked_fill(outside, -torch.inf)
+        probabilities = ordered.softmax(-1)
+        before = probabilities.cumsum(-1) - probabilities  # the mass of all more likely tokens
+        outside = before >= top_p
+        outside[..., 0] = False
+        ordered = ordered.masked_fill(outside, -torch.inf)
         logits = torch.empty_like(logits).scatter_(-1, indices, ordered)
     return logits.log_softmax(-1)
+
+
+def draw(logits: Tensor, sampling: SamplingSettings, uniform: Tensor) -> tuple[Tensor, Tensor]:
+    """Draw the next tokens [B] from `logits` [B, V]; return them and their log-probs [B].
+
+    uniform: [B], a number for each as in `draw_tokens`.
+    """
+    distribution = sampling_logprobs(logits, sampling.temperature, sampling.top_p)
+    greedy = sampling.temperature == 0
+    tokens = distribution.argmax(-1) if greedy else draw_tokens(distribution, uniform)
+    return tokens, distribution.gather(-1, tokens[:, None])[:, 0]
 
 
 def draw_tokens(logprobs: Tensor, uniform: Tensor) -> Tensor:
@@ -122,7 +201,7 @@ def draw_tokens(logprobs: Tensor, uniform: Tensor) -> Tensor:
 def uniform_numbers(counts: Sequence[int], sampling: SamplingSettings) -> list[Tensor]:
     """Return [counts[q], max_tokens] float32 in [0, 1) for each prompt q: a number for every token."""
     if sampling.temperature == 0:
-        return [torch.zeros(count, 0) for count in counts]
+        return [torch.zeros(count, sampling.max_tokens) for count in counts]
     seeds = prompt_seeds(sampling.seed, len(counts))
     return [
         torch.rand(count, sampling.max_tokens, generator=torch.Generator().manual_seed(seed))

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,22 +24,21 @@ from video_r1.models.loading import (
 )
 from video_r1.processes import process_count
 from video_r1.rollout.endpoint_engine import EndpointEngine
-from video_r1.rollout.engine import RolloutEngine
+from video_r1.rollout.engine import MAX_SEQUENCES, RolloutEngine
 from video_r1.rollout.general import GeneralEngine
 from video_r1.rollout.transformers import TransformersEngine
 from video_r1.rollout.vllm.engine import VLLMEngine, generation_config
-from video_r1.rollout.vllm.mrope import recorded_rule, warn_of_positions
 from video_r1.rollout.vllm.server import ServerEngine, describe
-from video_r1.settings.decoding import SCHEMES, DecodingSettings, addresses, has_path
+from video_r1.settings.decoding import SCHEMES, AskSettings, DecodingSettings, addresses, has_path
 from video_r1.settings.frames import FrameBudget
+from video_r1.settings.training_record import RECORD, read_record
 from video_r1.settings.vllm import VLLMSettings
+
+logger = logging.getLogger(__name__)
 
 
 def open_prompts(settings: DecodingSettings) -> tuple[Any, TextPrompts, FrameBudget]:
-    """Return the model's processor (None for an endpoint), its prompts and its frame budget.
-
-    Raises ConfigError.
-    """
+    """Return the model's processor (None for an endpoint), its prompts and its frame budget."""
     if is_endpoint(settings.engine):
         prompts = TextPrompts(settings.prompt_template, settings.subtitles)
         return None, prompts, settings.frame_budget(PIXELS_OF_ANY_MODEL)
@@ -60,13 +61,11 @@ def open_engine(settings: DecodingSettings, processor: Any) -> RolloutEngine:
     assert settings.model is not None  # settings without it are refused
     if is_endpoint(settings.engine):
         key = os.environ.get(settings.key_variable)
-        endpoint = Endpoint(endpoint_urls(settings.engine), key, settings.timeout)
+        wait = 5.0 if isinstance(settings, AskSettings) else 240.0  # somebody waits for an answer
+        endpoint = Endpoint(endpoint_urls(settings.engine), key, settings.timeout, wait)
         model, frames_as = open_endpoint(endpoint, settings.model or None, "auto")
-        if settings.model and recorded_rule(settings.model):  # our own checkpoint, served by vLLM
-            for one in endpoint.each():
-                warn_of_positions(settings.model, positions_of(one), one.url)
+        warn_of_positions(settings.model, endpoint)
         return EndpointEngine(endpoint, model, frames_as, settings.concurrency)
-    warn_of_positions(settings.model, "transformers", "this engine")
     if settings.engine != "transformers":
         check_vllm_supports(load_config(settings.model, settings.trust_remote_code))
     if settings.engine.startswith("http"):
@@ -109,19 +108,27 @@ def check_vllm_supports(model: Any) -> None:
         )
 
 
-def positions_of(endpoint: Endpoint) -> str | None:
-    """Return the rule of positions at an endpoint; None if it does not say, as plain `vllm serve`."""
-    try:
-        return describe(endpoint.url.removesuffix("/v1"), endpoint.key, endpoint.timeout)["positions"]
-    except (ServerRefusal, ServerFailure):
-        return None
+def warn_of_positions(checkpoint: str, endpoint: Endpoint) -> None:
+    """Warn of addresses that serve our checkpoint, but not with its rule of positions (vllm/mrope.py)."""
+    record = Path(checkpoint) / RECORD
+    if not record.is_file() or (trained := read_record(record).get("positions")) is None:
+        return
+    for one in endpoint.each():
+        try:
+            rule = describe(one.url.removesuffix("/v1"), one.key, one.timeout)["positions"]
+        except (ServerRefusal, ServerFailure):
+            rule = None  # plain `vllm serve` does not say
+        if rule != trained:
+            logger.warning(
+                "%s was trained with the positions of %s after a video; %s %s, and may answer as another "
+                "policy: serve it with video-r1 serve (see docs/vllm.md)",
+                checkpoint, trained, one.url,
+                f"has those of {rule}" if rule else "does not say which it has",
+            )  # fmt: skip
 
 
 def own_device() -> str:
-    """Return this process's device: the CPU, the GPU, or one GPU for each process of this machine.
-
-    Raises ConfigError when there are more processes than GPUs.
-    """
+    """Return this process's device: the CPU or its own GPU. Raises ConfigError if there are too few."""
     if not torch.cuda.is_available():
         return "cpu"
     if process_count() == 1:
@@ -144,14 +151,16 @@ def training_engine(
     settings: VLLMSettings,
     *,
     longest: int,
+    sequences: int,
     frames: FrameBudget,
     dtype: str = "auto",
     folder: str | None = None,
 ) -> RolloutEngine:
     """Open the engine that samples for the trainer of `model`.
 
-    longest: most tokens of prompt and completion together; dtype: of vLLM's weights in this process;
-    folder: where a server finds weights. Raises ConfigError when vLLM or the server is missing.
+    longest: most tokens of prompt and completion together; sequences: completions that this process samples
+    in a step; dtype: of vLLM's weights in this process; folder: where a server finds weights. Raises
+    ConfigError when vLLM or the server is missing.
     """
     if not settings.use_vllm:
         return in_process_engine(model, processor)
@@ -163,4 +172,12 @@ def training_engine(
         return ServerEngine(
             url, processor, model.generation_config, folder=folder, wait=wait, timeout=timeout
         )
-    return VLLMEngine(model, processor, dtype=dtype, max_model_len=longest, settings=settings, frames=frames)
+    return VLLMEngine(
+        model,
+        processor,
+        dtype=dtype,
+        max_model_len=longest,
+        max_sequences=min(MAX_SEQUENCES, sequences * settings.vllm_tensor_parallel_size),
+        settings=settings,
+        frames=frames,
+    )

@@ -2,23 +2,22 @@
 
 A new token attends to [prompt ; its own completion] with one softmax. The queries of all completions of a
 prompt are multiplied with the prompt's keys in one matrix product, so the prompt is stored and read once, not
-once per completion (Hydragen, arXiv 2402.05099). The models are unmodified: the attention function is
-registered with transformers' AttentionInterface and used within `shared_prefix_attention` only.
+once per completion (Hydragen, arXiv 2402.05099).
 
 Letters: R prompts (rows), P prompt tokens, B completions, K key-value heads, g query heads per key-value
 head, D head size, w slots a row. A decoding step has the same shapes for every token: a completion's keys
 have room for `capacity` tokens, and the empty ones are masked. A layer with a recurrent state has no keys:
 every completion gets a copy of its prompt's state, which each token changes in place.
 
-On a GPU the step is a CUDA graph (`DecodingStep`). A step of a 7B model is some 3,000 launches of small
-kernels, which take the CPU longer than the GPU needs for the work; replayed, they are one launch.
+On a GPU the step is a CUDA graph (`Recording`). A step of a 7B model is some 3,000 launches of small kernels,
+which take the CPU longer than the GPU needs for the work; replayed, they are one launch.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -28,7 +27,11 @@ from video_r1.models.checked import Checked
 
 ATTENTION_NAME = "video_r1_shared_prefix"
 RECORDED_ON = ("cuda",)  # devices on which a decoding step is a CUDA graph
-FIRST_CAPACITY = 64  # tokens of a completion; doubled when full
+FIRST_CAPACITY = {"cpu": 64, "cuda": 256}  # tokens of a completion; doubled when full, and recorded again
+
+
+def first_capacity(device_type: str) -> int:
+    return FIRST_CAPACITY.get(device_type, FIRST_CAPACITY["cuda"])
 
 
 class ForkedState:
@@ -42,11 +45,14 @@ class ForkedState:
 
     def __init__(self, inputs: Tensor, state: Tensor) -> None:
         self.conv_states, self.recurrent_states = [inputs], [state]
-        self.remembered: tuple[Tensor, Tensor] | None = None
+
+    @property
+    def tensors(self) -> tuple[Tensor, Tensor]:
+        return self.conv_states[0], self.recurrent_states[0]
 
     def select(self, rows: Tensor) -> ForkedState:
         """Return a copy of the states of `rows`."""
-        return ForkedState(*(x.index_select(0, rows) for (x,) in (self.conv_states, self.recurrent_states)))
+        return ForkedState(*(tensor.index_select(0, rows) for tensor in self.tensors))
 
 
 class SharedPrefixCache:
@@ -65,26 +71,30 @@ class SharedPrefixCache:
         rows: Tensor,
         stateful: Collection[int] = (),
     ) -> None:
-        attention = {number: pair for number, pair in enumerate(layers) if number not in stateful}
         self.layers = {number: ForkedState(*layers[number]).select(rows) for number in stateful}
-        self.first = min(attention)  # the first layer with keys
-        self.prefix_keys = {number: keys for number, (keys, _) in attention.items()}
-        self.prefix_values = {number: values for number, (_, values) in attention.items()}
-        prefix = self.prefix_keys[self.first]
-        _, heads, prompt, size = prefix.shape
-        self.keys = {  # [B, K, capacity, D] a layer
-            number: keys.new_zeros(len(rows), heads, FIRST_CAPACITY, size)
-            for number, keys in self.prefix_keys.items()
+        self.prefix = {number: list(pair) for number, pair in enumerate(layers) if number not in stateful}
+        self.first = min(self.prefix)  # the first layer with keys
+        keys = self.prefix[self.first][0]
+        _, heads, prompt, size = keys.shape
+        capacity = first_capacity(keys.device.type)
+        self.room = {  # keys and values [B, K, capacity, D] of the completions' tokens
+            number: [part.new_zeros(len(rows), heads, capacity, size) for part in pair]
+            for number, pair in self.prefix.items()
         }
-        self.values = _each(torch.zeros_like, self.keys)
-        self.length = 0  # t, the same for every completion in the batch
+        self.length = 0  # tokens of every completion in the batch
         self.place = torch.full((1,), -1, device=rows.device)  # index of the newest token, on the device
         self.used = 0  # tokens of the room that are attended to
         self.own_bias: Tensor | None = None  # [capacity], -inf where the room is empty
         padding = torch.arange(prompt, device=lengths.device) >= lengths[:, None]
-        self.bias = torch.zeros_like(padding, dtype=prefix.dtype).masked_fill_(padding, -torch.inf)
+        self.bias = torch.zeros_like(padding, dtype=keys.dtype).masked_fill_(padding, -torch.inf)
         self.padded = bool(padding.any())
+        self.remembered: dict[int, list[Tensor]] = {}
+        self.recording: Recording | None = None
         self._place(rows)
+
+    @property
+    def capacity(self) -> int:
+        return self.room[self.first][0].shape[2]
 
     def _place(self, rows: Tensor) -> None:
         """Give every completion a slot in the [R, w] layout that multiplies queries with prompt keys."""
@@ -100,17 +110,15 @@ class SharedPrefixCache:
 
     def keep(self, kept: Tensor) -> None:
         """Drop all completions but `kept` ([B'] int64 indices), and prompts that no completion needs."""
-        self.keys, self.values = (
-            _each(lambda room: room.index_select(0, kept), states) for states in (self.keys, self.values)
-        )
+        self.recording = None
+        for pair in self.room.values():
+            pair[:] = [part.index_select(0, kept) for part in pair]
         self.layers = {number: layer.select(kept) for number, layer in self.layers.items()}
         rows = self.rows[kept]
         needed = rows.unique()
         if 2 * len(needed) <= len(self.bias):  # copying the prompts pays off only when many are done
-            self.prefix_keys, self.prefix_values = (
-                _each(lambda prefix: prefix.index_select(0, needed), states)
-                for states in (self.prefix_keys, self.prefix_values)
-            )
+            for pair in self.prefix.values():
+                pair[:] = [part.index_select(0, needed) for part in pair]
             self.bias = self.bias.index_select(0, needed)
             rows = torch.searchsorted(needed, rows)
         self._place(rows)
@@ -119,34 +127,30 @@ class SharedPrefixCache:
         """Make room for one more token of every completion, before each decoding step."""
         self.length += 1
         self.place += 1
-        if self.length > self.keys[self.first].shape[2]:
-            self.keys, self.values = (
-                _each(lambda room: torch.cat([room, torch.zeros_like(room)], dim=2), states)
-                for states in (self.keys, self.values)
-            )
+        if self.length > self.capacity:
+            self.recording = None
+            for pair in self.room.values():
+                pair[:] = [torch.cat([part, torch.zeros_like(part)], dim=2) for part in pair]
 
     def hide_empty(self) -> None:
         """Compute the mask of the empty room, for all layers of a decoding step.
 
         A CPU, which records no graph, gets a view of the used part instead.
         """
-        self.own_bias, self.used = None, self.keys[self.first].shape[2]
         if self.place.device.type == "cpu":
-            self.used = self.length
+            self.own_bias, self.used = None, self.length
             return
+        self.used = self.capacity
         empty = torch.arange(self.used, device=self.place.device) > self.place
         self.own_bias = torch.zeros_like(empty, dtype=self.bias.dtype).masked_fill_(empty, -torch.inf)
 
-    def update(self, keys: Tensor, values: Tensor, layer: int, *args: Any) -> tuple[Tensor, Tensor]:
-        """Write one token's keys and values [B, K, 1, D]; return the room, [B, K, capacity, D].
-
-        Its shape and address stay the same until `make_room` doubles it.
-        """
+    def update(self, keys: Tensor, values: Tensor, layer: int, *args: Any) -> tuple[Tensor, ...]:
+        """Write one token's keys and values [B, K, 1, D]; return the room, [B, K, capacity, D]."""
         if layer == self.first:
             self.hide_empty()
-        for room, new in ((self.keys[layer], keys), (self.values[layer], values)):
-            room.index_copy_(2, self.place, new.to(room.dtype))  # under autocast keys come in float32
-        return self.keys[layer][:, :, : self.used], self.values[layer][:, :, : self.used]
+        for part, new in zip(self.room[layer], (keys, values), strict=True):
+            part.index_copy_(2, self.place, new.to(part.dtype))  # under autocast keys come in float32
+        return tuple(part[:, :, : self.used] for part in self.room[layer])
 
     def has_previous_state(self, layer: int, *args: Any, **kwargs: Any) -> bool:
         return True  # the prompt has been read
@@ -156,24 +160,17 @@ class SharedPrefixCache:
 
     def remember(self, wanted: bool) -> None:
         """Save the states before a token whose step may run more than once (`wanted`)."""
-        for layer in self.layers.values():
-            layer.remembered = (
-                (layer.conv_states[0].clone(), layer.recurrent_states[0].clone()) if wanted else None
-            )
+        layers = self.layers.items() if wanted else ()
+        self.remembered = {number: [part.clone() for part in layer.tensors] for number, layer in layers}
 
     def rewind(self) -> None:
         """Restore the saved states, if any."""
-        for layer in self.layers.values():
-            if layer.remembered is not None:
-                layer.conv_states[0].copy_(layer.remembered[0])
-                layer.recurrent_states[0].copy_(layer.remembered[1])
+        for number, saved in self.remembered.items():
+            for part, before in zip(self.layers[number].tensors, saved, strict=True):
+                part.copy_(before)
 
     def get_seq_length(self, layer: int = 0) -> int:
         return self.bias.shape[1] + self.length
-
-
-def _each(function: Callable[[Tensor], Tensor], layers: Mapping[int, Tensor]) -> dict[int, Tensor]:
-    return {number: function(tensor) for number, tensor in layers.items()}
 
 
 def attend(
@@ -193,7 +190,7 @@ def attend(
     [B, 1, K*g, D].
     """
     cache = shared_prefix
-    prefix_keys, prefix_values = cache.prefix_keys[module.layer_idx], cache.prefix_values[module.layer_idx]
+    prefix_keys, prefix_values = cache.prefix[module.layer_idx]
     count, heads, size = len(query), query.shape[1], query.shape[3]
     prompts, groups, prompt_length = prefix_keys.shape[:3]
     per_group, width = heads // groups, cache.width
@@ -241,57 +238,60 @@ def shared_prefix_attention(text_config: Any) -> Iterator[None]:
 
 # ---- A decoding step as a CUDA graph
 
-
-class DecodingStep:
-    """Runs `step(tokens [B], position [B], cache)`, on a GPU as a CUDA graph recorded once for its shapes.
-
-    `step` returns logits [B, V] and writes the tokens into the cache; it can be repeated with the same
-    arguments. The next call may overwrite the logits of a call.
-    """
-
-    def __init__(
-        self, step: Callable[[Tensor, Tensor, SharedPrefixCache], Tensor], cache: SharedPrefixCache
-    ) -> None:
-        self.step, self.cache = step, cache
-        self.graph: torch.cuda.CUDAGraph | None = None
-        self.buffers: dict[int, Tensor] = {}
-
-    def __call__(self, tokens: Tensor, position: Tensor) -> Tensor:
-        """Return logits [B, V] after `tokens` [B] at `position` [B]; `make_room` comes first."""
-        recorded = tokens.device.type in RECORDED_ON
-        self.cache.remember(recorded and replayed_step.agrees is not False and self.outdated)
-        return (replayed_step if recorded else plain_step)(tokens, position, self)
-
-    @property
-    def outdated(self) -> bool:
-        """Whether no graph has been recorded for these shapes."""
-        return self.graph is None or self.buffers is not self.cache.keys
-
-    def record(self, tokens: Tensor, position: Tensor) -> None:
-        """Record the step for these shapes and the cache's present buffers."""
-        self.graph = None  # frees its memory for the next one
-        plain_step(tokens, position, self)  # warms the kernels up
-        self.tokens, self.position = tokens.clone(), position.clone()
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            self.logits = self.step(self.tokens, self.position, self.cache)
-        self.graph, self.buffers = graph, self.cache.keys
+Step = Callable[[Tensor, Tensor, SharedPrefixCache], Tensor]
+"""Returns logits [B, V] after tokens [B] at position [B] and writes the tokens into the cache; it can be
+repeated with the same arguments after `rewind`."""
 
 
-def plain_step(tokens: Tensor, position: Tensor, decoding: DecodingStep) -> Tensor:
-    decoding.cache.rewind()
-    return decoding.step(tokens, position, decoding.cache)
+class Recording(NamedTuple):
+    """A step as a CUDA graph over the cache's buffers, its inputs and its logits."""
+
+    graph: torch.cuda.CUDAGraph
+    tokens: Tensor
+    position: Tensor
+    logits: Tensor
 
 
-def _replayed(tokens: Tensor, position: Tensor, decoding: DecodingStep) -> Tensor:
-    if decoding.outdated:
-        decoding.record(tokens, position)
-    assert decoding.graph is not None
-    decoding.tokens.copy_(tokens)
-    decoding.position.copy_(position)
-    decoding.cache.rewind()
-    decoding.graph.replay()
-    return decoding.logits
+def decode_step(step: Step, tokens: Tensor, position: Tensor, cache: SharedPrefixCache) -> Tensor:
+    """Run `step`, after `make_room`; on a GPU as a CUDA graph. The next call may overwrite the logits."""
+    recorded = tokens.device.type in RECORDED_ON and replayed_step.agrees is not False
+    cache.remember(recorded and cache.recording is None)
+    if not recorded:
+        return plain_step(tokens, position, cache, step)
+    try:
+        return replayed_step(tokens, position, cache, step)
+    except RuntimeError as error:  # of a later recording, when memory is short
+        replayed_step.refuse(f"fails with {type(error).__name__}: {error}")
+        cache.recording = None
+    return plain_step(tokens, position, cache, step)
+
+
+def plain_step(tokens: Tensor, position: Tensor, cache: SharedPrefixCache, step: Step) -> Tensor:
+    cache.rewind()
+    return step(tokens, position, cache)
+
+
+def _replayed(tokens: Tensor, position: Tensor, cache: SharedPrefixCache, step: Step) -> Tensor:
+    if cache.recording is None:
+        cache.recording = _record(tokens, position, cache, step)
+    recording = cache.recording
+    recording.tokens.copy_(tokens)
+    recording.position.copy_(position)
+    cache.rewind()
+    recording.graph.replay()
+    return recording.logits
+
+
+def _record(tokens: Tensor, position: Tensor, cache: SharedPrefixCache, step: Step) -> Recording:
+    plain_step(tokens, position, cache, step)  # warms the kernels up
+    graph, inputs = torch.cuda.CUDAGraph(), (tokens.clone(), position.clone())
+    stream = torch.cuda.current_stream()
+    try:
+        with torch.cuda.graph(graph, capture_error_mode="thread_local"):  # others may use the GPU meanwhile
+            logits = step(*inputs, cache)
+    finally:
+        torch.cuda.set_stream(stream)  # after a failure torch leaves the stream of the recording current
+    return Recording(graph, *inputs, logits)
 
 
 replayed_step = Checked("decoding by a CUDA graph", _replayed, plain_step)

@@ -9,46 +9,39 @@ prompts ─► prefill: pixels and prompt once ─► keys and values [R, P] ─
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
-from transformers import DynamicCache, GenerationConfig
+from transformers import DynamicCache
 
 from video_r1.data.prompts import Prompt
 from video_r1.data.rollouts import Rollout
-from video_r1.data.templates import end_token_id
 from video_r1.errors import ConfigError
 from video_r1.models.families import text_of
-from video_r1.models.group_forward import (
-    embedded,
-    prompt_positions,
-    vision_language_model,
-    visual_features,
-)
+from video_r1.models.group_forward import embedded, prompt_positions, visual_features
 from video_r1.models.lora import merged_adapters
 from video_r1.models.onednn import onednn_linears
 from video_r1.rollout.engine import (
-    RolloutEngine,
+    InProcessEngine,
+    OnToken,
     SamplingSettings,
-    draw_tokens,
-    sampling_logprobs,
+    as_rollouts,
+    draw,
+    eval_mode,
     uniform_numbers,
+    useful_threads,
     wanted_counts,
 )
-from video_r1.rollout.shared_prefix import DecodingStep, SharedPrefixCache, shared_prefix_attention
+from video_r1.rollout.shared_prefix import SharedPrefixCache, decode_step, shared_prefix_attention
 
 T = TypeVar("T")
-OnToken = Callable[[int, int, int], None]
-"""Called with the indices of prompt and completion, and a token id."""
 # Finished completions leave the batch several at a time: copying the others' states is costly, and on a GPU
 # (True) the step is recorded again.
 KEEP_RATIO = {False: 0.875, True: 0.5}
 TOKENS_BETWEEN_SYNCS = 8  # decoded on a GPU before the CPU reads which completions have ended
-MAX_SEQUENCES = 256
-MAX_PREFILL_TOKENS = 16384
+MAX_PREFILL_TOKENS = 16384  # in one prefill forward, padding included
 
 
 class _Prefilled(NamedTuple):
@@ -60,40 +53,23 @@ class _Prefilled(NamedTuple):
     next_position: Tensor  # [R] int64, of the first completion token
 
 
-class TransformersEngine(RolloutEngine):
-    """Samples with a transformers model of a known family, sharing each prompt's prefill.
+class TransformersEngine(InProcessEngine):
+    """Samples with a model of a known family, sharing each prompt's prefill.
 
-    model: for conditional generation, also within PEFT or DistributedDataParallel. It is in eval mode while
-        sampling. Under mixed precision call `generate` within the trainer's autocast.
-    tokenizer: tokenizer or processor.
-    max_sequences: completions decoded at once; further prompts wait for the next wave.
-    max_prefill_tokens: prompt tokens in one prefill forward, padding included.
-
-    Raises ConfigError for models with sliding-window layers.
+    Prompts beyond `max_sequences` completions wait for the next wave. Raises ConfigError for models with
+    sliding-window layers.
     """
 
-    def __init__(
-        self,
-        model: Any,
-        tokenizer: Any,
-        max_sequences: int = MAX_SEQUENCES,
-        max_prefill_tokens: int = MAX_PREFILL_TOKENS,
-    ) -> None:
-        self.tokenizer = getattr(tokenizer, "tokenizer", tokenizer)
-        self.max_sequences = max_sequences
-        self.max_prefill_tokens = max_prefill_tokens
-        self.update_weights(model)
+    max_prefill_tokens = MAX_PREFILL_TOKENS
 
     def update_weights(self, model: Any) -> None:
-        """Use `model`. It is the trained model itself, so its weights need no copy."""
-        self.model = vision_language_model(model)
+        super().update_weights(model)
         self._text = text_of(self.model)
         self._text_config = self._text.config
         kinds = getattr(self._text_config, "layer_types", None) or ()
         if "sliding_attention" in kinds:
             raise ConfigError("rollouts: models with sliding-window attention are not supported")
         self._stateful = {number for number, kind in enumerate(kinds) if kind == "linear_attention"}
-        self._stop_ids = stop_token_ids(self.model.generation_config, self.tokenizer)
 
     @torch.no_grad()
     def generate(
@@ -119,7 +95,7 @@ class TransformersEngine(RolloutEngine):
             for wave in _cut(order, lambda wave: sum(counts[index] for index in wave), self.max_sequences):
                 numbers = [(index, completion) for index in wave for completion in range(counts[index])]
                 drawn = torch.cat([uniform[index] for index in wave])
-                with onednn_linears(self.model, len(numbers)):
+                with useful_threads(self.model, len(numbers)), onednn_linears(self.model, len(numbers)):
                     prefilled = self._prefill([prompts[index] for index in wave])
                     rollouts = self._decode(prefilled, numbers, drawn, sampling, on_token)
                 for (index, _), rollout in zip(numbers, rollouts, strict=True):
@@ -194,7 +170,7 @@ class TransformersEngine(RolloutEngine):
         prompt_of = torch.tensor([prompt for prompt, _ in numbers], device=device)
         rows = torch.unique_consecutive(prompt_of, return_inverse=True)[1]  # [S] in the prefill's order
         stop = torch.zeros(prefilled.logits.shape[-1], dtype=torch.bool, device=device)
-        stop[self._stop_ids] = True
+        stop[self.stop_ids] = True
         cache = SharedPrefixCache(prefilled.layers, prefilled.lengths, rows, self._stateful)
         logits, position = prefilled.logits[rows], prefilled.next_position[rows]
         token_ids = torch.zeros(len(rows), sampling.max_tokens, dtype=torch.long, device=device)
@@ -202,18 +178,12 @@ class TransformersEngine(RolloutEngine):
         lengths = torch.full_like(rows, sampling.max_tokens)
         stopped = torch.zeros_like(rows, dtype=torch.bool)
         active = torch.arange(len(rows), device=device)  # [B] completions in the batch
-        next_logits = DecodingStep(self._next_logits, cache)
         on_gpu = device.type != "cpu"
         synced_every = TOKENS_BETWEEN_SYNCS if on_gpu else 1
         with shared_prefix_attention(self._text_config):
             for step in range(sampling.max_tokens):
-                distribution = sampling_logprobs(logits, sampling.temperature, sampling.top_p, sampling.top_k)
-                if sampling.temperature == 0:
-                    tokens = distribution.argmax(-1)
-                else:
-                    tokens = draw_tokens(distribution, uniform[active, step])
-                token_ids[active, step] = tokens
-                logprobs[active, step] = distribution.gather(-1, tokens[:, None]).squeeze(1)
+                tokens, values = draw(logits, sampling, uniform[active, step])
+                token_ids[active, step], logprobs[active, step] = tokens, values
                 running = ~stopped[active]
                 if on_token is not None:
                     for number, token in zip(active[running], tokens[running], strict=True):
@@ -231,11 +201,9 @@ class TransformersEngine(RolloutEngine):
                         active, tokens, position = active[kept], tokens[kept], position[kept]
                         cache.keep(kept)
                 cache.make_room()
-                logits = next_logits(tokens, position)
+                logits = decode_step(self._next_logits, tokens, position, cache)
                 position = position + 1
-        return as_rollouts(
-            self.tokenizer, token_ids.cpu(), logprobs.cpu(), lengths.tolist(), stopped.tolist()
-        )
+        return as_rollouts(self.tokenizer, token_ids, logprobs, lengths, stopped)
 
     def _next_logits(self, tokens: Tensor, position: Tensor, cache: SharedPrefixCache) -> Tensor:
         """Return logits [B, V] after `tokens` [B] at `position` [B], whose keys and values join the cache."""
@@ -247,18 +215,6 @@ class TransformersEngine(RolloutEngine):
             shared_prefix=cache,
         )
         return self.model.get_output_embeddings()(output.last_hidden_state[:, -1])
-
-
-def as_rollouts(
-    tokenizer: Any, token_ids: Tensor, logprobs: Tensor, lengths: list[int], stopped: list[bool]
-) -> list[Rollout]:
-    """Build rollouts. token_ids, logprobs: [completions, L] on the CPU; stopped: ended by an end token."""
-    ids = [row[:length].clone() for row, length in zip(token_ids, lengths, strict=True)]
-    texts = tokenizer.batch_decode([row.tolist() for row in ids], skip_special_tokens=True)
-    return [
-        Rollout(row, logprobs[index, : len(row)].clone(), text, "stop" if stopped[index] else "length")
-        for index, (row, text) in enumerate(zip(ids, texts, strict=True))
-    ]
 
 
 def _cut(items: Sequence[T], cost: Callable[[Sequence[T]], int], limit: int) -> Iterator[list[T]]:
@@ -273,13 +229,6 @@ def _cut(items: Sequence[T], cost: Callable[[Sequence[T]], int], limit: int) -> 
         yield part
 
 
-def stop_token_ids(generation: GenerationConfig, tokenizer: Any) -> list[int]:
-    """Return the tokens that end a completion: the generation config's, and the tokenizer's end of turn."""
-    configured = generation.eos_token_id
-    configured = configured if isinstance(configured, list) else [configured]
-    return sorted({token for token in (*configured, end_token_id(tokenizer)) if token is not None})
-
-
 def _stack(tensors: Sequence[Tensor]) -> Tensor:
     """Join tensors [R_i, K, P_i, D] into [sum R_i, K, max P_i, D], zero-padded at the end of P.
 
@@ -289,16 +238,3 @@ def _stack(tensors: Sequence[Tensor]) -> Tensor:
     if all(tensor.shape[2] == longest for tensor in tensors):
         return torch.cat(list(tensors))
     return torch.cat([nn.functional.pad(tensor, (0, 0, 0, longest - tensor.shape[2])) for tensor in tensors])
-
-
-@contextmanager
-def eval_mode(model: nn.Module) -> Iterator[None]:
-    """Put every module into eval mode, and back into its own mode afterwards."""
-    training = [module for module in model.modules() if module.training]
-    for module in training:
-        module.training = False
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True

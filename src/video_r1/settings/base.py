@@ -18,13 +18,14 @@ Problem = tuple[str, str]
 BOUNDS = {"above": operator.gt, "at_least": operator.ge, "below": operator.lt, "at_most": operator.le}
 
 
-def setting(default: Any, help: str, **bounds: float) -> Any:
+def setting(default: Any, help: str, distinct: bool = False, **bounds: float) -> Any:
     """Return a dataclass field with its help text. Lists and dictionaries are copied for each object.
 
-    bounds: limits of a value that is not None, by a word of BOUNDS: `setting(0.5, "…", below=1)`.
+    distinct: a list has one or more items, each once. bounds: limits of a value that is not None, by a word
+    of BOUNDS: `setting(0.5, "…", below=1)`.
     """
     assert bounds.keys() <= BOUNDS.keys(), bounds
-    metadata = {"help": help, "bounds": bounds}
+    metadata = {"help": help, "bounds": bounds, "distinct": distinct}
     if isinstance(default, list | dict):
         return dataclasses.field(default_factory=lambda: type(default)(default), metadata=metadata)
     return dataclasses.field(default=default, metadata=metadata)
@@ -50,11 +51,6 @@ class Settings:
             try:
                 parent()
             except ValueError as error:
-                if "support bf16" in str(error):
-                    remedy = "try the recipe here with --smoke, or run it with --use_cpu --bf16 false"
-                    raise ConfigError(
-                        f"bf16: these settings need a GPU that supports it; {remedy}"
-                    ) from error
                 raise ConfigError(f"transformers refuses these settings: {error}") from error
         found = [
             (name, f"is {getattr(self, name)!r}; it must be {describe_type(hint)}")
@@ -67,6 +63,8 @@ class Settings:
         """Yield what is wrong with the values, whose types are right. Overrides call super() first."""
         for field in dataclasses.fields(self):
             value, bounds = getattr(self, field.name), field.metadata.get("bounds", {})
+            if field.metadata.get("distinct") and value is not None and len({*value}) != max(1, len(value)):
+                yield field.name, f"is {value}; name one or more, each once"
             if value is not None and not all(BOUNDS[kind](value, bound) for kind, bound in bounds.items()):
                 wanted = (f"{kind.replace('_', ' ')} {bound}" for kind, bound in bounds.items())
                 yield field.name, f"is {value}; it must be {' and '.join(wanted)}"
@@ -92,31 +90,21 @@ def own_field_types(kind: type) -> dict[str, Any]:
 
 
 T = TypeVar("T", bound=type[Settings])
-WIDTH = 100
 
 
 def settings_docs(kind: T) -> T:
     """Add every setting's name, type, default and help to the class's docstring, for `help(TGRPOConfig)`.
 
-    Use it as a decorator above `@dataclass`. Settings are grouped by the class that declares them.
+    Use it as a decorator above `@dataclass`.
     """
-    types = own_field_types(kind)
-    sections: dict[type, list[str]] = {}
+    types, lines = own_field_types(kind), []
     for field in dataclasses.fields(kind):
-        owner = next(base for base in kind.__mro__ if field.name in inspect.get_annotations(base))
         hint = types.get(field.name, field.type)
         value = field.default_factory() if callable(field.default_factory) else field.default
         default = "" if value is dataclasses.MISSING else default_text(value)
-        hint = hint if isinstance(hint, str) else describe_type(hint)
-        head = f"{field.name}: {hint}" + (f" = {default}" if default else "")
+        head = f"{field.name}: {hint if isinstance(hint, str) else describe_type(hint)}"
         told = " ".join(str(field.metadata.get("help", "")).split())
-        sections.setdefault(owner, []).extend(
-            [f"  {head}", *textwrap.wrap(told, WIDTH, initial_indent=" " * 6, subsequent_indent=" " * 6)]
-        )
-    lines = []
-    for owner in sorted(sections, key=kind.__mro__.index):
-        own = issubclass(owner, Settings)
-        title = str(owner.__doc__) if own else f"{owner.__module__}.{owner.__name__}"
-        lines += ["", f"{title}:", *sections[owner]]
-    kind.__doc__ = "\n".join([textwrap.dedent(f"    {kind.__doc__}").rstrip(), *lines])
+        lines.append(head + (f" = {default}" if default else ""))
+        lines += textwrap.wrap(told, 100, initial_indent=" " * 4, subsequent_indent=" " * 4)
+    kind.__doc__ = "\n".join([inspect.cleandoc(str(kind.__doc__)), "", *lines])
     return kind

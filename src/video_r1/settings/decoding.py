@@ -78,22 +78,23 @@ class EvalSettings(DecodingSettings, ManifestSettings):
 
     manifest: str | None = setting(None, "JSON, JSON-lines or Parquet file, an address, or a Hugging Face id")
     out: str | None = setting(None, "folder for predictions and scores")
-    frames: list[int] | None = setting(None, "frame counts, such as 16,32,64 (default: max_frames)")
-    order: list[Order] = setting(["ordered"], "frame orders; ordered with another one gives a temporal gap")
-    answer: list[Answer] = setting(["reasoned"], "direct: only the answer; direct,reasoned: both, compared")
+    frames: list[int] | None = setting(
+        None, "frame counts, such as 16,32,64 (default: max_frames)", distinct=True
+    )
+    order: list[Order] = setting(
+        ["ordered"], "frame orders; ordered with another one gives a temporal gap", distinct=True
+    )
+    answer: list[Answer] = setting(
+        ["reasoned"], "direct: only the answer; direct,reasoned: both, compared", distinct=True
+    )
     protocol: Protocol | None = setting(None, "reference: Video-R1's public prompt, settings and scores")
     batch_size: int = setting(8, "questions generated together", above=0)
     limit: int | None = setting(None, "evaluate the first N questions only", above=0)
 
     def problems(self) -> Iterator[Problem]:
         yield from super().problems()
-        counts = self.frame_counts
-        if not counts or min(counts) < 1 or len(set(counts)) < len(counts):
-            yield "frames", f"is {counts}; it must be one or more frame counts above 0, each once"
-        if not self.order or len(set(self.order)) < len(self.order):
-            yield "order", f"is {self.order}; name one or more frame orders, each once"
-        if not self.answer or len(set(self.answer)) < len(self.answer):
-            yield "answer", f"is {self.answer}; name direct, reasoned or both, each once"
+        if min(self.frame_counts, default=1) < 1:
+            yield "frames", f"is {self.frames}; it must be frame counts above 0"
         for name in ("prompt_template", "subtitles"):
             if self.protocol and getattr(self, name):
                 yield name, f"is set, but protocol {self.protocol} has a prompt of its own; leave one out"
@@ -127,7 +128,9 @@ class AuditSettings(DecodingSettings, ManifestSettings):
 class BenchmarkSettings(Settings):
     """Benchmarks"""
 
-    bench: list[str] | None = setting(None, "benchmarks by name (vsibench, mvbench, ...) or manifest files")
+    bench: list[str] | None = setting(
+        None, "benchmarks by name (vsibench, mvbench, ...) or manifest files", distinct=True
+    )
     annotation: Literal["published", "reference"] | None = setting(
         None, "the benchmark's own annotation or Video-R1's eval_<name>.json (default: whichever exists)"
     )
@@ -138,8 +141,6 @@ class BenchmarkSettings(Settings):
 
     def problems(self) -> Iterator[Problem]:
         yield from super().problems()
-        if self.bench is not None and (not self.bench or len(set(self.bench)) < len(self.bench)):
-            yield "bench", f"is {self.bench}; name one or more benchmarks, each once"
         if self.bench is None and (self.compare or self.annotation):
             name = "compare" if self.compare else "annotation"
             yield name, "is about benchmarks; name some with bench"
@@ -162,6 +163,7 @@ class AskSettings(DecodingSettings):
     problem_type: ProblemType | None = setting(None, "kind of answer (default: by the options)")
     start: float | None = setting(None, "start of the window of the clip, in seconds")
     end: float | None = setting(None, "end of the window of the clip, in seconds")
+    play: Literal["forward", "reversed"] = setting("forward", "reversed: show the clip backwards")
 
     def problems(self) -> Iterator[Problem]:
         yield from super().problems()

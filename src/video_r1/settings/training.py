@@ -116,8 +116,6 @@ class JudgeSettings(Settings):
 class TGRPOSettings(JudgeSettings, TrainingSettings):
     """GRPO and T-GRPO"""
 
-    rewards_are_known = True  # False in a trainer's config: the rewards are arguments of the trainer
-
     reward_funcs: list[str] | None = setting(
         None, "rewards: accuracy, format, length, temporal, judge (default: those that the settings need)"
     )
@@ -180,10 +178,15 @@ class TGRPOSettings(JudgeSettings, TrainingSettings):
     temporal_weight_kappa: float = setting(1.0, "kappa of the rules 'weight' and 'tokens'", at_least=0)
     correct_threshold: float = setting(0.5, "accuracy above this counts as correct", at_least=0, below=1)
     length_reward: float = setting(0.2, "added to a correct response of a length in length_range", at_least=0)
-    length_range: list[int] = setting([320, 512], "lengths in tokens that earn the length reward")
+    length_range: list[int] | None = setting(
+        None, "lengths in tokens that earn it (default: 320,512; less if max_completion_length is below 768)"
+    )
     reward_weights: dict[str, float] = setting(
         {"accuracy": 1.0, "format": 1.0, "temporal": 1.0, "length": 1.0},
         "weight of each reward by name (default: 1)",
+    )
+    shuffle_options: bool = setting(
+        False, "draw the order of a question's options each time it is asked, with the solution's letter"
     )
     self_reflection_phrases: list[str] = setting(
         list(SELF_REFLECTION_PHRASES), "their share of completions is logged"
@@ -214,22 +217,23 @@ class TGRPOSettings(JudgeSettings, TrainingSettings):
         bounds = [0.0, 1.0] if self.difficulty_range is None else self.difficulty_range
         if len(bounds) != 2 or not 0 <= bounds[0] < bounds[1] <= 1:
             yield "difficulty_range", f"is {bounds}; it must be two shares from 0 to 1, smaller one first"
-        if len(self.length_range) != 2 or not 0 <= self.length_range[0] <= self.length_range[1]:
-            yield "length_range", f"is {self.length_range}; it must be two token counts, smaller one first"
-        elif self.rewards_are_known and (self.reward_funcs is None or "length" in self.reward_funcs):
-            yield from self.length_problems()
-        if self.rewards_are_known and "judge" in (self.reward_funcs or ()) and not self.judge_endpoint:
+        lengths = self.length_bounds
+        if len(lengths) != 2 or not 0 <= lengths[0] <= lengths[1]:
+            yield "length_range", f"is {lengths}; it must be two token counts, smaller one first"
+        elif self.length_reward > 0 and lengths[0] > self.max_completion_length:
+            said = (
+                f"starts at {lengths[0]} tokens, above max_completion_length ({self.max_completion_length})"
+            )
+            yield "length_range", f"{said}, so nothing can earn it; lower it or set length_reward 0"
+        if "judge" in (self.reward_funcs or ()) and not self.judge_endpoint:
             yield "judge_endpoint", "is missing while reward_funcs names judge; give the judge's address"
 
     def sampling_problems(self) -> Iterator[Problem]:
         """Yield TRL's settings that would sample from another distribution than the trained one."""
-        for name, off in (("top_p", 1), ("top_k", 0), ("min_p", None)):
-            if getattr(self, name) not in (off, 0.0 if off is None else off):
-                said = f"is {getattr(self, name)}; a token that it cuts off would have no policy ratio"
-                yield name, f"{said}: leave it at {'none' if off is None else off} and change temperature"
-        if self.repetition_penalty != 1:
-            said = f"is {self.repetition_penalty}; its probabilities are not those of the trained policy"
-            yield "repetition_penalty", f"{said}: leave it at 1, and use a reward against repetition"
+        for name, off in (("top_p", 1), ("top_k", 0), ("min_p", 0), ("repetition_penalty", 1)):
+            if (getattr(self, name) or 0) != off:
+                said = f"is {getattr(self, name)}; the sampled policy must be the one that is trained"
+                yield name, f"{said}: leave it at {off}, and change temperature or the rewards"
 
     def loss_problems(self) -> Iterator[Problem]:
         """Yield contradictions between the loss type, its clip ranges and the reference model."""
@@ -246,12 +250,13 @@ class TGRPOSettings(JudgeSettings, TrainingSettings):
         if self.delta is not None and self.delta <= 1 + (self.epsilon_high or self.epsilon):
             yield "delta", f"is {self.delta}, not above 1 + epsilon_high, where the ratio is clipped already"
 
-    def length_problems(self) -> Iterator[Problem]:
-        """Yield the reason why no completion can earn the length reward."""
-        if self.length_reward > 0 and self.length_range[0] > self.max_completion_length:
-            said = f"starts at {self.length_range[0]} tokens, above max_completion_length"
-            remedy = "so nothing can earn it; lower it or set length_reward 0"
-            yield "length_range", f"{said} ({self.max_completion_length}), {remedy}"
+    @property
+    def length_bounds(self) -> list[int]:
+        """Shortest and longest completion that earn the length reward, in tokens."""
+        if self.length_range is not None:
+            return self.length_range
+        longest = min(self.max_completion_length, 768)
+        return [320 * longest // 768, 512 * longest // 768]
 
     @property
     def shuffled_generations(self) -> int:

@@ -7,6 +7,8 @@ from typing import Literal
 
 from video_r1.settings.base import Problem, Settings, setting
 
+MAX_BATCHED_TOKENS = 8192
+"""Tokens of vLLM's largest batch, which `video-r1 plan` counts too; its own default depends on the GPU."""
 ImportanceMode = Literal["token_truncate", "token_mask", "sequence_truncate", "sequence_mask"]
 
 
@@ -27,13 +29,12 @@ class VLLMSettings(Settings):
     )
     vllm_importance_sampling_clip_max: float | None = setting(2.0, "largest such weight", above=0)
     vllm_importance_sampling_clip_min: float | None = setting(None, "smallest such weight", at_least=0)
-    vllm_importance_sampling_cap: float | None = setting(None, "the old name of …_clip_max", above=0)
     async_rollouts: int = setting(0, "1: a server samples the next step meanwhile, with weights one step old")
 
     @property
     def importance_bounds(self) -> tuple[float, float]:
         """Smallest and largest importance weight."""
-        largest = self.vllm_importance_sampling_cap or self.vllm_importance_sampling_clip_max
+        largest = self.vllm_importance_sampling_clip_max
         return self.vllm_importance_sampling_clip_min or 0.0, math.inf if largest is None else largest
 
     def problems(self) -> Iterator[Problem]:
@@ -61,7 +62,7 @@ class ServeSettings(Settings):
     """Server"""
 
     model: str | None = setting(None, "checkpoint folder or Hugging Face model id")
-    host: str = setting("127.0.0.1", "address to listen at; everyone who reaches it can use the routes")
+    host: str = setting("127.0.0.1", "address to listen at; set VLLM_API_KEY where others reach it")
     port: int = setting(8000, "port to listen at", above=0)
     hand_over: Literal["folder", "nccl"] = setting(
         "folder", "weight sync: by a shared folder, or from GPU to GPU"

@@ -4,11 +4,12 @@ from collections.abc import Mapping, Sequence
 from statistics import median
 from typing import Any, NamedTuple
 
-from video_r1.report.run_data import finite
+from video_r1.report.values import finite
 
-RECENT = 10  # lines
+RECENT, LETTERS_OF = 10, 20  # lines
 SILENT = 600.0  # seconds
-FLAT, CUT, FORMAT_LOST = 0.8, 0.25, 0.5  # shares
+FLAT, CUT, FORMAT_LOST, COLLAPSED = 0.8, 0.25, 0.5, 0.9  # shares
+ENOUGH = 100  # answers
 KL_FACTOR, KL_FLOOR = 5.0, 0.1
 MISMATCH = 0.05  # nats; rounding explains about 0.01
 
@@ -23,15 +24,15 @@ class Alert(NamedTuple):
     advice: str
 
 
-def alert_of_silence(silent: float, each: float | None) -> list[Alert]:
+def alert_of_silence(silent: float, each: float | None) -> Alert | None:
     """Return the alert of a running run that has written nothing for `silent` s; each: seconds a step."""
     if silent <= max(SILENT, 5 * (each or 0.0)):
-        return []
+        return None
     advice = (
         "look at the terminal or the log of the run: it may hang in a collective, a server or a disk; "
         "py-spy dump --pid shows where"
     )
-    return [Alert("silent", f"nothing was written for {silent / 60:.0f} minutes", advice)]
+    return Alert("silent", f"nothing was written for {silent / 60:.0f} minutes", advice)
 
 
 def alerts_of(lines: Lines) -> list[Alert]:
@@ -56,6 +57,13 @@ def alerts_of(lines: Lines) -> list[Alert]:
         say("truncation", f"{cut:.0%} of the completions are cut off at max_completion_length",
             "raise max_completion_length, or reward shorter completions: those cut off earn nothing"
         )  # fmt: skip
+    letters = {name for line in lines[-LETTERS_OF:] for name in line if name.startswith("answers/")}
+    given = {name.removeprefix("answers/"): sum(values(lines[-LETTERS_OF:], name)) for name in letters}
+    most = max(given, key=lambda letter: given[letter], default="")
+    if sum(given.values()) >= ENOUGH and given[most] > COLLAPSED * sum(given.values()):
+        say("collapse", f"{given[most] / sum(given.values()):.0%} of the last answers are {most}",
+            "the answers collapse onto one: look at the balance of the data (data check, Data), and train "
+            "with shuffle_options")  # fmt: skip
     far, before = recent(lines, "policy/kl", 3), values(lines, "policy/kl")[:-3]
     usual = median(before) if len(before) >= RECENT else None
     if far is not None and usual is not None and far > KL_FLOOR and far > KL_FACTOR * usual:

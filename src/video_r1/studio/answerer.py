@@ -1,7 +1,7 @@
 """The process that holds the model: it reads questions as JSON lines and writes events as JSON lines.
 
-    {"number": 3, "settings": {…}, "question": "…", "orders": ["ordered", "shuffled"]}
-    ◄ {"number": 3, "event": "state" | "frames" | "text" | "answers" | "error" | "end", …}
+    {"settings": {…}, "orders": ["ordered", "shuffled"]}, or "stop"
+    ◄ {"event": "state" | "frames" | "text" | "answers" | "error" | "end", …}
 
 Started by ask.py, which imports neither torch nor a model. Every failure of a model or a server becomes an
 `error`; ask.py reports the death of this process. It ends with the server.
@@ -22,7 +22,7 @@ from video_r1.data.decoding.media import Media
 from video_r1.data.manifests.records import Sample
 from video_r1.errors import VideoR1Error, first_line
 from video_r1.evaluation.ask import named_answer, question_sample
-from video_r1.evaluation.session import ModelSession, View, sampling_of
+from video_r1.evaluation.session import ModelSession, View, sampling_of, verdict
 from video_r1.recipe import load_recipe
 from video_r1.report.run_data import place_of
 from video_r1.settings.decoding import AskSettings
@@ -39,27 +39,25 @@ class Answerer:
     def __init__(self, out: TextIO) -> None:
         self._out = out
         self._session: ModelSession | None = None
-        self.number = 0
-        self.stopped: set[int] = set()  # numbers of questions
 
     def say(self, event: str, **what: Any) -> None:
-        self._out.write(json.dumps({"number": self.number, "event": event, **what}) + "\n")
+        self._out.write(json.dumps({"event": event, **what}) + "\n")
         self._out.flush()
 
-    def answer(self, asked: dict[str, Any]) -> None:
-        """Write all events of one question, `end` last."""
-        self.number = asked["number"]
+    def answer(self, asked: dict[str, Any], stopped: threading.Event) -> None:
+        """Write all events of one question, `end` last; no further text once `stopped` is set."""
         try:
-            self._answer(asked)
+            self._answer(asked, stopped)
         except Stopped:
             pass
         except VideoR1Error as error:
             self.say("error", error=str(error))
         except Exception as error:  # a stranger's checkpoint or a server may raise anything
             self.say("error", error=f"{type(error).__name__}: {first_line(error)}"[:1000])
+        stopped.set()  # an endpoint may still write
         self.say("end")
 
-    def _answer(self, asked: dict[str, Any]) -> None:
+    def _answer(self, asked: dict[str, Any], stopped: threading.Event) -> None:
         settings = load_recipe("ask", None, asked["settings"]).section(AskSettings)
         sample = question_sample(settings, asked["settings"]["question"][0])
         if self._session is None:
@@ -87,16 +85,15 @@ class Answerer:
         session.load()
         self.say("state", text="answering")
 
-        number = self.number  # an endpoint may still write when the answer is over
-
         def hear(view: int, text: str) -> None:
-            if number in self.stopped:
+            if stopped.is_set():
                 raise Stopped
             if text:
                 self.say("text", view=view, text=text)
 
         views = session.ask(sample, prompts, settings.samples, sampling_of(settings), hear)
-        self.say("answers", right=bool(sample.answer), views=[_view(sample, view) for view in views])
+        shown, said = [_view(sample, view) for view in views], verdict(sample, views)
+        self.say("answers", right=bool(sample.answer), verdict=said, views=shown)
 
 
 def strip_of(shown: Sequence[Media]) -> dict[str, Any]:
@@ -126,24 +123,25 @@ def _view(sample: Sample, view: View) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Read questions, and {"stop": number}, from standard input until it is closed."""
+    """Read questions, and "stop" for the last one, from standard input until it is closed."""
     out = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)  # output of libraries is not an event
     answerer = Answerer(out)
-    waiting: queue.SimpleQueue[dict[str, Any]] = queue.SimpleQueue()
+    waiting: queue.SimpleQueue[tuple[dict[str, Any], threading.Event]] = queue.SimpleQueue()
 
     def listen() -> None:
+        stopped = threading.Event()
         for line in sys.stdin:
-            asked = json.loads(line)
-            if "stop" in asked:
-                answerer.stopped.add(asked["stop"])
+            if (asked := json.loads(line)) == "stop":
+                stopped.set()
             else:
-                waiting.put(asked)
+                stopped = threading.Event()
+                waiting.put((asked, stopped))
         os._exit(0)  # the server is gone
 
     threading.Thread(target=listen, daemon=True).start()
     while True:
-        answerer.answer(waiting.get())
+        answerer.answer(*waiting.get())
 
 
 if __name__ == "__main__":

@@ -54,9 +54,18 @@ function askView(view, [manifest, row]) {
       make("div", { class: "beside" }, field("ask-samples", "Answers to each", samples), field("ask-temperature", "Temperature", temperature), field("ask-tokens", "Tokens at most", tokens)),
       make("p", { class: "control" }, go, addButton, said)));
   document.getElementById("main").replaceChildren(asking, results);
-  question.addEventListener("keydown", (event) => { if (event.key === "Enter" && (event.ctrlKey || event.metaKey)) start(); });
+  // Enter asks; in the question, Shift and Enter begin a new line.
+  asking.addEventListener("keydown", (event) => {
+    if (event.key !== "Enter" || event.shiftKey || event.target === options || event.target === words || !event.target.matches("textarea, input:not([type=file])")) return;
+    event.preventDefault();
+    if (!running) start();
+  });
 
   function choose(chosen, image, window) {
+    if (JSON.stringify(chosen) !== JSON.stringify(clip)) { // answers about another clip go
+      running?.abort();
+      results.replaceChildren();
+    }
     clip = chosen;
     isImage = image;
     contrasts.querySelectorAll("input").forEach((box) => { box.disabled = image && box.value !== "blind"; });
@@ -249,7 +258,7 @@ function answerView(asked) {
           make("span", { class: "quiet" }, `, ${percent(item.share.low)} to ${percent(item.share.high)} % · answers: ${counted(item.completions)}`),
           item.gap ? make("span", { class: "gap" }, `order gains ${signed(item.gap.mean)} (${signed(item.gap.low)} to ${signed(item.gap.high)})`) : "");
       });
-      verdict.replaceChildren(...verdictOf(event, parts));
+      verdict.textContent = event.verdict;
     },
   };
 }
@@ -270,15 +279,4 @@ function shareBar(share) {
   return draw("svg", { class: "share", width, height: 16, viewBox: `0 0 ${width} 16`, "aria-hidden": "true" },
     draw("line", { class: "grid", x1: x(0), x2: x(1), y1: 8, y2: 8 }), draw("line", { class: "interval", x1: x(share.low), x2: x(share.high), y1: 8, y2: 8 }),
     draw("circle", { cx: x(share.mean), cy: 8, r: 4 }));
-}
-
-/** What the intervals allow to say about the order of the frames. */
-function verdictOf(event, parts) {
-  const compared = event.views.map((item, i) => ({ ...item, order: parts[i].order })).filter((item) => item.gap);
-  const moved = compared.filter((item) => ["shuffled", "reversed"].includes(item.order));
-  if (!moved.length) return [];
-  const seen = moved.filter((item) => item.gap.low > 0);
-  const count = event.views[0].completions.length;
-  if (seen.length) return [make("b", {}, "The order of the frames matters here: "), `with the frames ${seen.map((item) => item.order).join(" and ")}, fewer answers are ${event.right ? "right" : "those given in order"}.`];
-  return [make("b", {}, `${plural(count, "answer")} to each do not show that the order of the frames matters`), count < 16 ? "; more answers narrow the intervals." : "."];
 }

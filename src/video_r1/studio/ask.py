@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, get_args
 from urllib.parse import urlsplit
 
+import anyio
 from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
@@ -25,11 +26,10 @@ from video_r1.errors import ManifestError, RequestError
 from video_r1.evaluation.ask import labelled, solution_of
 from video_r1.files import append_line, draft_of
 from video_r1.fingerprint import digest
-from video_r1.report.run_data import as_list, as_table, finite, text, whole
+from video_r1.report.values import as_list, as_table, finite, parse, text, whole
 from video_r1.settings.decoding import addresses, has_path
 from video_r1.settings.frames import Contrast
 from video_r1.studio.requests import Answer, body_of
-from video_r1.studio.tail import parse
 
 MOST_SAMPLES, MOST_TOKENS = 64, 16_384
 QUESTION = 20_000  # characters
@@ -54,8 +54,6 @@ class ModelProcess:
         self._process: asyncio.subprocess.Process | None = None
         self._opened: tuple[Any, ...] = ()
         self._said: BinaryIO | None = None  # standard error
-        self._number = 0
-        self._unended: int | None = None  # the question whose caller left
 
     async def ask(
         self, opened: tuple[Any, ...], asked: Mapping[str, Any], keys: bool = True
@@ -66,16 +64,13 @@ class ModelProcess:
         the API keys of the environment. A caller that stops listening stops the answer.
         """
         async with self._turn:
-            process = await self._free(opened, keys)
+            process = await self._started(opened, keys)
             assert process.stdin is not None and process.stdout is not None
-            self._number = number = self._number + 1
-            process.stdin.write(json.dumps({"number": number, **asked}).encode() + b"\n")
+            process.stdin.write(json.dumps(asked).encode() + b"\n")
             ended = False
             try:
                 while line := await process.stdout.readline():
                     event = json.loads(line)
-                    if event.pop("number") != number:  # of an earlier answer
-                        continue
                     ended = event["event"] == "end"
                     yield event
                     if ended:
@@ -83,29 +78,21 @@ class ModelProcess:
                 ended = True
                 yield {"event": "error", "error": await self._why_it_ended()}
             finally:
-                if not ended and process.returncode is None:
-                    self._unended = number
-                    process.stdin.write(json.dumps({"stop": number}).encode() + b"\n")
+                if not ended:
+                    with anyio.CancelScope(shield=True):
+                        await self._stop(process)
 
-    async def _free(self, opened: tuple[Any, ...], keys: bool) -> asyncio.subprocess.Process:
-        """Return the process when it has stopped its last answer.
-
-        A process that does not stop in time is killed: it may wait for a silent server.
-        """
-        process = await self._started(opened, keys)
-        if self._unended is None:
-            return process
-        assert process.stdout is not None
+    async def _stop(self, process: asyncio.subprocess.Process) -> None:
+        """Stop the answer, or the process if the answer does not end in time: it may wait for a server."""
+        assert process.stdin is not None and process.stdout is not None
+        process.stdin.write(b'"stop"\n')
         try:
             async with asyncio.timeout(STOPPING):
                 while line := await process.stdout.readline():
-                    event = json.loads(line)
-                    if (event["number"], event["event"]) == (self._unended, "end"):
-                        break
+                    if json.loads(line)["event"] == "end":
+                        return
         except TimeoutError:
             await self.close()
-        self._unended = None
-        return await self._started(opened, keys)
 
     async def _started(self, opened: tuple[Any, ...], keys: bool) -> asyncio.subprocess.Process:
         if self._process is not None and self._process.returncode is None and self._opened == opened:
@@ -138,7 +125,7 @@ class ModelProcess:
             await self._process.wait()
         if self._said is not None:
             self._said.close()
-        self._process = self._said = self._unended = None
+        self._process = self._said = None
 
 
 def choices(request: Request) -> Answer:
@@ -229,7 +216,7 @@ def _clip(request: Request, clip: dict[str, Any]) -> tuple[str, dict[str, Any]]:
     if "upload" in clip:
         return str(request.app.state.uploads.path(text(clip["upload"]))), {}
     sample = request.app.state.manifests.sample(text(clip.get("manifest", "")), whole(clip.get("row")))
-    more = {"start": sample.start, "end": sample.end, "clip_fps": sample.fps}
+    more = {"start": sample.start, "end": sample.end, "clip_fps": sample.fps, "play": sample.play}
     more |= {"more_paths": [*sample.more_paths] or None}
     return sample.path, {name: value for name, value in more.items() if value is not None}
 
@@ -268,7 +255,11 @@ def _add(request: Request, asked: dict[str, Any]) -> dict[str, Any]:
         index = request.app.state.manifests.index(text(clip.get("manifest", "")))
         folder = index.manifest.found.folder
         taken = index.row(whole(clip.get("row"))) or {}
-        row |= {name: taken[name] for name in ("path", "start", "end", "fps", "data_type") if name in taken}
+        row |= {
+            name: taken[name]
+            for name in ("path", "start", "end", "fps", "data_type", "play")
+            if name in taken
+        }
     row = _row(asked, source) | row
     row["problem_id"] = f"asked-{digest([row['path'], row['problem'], row['solution']], 6)}"
     target = folder / ADDED
@@ -288,7 +279,7 @@ def _add(request: Request, asked: dict[str, Any]) -> dict[str, Any]:
         append_line(target, row)
     except OSError as error:
         raise HTTPException(507, f"{target} cannot be written: {error.strerror}") from error
-    request.app.state.library.renew_manifests()
+    request.app.state.library.files.renew()
     return {"manifest": str(target), "problem_id": row["problem_id"]}
 
 

@@ -17,7 +17,7 @@ from video_r1.data.sources.archives import TAR, Part, split_member
 from video_r1.data.sources.media_types import FOLDER_FPS, IMAGE_EXTENSIONS, VIDEO_EXTENSIONS, frame_names
 from video_r1.data.sources.remote import local_file, open_remote_cache
 from video_r1.errors import MediaError
-from video_r1.report.run_data import finite
+from video_r1.report.values import finite
 
 LARGEST = 512 << 20  # bytes of one sent clip
 TOGETHER = 2 << 30  # bytes of all; the oldest go
@@ -59,8 +59,8 @@ def play(path: str, frame: int, wanted: str | None) -> Response:
             raise HTTPException(416, f"the clip has {part.size} bytes")
 
     def pieces() -> Iterator[bytes]:
-        with part.open() as file:
-            file.seek(begin)
+        with open(part.path, "rb") as file:
+            file.seek(part.offset + begin)
             for at in range(begin, end, _PIECE):
                 yield file.read(min(_PIECE, end - at))
 
@@ -129,10 +129,11 @@ class Uploads:
     def __init__(self) -> None:
         self._folder = tempfile.TemporaryDirectory(prefix="video-r1-studio-")
         self._sizes: dict[str, int] = {}
+        self._arriving: set[str] = set()
 
     def path(self, name: str) -> Path:
         """Return the file of a clip. Raises HTTPException 404."""
-        if name not in self._sizes:
+        if name not in self._sizes or name in self._arriving:
             raise HTTPException(404, "this clip was removed: choose it again")
         return Path(self._folder.name, name)
 
@@ -144,23 +145,34 @@ class Uploads:
         stem = re.sub(r"[^A-Za-z0-9-]+", "-", Path(filename).stem)[:40].strip("-") or "clip"
         name = f"{stem}-{secrets.token_hex(4)}{ending}"
         path = Path(self._folder.name, name)
-        size = 0
+        self._sizes[name] = 0
+        self._arriving.add(name)
         try:
             with path.open("wb") as file:
                 async for part in parts:
-                    size += len(part)
-                    if size > LARGEST:
+                    self._sizes[name] += len(part)
+                    if self._sizes[name] > LARGEST:
                         raise HTTPException(413, f"the file has more than {LARGEST >> 20} MB")
+                    self._make_room()
                     file.write(part)
         except BaseException:
-            path.unlink(missing_ok=True)
+            self._remove(name)
             raise
-        self._sizes[name] = size
-        while sum(self._sizes.values()) > TOGETHER and len(self._sizes) > 1:
-            oldest = next(iter(self._sizes))
-            del self._sizes[oldest]
-            Path(self._folder.name, oldest).unlink(missing_ok=True)
+        finally:
+            self._arriving.discard(name)
         return name
+
+    def _make_room(self) -> None:
+        """Remove the oldest whole clips. Raises HTTPException 413 if those that arrive are too large."""
+        while sum(self._sizes.values()) > TOGETHER:
+            oldest = next((name for name in self._sizes if name not in self._arriving), None)
+            if oldest is None:
+                raise HTTPException(413, f"the clips that are being sent have more than {TOGETHER >> 30} GB")
+            self._remove(oldest)
+
+    def _remove(self, name: str) -> None:
+        del self._sizes[name]
+        Path(self._folder.name, name).unlink(missing_ok=True)
 
     def close(self) -> None:
         self._folder.cleanup()

@@ -39,7 +39,7 @@ function dataView(view, [wanted]) {
   let chosen = null;
 
   const query = () => {
-    const given = { manifest: manifest.value, at: starts[starts.length - 1], counts: 1 };
+    const given = { manifest: manifest.value, at: starts[starts.length - 1] };
     for (const [name] of ROW_FILTERS) if (filters[name].select.selectedIndex > 0) given[name] = filters[name].select.value;
     if (words.value.trim()) given.words = words.value;
     if (keep.value.trim()) given.keep = keep.value;
@@ -77,7 +77,7 @@ function dataView(view, [wanted]) {
     more = answer.more;
     following = answer.next;
     lead.textContent = `${plural(answer.rows, "row")}${more ? `, and ${show(Math.ceil(answer.behind / 1e6))} MB still to be read` : ""}; `
-      + `${answer.bad ? `${show(answer.bad)} with problems that data check would name` : "data check would find no problem in a row"}.`;
+      + `${answer.bad ? `${show(answer.bad)} with problems; data check also decodes the media` : "none has a problem; data check also decodes the media"}.`;
     notes.replaceChildren(...answer.notes.map((note) => make("li", {}, note)));
     keepField.hidden = !answer.rates.length;
     list.classList.toggle("no-rates", !answer.rates.length);
@@ -128,7 +128,7 @@ function dataView(view, [wanted]) {
       playable ? player({ manifest: manifest.value, row: item.row }, item.media === "image", item) : "",
       item.problems.length ? make("ul", { class: "alerts", role: "list", "aria-label": "Problems" }, item.problems.map((problem) => make("li", {}, problem))) : "",
       make("p", { class: "facts", dir: "auto" }, [`row ${show(item.row + 1)}`, `question ${item.id}`, item.type, item.source, item.path,
-        item.start !== null || item.end !== null ? `${show(item.start ?? 0)} to ${item.end === null ? "the end" : `${show(item.end)} s`}` : ""].filter(Boolean).join(" · ")),
+        item.start !== null || item.end !== null ? `${show(item.start ?? 0)} to ${item.end === null ? "the end" : `${show(item.end)} s`}` : "", item.play === "reversed" ? "shown to models backwards" : ""].filter(Boolean).join(" · ")),
       make("h3", { class: "question", dir: "auto" }, item.problem),
       item.options.length ? make("ul", { class: "options" }, item.options.map((option) => make("li", { class: isRight(option, item.answer) ? "right" : null, dir: "auto" }, option))) : "",
       make("p", { class: "answer", dir: "auto" }, make("span", {}, "Right answer "), item.answer),
@@ -146,23 +146,23 @@ function dataView(view, [wanted]) {
       if (before !== null) select.value = before;
       if (select.selectedIndex < 0) select.selectedIndex = 0;
     }
-    const lengths = Object.entries(answer.counts.lengths);
-    const longest = lengths.findLastIndex(([, n]) => n > 0);
-    pictures.replaceChildren(section("balance", "Balance", make("div", { class: "pictures" },
-      bars("Types", Object.entries(answer.counts.type)), bars("Media", Object.entries(answer.counts.media)), bars("Sources", Object.entries(answer.counts.source)),
-      bars("Characters of a question", lengths.map(([from, n], i) => [i + 1 < lengths.length ? `${from} to ${lengths[i + 1][0] - 1}` : `${from} and more`, n]).slice(0, longest + 1), false))));
+    const { warnings } = answer.counts;
+    pictures.replaceChildren(section("balance", "Balance",
+      warnings.length ? make("ul", { class: "alerts", role: "list", "aria-label": "Warnings" }, warnings.map((warning) => make("li", {}, warning))) : "",
+      make("div", { class: "pictures" },
+      bars("Types", Object.entries(answer.counts.type)), bars("Media", Object.entries(answer.counts.media)), bars("Sources", Object.entries(answer.counts.source)), Object.keys(answer.counts.answer).length ? bars("Right answers of multiple choice", Object.entries(answer.counts.answer)) : "")));
   }
 
   (async () => {
     try {
-      const found = (await ask("/api/manifests")).manifests;
+      const found = (await ask("/api/choices")).manifests;
       if (!view.open) return;
       if (!found.length) {
         document.getElementById("main").replaceChildren(make("p", { class: "lead" }, "There is no manifest below these folders: a .json or .jsonl file whose rows have problem_id, problem, solution and path."));
         return;
       }
-      manifest.replaceChildren(...found.map((item) => make("option", { value: item.name }, `${item.name} · ${item.bytes < 1e6 ? `${Math.ceil(item.bytes / 1e3)} kB` : `${show(Math.round(item.bytes / 1e6))} MB`}`)));
-      manifest.value = found.some((item) => item.name === wanted) ? wanted : found[0].name;
+      manifest.replaceChildren(...found.map((item) => make("option", { value: item }, item)));
+      manifest.value = found.includes(wanted) ? wanted : found[0];
       await load();
       follow(view, async () => { if (more) await load(); return more ? 0.3 : 3; });
     } catch (error) { trouble(error.message); }
@@ -170,8 +170,8 @@ function dataView(view, [wanted]) {
 }
 
 /** Counts as bars, the largest first. */
-function bars(title, counts, sorted = true) {
-  const all = sorted ? [...counts].sort((a, b) => b[1] - a[1]) : counts;
+function bars(title, counts) {
+  const all = [...counts].sort((a, b) => b[1] - a[1]);
   const rest = all.slice(LONGEST_BARS);
   const kept = rest.length ? [...all.slice(0, LONGEST_BARS), [`${show(rest.length)} more`, rest.reduce((sum, [, n]) => sum + n, 0)]] : all;
   const most = Math.max(1, ...kept.map(([, n]) => n));

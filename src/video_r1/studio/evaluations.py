@@ -1,7 +1,7 @@
-"""Two evaluations side by side, and the questions that one answers better than the other."""
+"""Two evaluations side by side, or two orders of one, and the questions that one side answers better."""
 
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple, get_args
 
 from starlette.exceptions import HTTPException
@@ -9,12 +9,14 @@ from starlette.requests import Request
 from starlette.routing import Route
 
 from video_r1.evaluation.metrics import mean_figure
-from video_r1.report.run_data import ANSWERS, finite, text
+from video_r1.report.run_data import ANSWERS
+from video_r1.report.values import finite, parse, text
 from video_r1.settings.frames import Order
 from video_r1.studio.folders import Found
 from video_r1.studio.manifests import ManifestIndex, row_of
+from video_r1.studio.overview import last_written
 from video_r1.studio.requests import Answer, number
-from video_r1.studio.tail import Tail, parse
+from video_r1.studio.tail import Tail
 
 OPEN_FILES = 24  # of predictions whose scores are kept in memory
 MAX_PREDICTIONS = 1_000_000
@@ -33,6 +35,10 @@ class Scored(NamedTuple):
     tokens: float | None
     groups: tuple[str, ...]
     place: tuple[int, int]
+
+
+Answers = Mapping[str, Mapping[str, Scored]]  # by order and problem_id
+Pairs = Mapping[str, tuple[Scored, Scored]]  # the answers of both sides, by problem_id
 
 
 class Side(NamedTuple):
@@ -55,29 +61,30 @@ class Predictions:
     """The scores of one predictions file, as far as it is written."""
 
     def __init__(self, file: tuple[Found, str]) -> None:
-        self.found, self.lock = file[0], threading.Lock()
-        self.tail = Tail(*file)
+        self.tail, self.lock = Tail(*file), threading.Lock()
         self._restart()
 
     def _restart(self) -> None:
-        self.scored: dict[str, dict[str, Scored]] = {}  # by order and problem_id
+        self.scored: dict[str, dict[str, Scored]] = {}
 
-    def read(self) -> dict[str, dict[str, Scored]]:
+    def read(self) -> Answers:
         with self.lock:
             self.tail.read(self._take, self._restart, READ_SECONDS)
             return self.scored
 
     def _take(self, place: int, size: int, record: dict[str, Any]) -> None:
         score, order = finite(record.get("score")), text(record.get("order", ""))
-        by_id = self.scored.setdefault(order, {}) if len(self.scored) < 10 else self.scored.get(order, {})
-        if score is not None and len(by_id) < MAX_PREDICTIONS:
+        if score is None or order not in get_args(Order):
+            return
+        by_id = self.scored.setdefault(order, {})
+        if len(by_id) < MAX_PREDICTIONS:
             groups = tuple(text(record.get(field) or "")[:80] for field in GROUPINGS.values())
             tokens = finite(record.get("tokens"))
             by_id[text(record.get("problem_id", ""))] = Scored(score, tokens, groups, (place, size))
 
     def record(self, scored: Scored) -> dict[str, Any]:
         """Return the whole answer, {} if the file does not have it any more."""
-        with self.found.open(self.tail.name) as file:
+        with self.tail.found.open(self.tail.name) as file:
             file.seek(scored.place[0])
             return parse(file.read(scored.place[1])) or {}
 
@@ -85,89 +92,94 @@ class Predictions:
 def list_evaluations(request: Request) -> Answer:
     """Answer what can be compared: evaluations, their direct answers, and folders with several benchmarks."""
     rows = [
-        {"name": name, "frames": sides[""].frames if "" in sides else [], "benchmarks": len(sides)}
-        for name, sides in _comparable(request).items()
+        {
+            "name": name,
+            "frames": sides[""].frames if "" in sides else [],
+            "benchmarks": sorted(sides),
+            "written": max(last_written(side.found) or 0.0 for side in sides.values()),
+        }
+        for name, sides in sorted(_comparable(request).items())
     ]
-    return Answer({"evaluations": sorted(rows, key=lambda row: row["name"])})
+    return Answer({"evaluations": rows})
 
 
 def versus(request: Request) -> Answer:
     """Answer the scores of `left` and `right` over the questions that both have answered.
 
-    Asked for with `frames` (default: the most that both have) and `order`. Each row has both accuracies and
-    their paired difference with 95 % intervals, and mean lengths in tokens. If both have several orders, each
-    order has a row too, with the gaps (ordered minus this order).
+    Asked for with `frames` (default: the most that both have), `order`, and `against`, the order of the left
+    side if it is another one. Each row has both accuracies and their paired difference (right minus left)
+    with 95 % intervals, and mean lengths in tokens. If both have several orders, each order has a row too,
+    with the gaps (ordered minus this order).
     """
-    pairs, wanted = _pairs(request), request.query_params.get("order", "ordered")
+    wanted = request.query_params.get("order", "ordered")
+    against = request.query_params.get("against", wanted)
     rows, frames, orders = [], set[str](), set[str]()
-    for benchmark, (left, right) in pairs.items():
-        opened, other, count = _both(request, left, right)
-        first, second = opened.read(), other.read()
-        frames |= set(left.frames) & set(right.frames)
-        both = {name: [p for p in a if p in second[name]] for name, a in first.items() if name in second}
-        asked = [name for name in get_args(Order) if both.get(name)]
+    pairs = _pairs(request)
+    for benchmark, sides in pairs.items():
+        predictions, count = _both(request, sides)
+        left, right = (opened.read() for opened in predictions)
+        frames |= set(sides[0].frames) & set(sides[1].frames)
+        asked = [name for name in get_args(Order) if _paired(left, right, name, name)]
         orders |= set(asked)
-        if wanted not in asked:
-            continue
-        a, b = first[wanted], second[wanted]
-        new = [{"group": "", "name": "", **_row(a, b, both[wanted])}]
-        if len(asked) > 1:
-            new += [
-                {"group": "order", "name": name, **_row(first[name], second[name], both[name])}
-                | {"gaps": [_gap(side, name, both[name]) for side in (first, second)]}
-                for name in asked
-            ]
+        both = _paired(left, right, against, wanted)
+        tables = {("", ""): both}
+        if len(asked) > 1 and against == wanted:
+            tables |= {("order", name): _paired(left, right, name, name) for name in asked}
         for place, grouping in enumerate(GROUPINGS):
-            members: dict[str, list[str]] = {}
-            for problem in both[wanted]:
-                members.setdefault(a[problem].groups[place], []).append(problem)
-            names = sorted(name for name in members if name)
-            if len(names) > 1:
-                new += [
-                    {"group": grouping, "name": name, **_row(a, b, members[name])}
-                    for name in names[:MAX_GROUPS]
-                ]
-        rows += [{"benchmark": benchmark, "frames": count, **row} for row in new]
+            names = sorted({answer.groups[place] for answer, _ in both.values()} - {""})
+            for name in names[:MAX_GROUPS] if len(names) > 1 else ():
+                tables[grouping, name] = {p: two for p, two in both.items() if two[0].groups[place] == name}
+        for (group, name), members in tables.items() if both else ():
+            row = {"benchmark": benchmark, "frames": count, "group": group, "name": name, **_row(members)}
+            if group == "order":
+                row["gaps"] = [_gap(side, name, members) for side in (left, right)]
+            rows.append(row)
     return Answer({
         "rows": rows, "frames": sorted(frames, key=int), "benchmarks": list(pairs),
         "orders": [name for name in get_args(Order) if name in orders],
     })  # fmt: skip
 
 
-def _row(a: Mapping[str, Scored], b: Mapping[str, Scored], problems: Sequence[str]) -> dict[str, Any]:
-    first, second = ([side[problem].score for problem in problems] for side in (a, b))
-    difference = [x - y for x, y in zip(first, second, strict=True)]
-    figures = {"left": first, "right": second, "difference": difference}
+def _paired(left: Answers, right: Answers, against: str, order: str) -> Pairs:
+    """Pair the answers to each question: those of `left` in the order `against`, of `right` in `order`."""
+    a, b = left.get(against, {}), right.get(order, {})
+    return {problem: (a[problem], b[problem]) for problem in a if problem in b}
+
+
+def _row(both: Pairs) -> dict[str, Any]:
+    left, right = zip(*both.values(), strict=True)
+    scores = {name: [answer.score for answer in side] for name, side in (("left", left), ("right", right))}
+    scores["difference"] = [b.score - a.score for a, b in both.values()]
     return {
-        "questions": len(problems),
-        "wins": sum(by > 0 for by in difference),
-        "losses": sum(by < 0 for by in difference),
+        "questions": len(both),
+        "left_wins": sum(by < 0 for by in scores["difference"]),
+        "right_wins": sum(by > 0 for by in scores["difference"]),
         **{
             name: dict(zip(("mean", "low", "high"), mean_figure(values)[:3], strict=True))
-            for name, values in figures.items()
+            for name, values in scores.items()
         },
-        "tokens": [_mean_tokens(side, problems) for side in (a, b)],
+        "tokens": [_mean([answer.tokens for answer in side]) for side in (left, right)],
     }
 
 
-def _gap(side: Mapping[str, Mapping[str, Scored]], contrast: str, problems: Sequence[str]) -> float | None:
+def _gap(side: Answers, contrast: str, problems: Iterable[str]) -> float | None:
     """Return the gap (ordered minus `contrast`) over the questions asked in both orders."""
-    ordered = side.get("ordered", {})
-    gains = [ordered[p].score - side[contrast][p].score for p in problems if p in ordered]
-    return sum(gains) / len(gains) if gains and contrast != "ordered" else None
+    ordered = side.get("ordered", {}) if contrast != "ordered" else {}
+    return _mean([ordered[p].score - side[contrast][p].score for p in problems if p in ordered])
 
 
-def _mean_tokens(side: Mapping[str, Scored], problems: Sequence[str]) -> float | None:
-    """Return the mean length, None if an answer's length is unknown."""
-    tokens = [side[problem].tokens for problem in problems]
-    known = [count for count in tokens if count is not None]
-    return sum(known) / len(known) if len(known) == len(tokens) else None
+def _mean(values: Sequence[float | None]) -> float | None:
+    """Return the mean, None if there are no values or one is unknown."""
+    known = [value for value in values if value is not None]
+    return sum(known) / len(known) if known and len(known) == len(values) else None
 
 
 def questions(request: Request) -> Answer:
-    """Answer 20 questions from `at` on that `left` answers better (`who=left`) or worse (`right`).
+    """Answer 20 questions from `at` on: those that one side (`who`) answers better, the largest difference
+    first, or that `both` answer right or `neither` does.
 
-    The largest difference comes first. Each has both outputs and, if there is one, its row of a manifest.
+    The rest as for `versus`; `benchmark`, `group` and `name` choose a row of its table. Each question has
+    both outputs and, if there is one, its row of a manifest.
     """
     asked = request.query_params
     pairs, at = _pairs(request), max(0, number(asked, "at"))
@@ -176,17 +188,27 @@ def questions(request: Request) -> Answer:
     benchmark = asked.get("benchmark", next(iter(pairs)))
     if benchmark not in pairs:
         raise HTTPException(404, "both have no such benchmark")
-    first, second, _ = _both(request, *pairs[benchmark])
-    a, b = first.read().get(order, {}), second.read().get(order, {})
-    sign = -1 if asked.get("who") == "right" else 1
-    by = {problem: sign * (a[problem].score - b[problem].score) for problem in a if problem in b}
-    won = sorted((problem for problem in by if by[problem] > 0), key=lambda problem: -by[problem])
+    (left, right), _ = _both(request, pairs[benchmark])
+    both = _paired(left.read(), right.read(), asked.get("against", order), order)
     if group in GROUPINGS:
         place = list(GROUPINGS).index(group)
-        won = [problem for problem in won if a[problem].groups[place] == name]
+        both = {problem: two for problem, two in both.items() if two[0].groups[place] == name}
+    who = asked.get("who", "right")
+    if who in ("left", "right"):
+        by = {
+            problem: (b.score - a.score) * (1 if who == "right" else -1) for problem, (a, b) in both.items()
+        }
+        chosen = sorted((problem for problem in by if by[problem] > 0), key=lambda problem: -by[problem])
+    else:
+        wanted = {"both": (True, True), "neither": (False, False)}.get(who)
+        chosen = [p for p, (a, b) in both.items() if (a.score > 0.5, b.score > 0.5) == wanted]
     indexes = request.app.state.manifests.indexes()
-    shown = [_question(indexes, p, first.record(a[p]), second.record(b[p])) for p in won[at : at + PAGE]]
-    return Answer({"total": len(won), "shown": shown, "next": at + PAGE if at + PAGE < len(won) else None})
+    shown = []
+    for problem in chosen[at : at + PAGE]:
+        a, b = both[problem]
+        shown.append(_question(indexes, problem, left.record(a), right.record(b)))
+    after = at + PAGE
+    return Answer({"total": len(chosen), "shown": shown, "next": after if after < len(chosen) else None})
 
 
 def _question(
@@ -242,16 +264,16 @@ def _pairs(request: Request) -> dict[str, tuple[Side, Side]]:
     return pairs
 
 
-def _both(request: Request, left: Side, right: Side) -> tuple[Predictions, Predictions, str]:
+def _both(request: Request, sides: tuple[Side, Side]) -> tuple[tuple[Predictions, Predictions], str]:
     """Return the predictions of both with one number of frames. Raises HTTPException 400."""
-    common = [count for count in left.frames if count in right.frames]
-    wanted = request.query_params.get("frames")
+    common = [count for count in sides[0].frames if count in sides[1].frames]
     if not common:
         raise HTTPException(400, "these two were not evaluated with the same number of frames")
+    wanted = request.query_params.get("frames")
     count = wanted if wanted in common else common[-1]
     opened = request.app.state.predictions
-    first, second = (opened.get((side.found, side.file(count))) for side in (left, right))
-    return first, second, count
+    left, right = (opened((side.found, side.file(count))) for side in sides)
+    return (left, right), count
 
 
 ROUTES = [

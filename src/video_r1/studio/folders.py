@@ -15,10 +15,12 @@ from importlib.resources import files
 from pathlib import Path
 from typing import BinaryIO, Generic, NamedTuple, TypeVar
 
-from video_r1.report.run_data import find_run_folders, flat, parse_object
+from video_r1.report.run_data import find_run_folders
+from video_r1.report.values import as_table, flat, parse, parse_object
 
 DEPTH = 5  # levels of folders below a given one
 SETTINGS_BYTES = 200_000  # of a config.yaml
+INDEX_BYTES = 8 << 20  # of an index of weights
 RUNS_SECONDS = 2.0  # how long a listing of runs is good
 FILES_SECONDS = 10.0  # the same of manifests and checkpoints
 LISTINGS = 10  # a listing is good for at least so many times as long as it took
@@ -85,29 +87,23 @@ class Listing(Generic[T]):
     def __init__(self, look: Callable[[], T], seconds: float) -> None:
         self._look, self._seconds = look, seconds
         self._lock = threading.Lock()
-        self._renewed_at = 0.0
-        self._found: T | None = None
+        self._found: list[T] = []  # one result, once there is one
+        self.renew()
 
     def now(self) -> T:
-        found = self._found
-        if found is not None and not self._lock.acquire(blocking=False):
-            return found
-        if found is None:
-            self._lock.acquire()
-        try:
-            if self._found is None or time.monotonic() >= self._renewed_at:
-                start = time.monotonic()
-                self._found = self._look()
-                taken = time.monotonic() - start
-                self._renewed_at = start + taken + max(self._seconds, LISTINGS * taken)
-            return self._found
-        finally:
-            self._lock.release()
+        if self._lock.acquire(blocking=not self._found):
+            try:
+                if (start := time.monotonic()) >= self._renewed_at:
+                    self._found = [self._look()]
+                    now = time.monotonic()
+                    self._renewed_at = now + max(self._seconds, LISTINGS * (now - start))
+            finally:
+                self._lock.release()
+        return self._found[0]
 
     def renew(self) -> None:
         """Look again at the next call."""
-        with self._lock:
-            self._found = None
+        self._renewed_at = 0.0
 
 
 class Library:
@@ -116,7 +112,7 @@ class Library:
     def __init__(self, roots: Sequence[str | Path]) -> None:
         self.roots = [Path(os.path.realpath(root)) for root in roots]
         self._runs = Listing(self._look_for_runs, RUNS_SECONDS)
-        self._files = Listing(self._look_for_files, FILES_SECONDS)
+        self.files = Listing(self._look_for_files, FILES_SECONDS)  # manifests and checkpoints
         self._heads: dict[tuple[Path, int, int], bool] = {}
 
     def runs(self) -> dict[str, Found]:
@@ -124,15 +120,11 @@ class Library:
         return self._runs.now()
 
     def manifests(self) -> dict[str, Manifest]:
-        return self._files.now()[0]
+        return self.files.now()[0]
 
     def checkpoints(self) -> dict[str, Path]:
         """Return checkpoint folders by name, the newest first, then the base that ships with the package."""
-        return self._files.now()[1]
-
-    def renew_manifests(self) -> None:
-        """Find files that were just written."""
-        self._files.renew()
+        return self.files.now()[1]
 
     def _look_for_runs(self) -> dict[str, Found]:
         found: dict[Path, Found] = {}
@@ -148,8 +140,8 @@ class Library:
         for root in self.roots:
             for folder, names in _folders(root):
                 found = Found(self._name(root, folder), folder, root)
-                if "config.json" in names and any(name.endswith(".safetensors") for name in names):
-                    written[found.name] = (os.stat(folder).st_mtime, folder)
+                if _is_whole(found, names):
+                    written[found.name] = (os.stat(folder / "config.json").st_mtime, folder)
                 for file in names:
                     if self._is_manifest(found, file):
                         name = self._name(root, folder / file)
@@ -204,6 +196,14 @@ def _folders(root: Path) -> Iterator[tuple[Path, list[str]]]:
         waiting += [(each, depth - 1) for each in sorted(inside)]
         left -= len(names)
         yield folder, sorted(names)
+
+
+def _is_whole(found: Found, names: Sequence[str]) -> bool:
+    """Return whether a folder has a checkpoint with all its weights. names: its files."""
+    if "config.json" not in names or not any(name.endswith(".safetensors") for name in names):
+        return False
+    index = parse(found.text("model.safetensors.index.json", INDEX_BYTES)) or {}
+    return all(name in names for name in as_table(index.get("weight_map")).values())
 
 
 def read_settings(found: Found) -> dict[str, str]:

@@ -9,7 +9,9 @@ import re
 import threading
 import time
 from array import array
+from collections import Counter
 from collections.abc import Iterator, Sequence
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -18,25 +20,25 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
+from video_r1.data.balance import constant_answers
 from video_r1.data.manifests.records import Sample, check_row, question_digest
 from video_r1.data.sources.media_paths import MediaPaths
 from video_r1.data.sources.remote import local_file
 from video_r1.errors import ConfigError, ManifestError
-from video_r1.report.run_data import as_list, as_table, finite, short_path, text
+from video_r1.report.values import as_list, as_table, finite, parse, short_path, text
 from video_r1.settings.filters import PASS_RATES, TRUE, Keep, parse_keep
 from video_r1.studio.clips import frames_of, media_file, play
 from video_r1.studio.folders import Library, Manifest
-from video_r1.studio.requests import Answer, Recent, number
-from video_r1.studio.tail import JsonArray, Tail, parse
+from video_r1.studio.requests import Answer, number
+from video_r1.studio.tail import JsonArray, Tail
 
 OPEN_MANIFESTS = 12  # indexes in memory
 PAGE = 50  # rows of one answer
 SEARCH_SECONDS = 1.0  # of one answer
 TEXT = 2000  # characters of a field
 MAX_ROWS = 5_000_000
-MAX_NAMES = 250  # of types, sources and rates; the others are "other"
+MAX_NAMES = 250  # of types and sources; the others are "other"
 LABEL = 80  # characters
-MISSING = float("nan")
 FIELDS = {"type": "problem_type", "media": "data_type", "source": "data_source"}
 
 
@@ -75,9 +77,10 @@ class ManifestIndex:
         self.starts, self.sizes = array("q"), array("l")
         self.codes = {name: array("B") for name in FIELDS}
         self.names: dict[str, dict[str, int]] = {name: {} for name in FIELDS}  # values as small numbers
-        self.bad = array("B")  # 1: data check complains of the row
-        self.lengths = array("l")  # characters of the question
-        self.rates: dict[str, array[float]] = {}
+        self.bad = array("B")  # 1: the row has problems
+        self.repeated: set[int] = set()  # rows whose problem_id stands in an earlier row
+        self.rates: set[str] = set()
+        self.answers: Counter[tuple[int, str]] = Counter()  # by the number of options
         self.ids = array("q")  # hashes of problem_id
         self._known: set[int] = set()
 
@@ -91,9 +94,13 @@ class ManifestIndex:
         if len(self) >= MAX_ROWS:
             return
         identity = hash(str(row.get("problem_id")))
-        _, problems = check_row(row, self.places, 2)
-        self.bad.append(bool(problems) or identity in self._known)
+        if identity in self._known:
+            self.repeated.add(len(self))
         self._known.add(identity)
+        sample, problems = self.checked(row, len(self))
+        self.bad.append(bool(problems))
+        if sample is not None and sample.options:
+            self.answers[len(sample.options), sample.answer] += 1
         self.ids.append(identity)
         self.starts.append(place)
         self.sizes.append(size)
@@ -102,37 +109,20 @@ class ManifestIndex:
             label = text(value)[:LABEL] if value is not None else ""
             label = label if label in numbers or len(numbers) < MAX_NAMES else "other"
             self.codes[name].append(numbers.setdefault(label, len(numbers)))
-        self.lengths.append(len(text(row.get("problem", ""))))
-        for name, rate in as_table(row.get(PASS_RATES)).items():
-            if name not in self.rates and len(self.rates) < MAX_NAMES:
-                self.rates[name] = array("f", [MISSING]) * (len(self) - 1)
-            if name in self.rates:
-                value = finite(rate)
-                self.rates[name].append(MISSING if value is None else value)
-        for column in self.rates.values():
-            if len(column) < len(self):
-                column.append(MISSING)
+        if len(self.rates) < MAX_NAMES:
+            self.rates.update(rates_of(row))
 
-    def chosen(self, wanted: dict[str, str], problems: bool = False, keep: Keep | None = None) -> np.ndarray:
+    def chosen(self, wanted: dict[str, str], problems: bool = False) -> list[int]:
         """Return the numbers of the rows that fit.
 
-        wanted: values of `type`, `media`, `source`; problems: only rows with some; keep: on their pass rates.
+        wanted: values of `type`, `media`, `source`; problems: only rows with some.
         """
         fits = np.ones(len(self), dtype=bool)
         for name, value in wanted.items():
             fits &= np.array(self.codes[name]) == self.names[name].get(value, -1)
         if problems:
             fits &= np.array(self.bad) != 0
-        rows = np.flatnonzero(fits)
-        if keep is not None:
-            columns = {name: np.array(column)[rows].tolist() for name, column in self.rates.items()}
-
-            def is_kept(i: int) -> bool:
-                known = {name: column[i] for name, column in columns.items()}
-                return keep.truth({n: None if rate != rate else rate for n, rate in known.items()}) == TRUE
-
-            rows = rows[np.array([is_kept(i) for i in range(len(rows))], dtype=bool)]
-        return rows
+        return np.flatnonzero(fits).tolist()
 
     def lines(self, rows: Sequence[int]) -> Iterator[tuple[int, bytes]]:
         """Yield the bytes of rows. Raises OSError, Refused."""
@@ -155,25 +145,33 @@ class ManifestIndex:
             if sample is not None and str(sample.problem_id) == problem_id:
                 yield row, sample
 
-    def sample(self, number: int) -> tuple[Sample | None, list[str]]:
-        """Return a row as a checked sample, or None and its problems."""
-        row = self.row(number)
+    def checked(self, row: dict[str, Any] | None, number: int) -> tuple[Sample | None, list[str]]:
+        """Return a row's sample, or None, and its problems: those of data check, short of damaged media."""
         if row is None:
             return None, ["the row is not there any more"]
         sample, problems = check_row(row, self.places, 2)
-        if self.bad[number] and not problems:
-            problems = ["problem_id is used before; each row needs its own"]
+        for path in sample.paths if sample else ():
+            if not os.path.exists(local_file(path) or path):
+                problems.append(f"there is no file {short_path(path)}")
+        if number in self.repeated:
+            problems.append("problem_id is used before; each row needs its own")
         return sample, problems
 
     def counts(self) -> dict[str, Any]:
-        """Return the number of rows of each type, media and source, and of each length of question."""
-        counted = {
+        """Return the number of rows of each type, media, source and answer, and what is wrong with these."""
+        counts: dict[str, Any] = {
             name: dict(zip(self.names[name], np.bincount(np.array(self.codes[name])).tolist(), strict=True))
             for name in FIELDS
         }
-        edges = [0, 25, 50, 75, 100, 150, 200, 300, 500, 1000]
-        found, _ = np.histogram(np.array(self.lengths), [*edges, np.inf])
-        return {**counted, "lengths": dict(zip(map(str, edges), map(int, found), strict=True))}
+        counts["answer"] = {f"{letter} of {size}": n for (size, letter), n in sorted(self.answers.items())}
+        constant = [] if self.tail.more else constant_answers(self.answers.elements())
+        return {**counts, "warnings": [str(answer) for answer in constant if answer.stands_out]}
+
+
+def rates_of(row: dict[str, Any]) -> dict[str, float]:
+    """Return the known pass rates of a row."""
+    rates = {str(name)[:LABEL]: finite(rate) for name, rate in as_table(row.get(PASS_RATES)).items()}
+    return {name: rate for name, rate in rates.items() if rate is not None}
 
 
 class Manifests:
@@ -181,7 +179,7 @@ class Manifests:
 
     def __init__(self, library: Library) -> None:
         self.library = library
-        self._open: Recent[Manifest, ManifestIndex] = Recent(ManifestIndex, OPEN_MANIFESTS)
+        self._open = lru_cache(OPEN_MANIFESTS)(ManifestIndex)
 
     def index(self, name: str | None) -> ManifestIndex:
         """Return the index of a manifest. Raises HTTPException 404, 400."""
@@ -189,7 +187,7 @@ class Manifests:
         if manifest is None:
             raise HTTPException(404, "there is no such manifest below the folders: it was moved or removed")
         try:
-            return self._open.get(manifest)
+            return self._open(manifest)
         except ManifestError as error:
             raise HTTPException(400, str(error)) from error
 
@@ -208,27 +206,21 @@ class Manifests:
             index.read(0.0)
             while row >= len(index) and index.tail.more:
                 index.read()
-            sample, problems = index.sample(row)
+            sample, problems = index.checked(index.row(row), row)
         if sample is None:
             raise HTTPException(422, f"row {row + 1} cannot be used: {'; '.join(problems)}"[:1000])
         return sample
 
 
-def list_manifests(request: Request) -> Answer:
-    found = request.app.state.manifests.library.manifests().values()
-    sizes = {m.name: os.path.getsize(m.path) if m.path.exists() else 0 for m in found}
-    return Answer({"manifests": [{"name": name, "bytes": size} for name, size in sizes.items()]})
-
-
 def rows(request: Request) -> Answer:
     """Answer 50 rows that fit, from number `at` on, and how far the index is.
 
-    Filters: `manifest`, `type`, `media`, `source`, `problems`, `keep` (on pass rates) and `words` (in any
-    field; then `at` is the row where the search continues).
+    Filters: `manifest`, `type`, `media`, `source`, `problems`; with `keep` (on pass rates) and `words` (in
+    any field) rows are searched for, and `at` is the row where the search continues.
     """
     asked = request.query_params
     wanted = {name: asked[name] for name in FIELDS if name in asked}
-    words, at = asked.get("words", "").strip(), number(asked, "at")
+    words, at = asked.get("words", "").strip(), max(0, number(asked, "at"))
     try:
         keep = parse_keep(asked["keep"]) if asked.get("keep", "").strip() else None
     except ConfigError as error:
@@ -236,59 +228,49 @@ def rows(request: Request) -> Answer:
     index = request.app.state.manifests.index(asked.get("manifest"))
     with index.lock:
         index.read()
-        chosen = index.chosen(wanted, asked.get("problems") == "1", keep)
-        answer: dict[str, Any] = {
+        found = index.chosen(wanted, asked.get("problems") == "1")
+        total, following = len(found), at + PAGE if at + PAGE < len(found) else None
+        if words or keep:
+            found, following = _search(index, [row for row in found if row >= at], words, keep)
+            total = None
+        else:
+            found = found[at : at + PAGE]
+        return Answer({
             "life": index.life, "rows": len(index), "more": index.tail.more, "notes": index.tail.notes,
             "behind": index.tail.behind, "bad": index.bad.count(1), "rates": sorted(index.rates),
-        }  # fmt: skip
-        if words:
-            found, searched = _search(index, chosen[chosen >= at].tolist(), words)
-            answer |= {"total": None, "next": searched}
-        else:
-            found = chosen[max(0, at) : max(0, at) + PAGE].tolist()
-            after = at + PAGE
-            answer |= {"total": len(chosen), "next": after if after < len(chosen) else None}
-        answer["shown"] = [shown for row in found if (shown := _shown(index, row))]
-        if asked.get("counts") == "1":
-            answer["counts"] = index.counts()
-    return Answer(answer)
+            "total": total, "next": following, "shown": [_shown(index, row) for row in found],
+            "counts": index.counts(),
+        })  # fmt: skip
 
 
-def _search(index: ManifestIndex, chosen: list[int], words: str) -> tuple[list[int], int | None]:
-    """Return at most a page of rows with the words, and the row where the search continues."""
+def _search(
+    index: ManifestIndex, chosen: list[int], words: str, keep: Keep | None
+) -> tuple[list[int], int | None]:
+    """Return at most a page of rows that have the words and are kept, and where the search continues."""
     # A row's characters may be escaped or not.
     forms = {json.dumps(words)[1:-1], json.dumps(words, ensure_ascii=False)[1:-1]}
     escaped = b"|".join(re.escape(form.encode("utf-8", "replace")) for form in forms)
     pattern = re.compile(escaped, re.IGNORECASE)
     until, found = time.monotonic() + SEARCH_SECONDS, []
     for row, line in index.lines(chosen):
-        if pattern.search(line):
+        if pattern.search(line) and (keep is None or keep.truth(rates_of(parse(line) or {})) == TRUE):
             found.append(row)
         if len(found) == PAGE or time.monotonic() > until:
             return found, row + 1
     return found, None
 
 
-def _shown(index: ManifestIndex, number: int) -> dict[str, Any] | None:
+def _shown(index: ManifestIndex, number: int) -> dict[str, Any]:
     """Return a row for the page, every field in its expected type."""
-    row = index.row(number)
-    if row is None:
-        return None
-    sample, problems = index.sample(number) if index.bad[number] else (None, [])
+    row = index.row(number) or {}
+    sample, problems = index.checked(row, number)
     paths = paths_of(row)
     files: list[dict[str, float] | None] = [None] * len(paths)
-    if sample is None and not problems:
+    if sample is not None and not problems:
         try:
-            found = [index.places.find(path) for path in paths]
-            files = [frames_of(file, row) for file in found]
-            problems = [
-                f"there is no file {short_path(path)}"
-                for path, file in zip(paths, found, strict=True)
-                if not os.path.exists(local_file(file) or file)
-            ]
+            files = [frames_of(path, row) for path in sample.paths]
         except ValueError as error:
             problems = [str(error)]
-    rates = {name: finite(rate) for name, rate in as_table(row.get(PASS_RATES)).items()}
     fields = {"id": "problem_id", "problem": "problem", **FIELDS}
     return {
         "row": number,
@@ -300,7 +282,8 @@ def _shown(index: ManifestIndex, number: int) -> dict[str, Any] | None:
         "files": files,
         "start": finite(row.get("start")),
         "end": finite(row.get("end")),
-        "rates": {str(name)[:80]: rate for name, rate in rates.items() if rate is not None},
+        "play": text(row.get("play") or "")[:TEXT],
+        "rates": rates_of(row),
         "problems": [problem[:TEXT] for problem in problems],
     }
 
@@ -313,8 +296,7 @@ def row_of(
     Rows whose files exist come first. `others`: number of further rows that match and show something else.
     question: a digest (`question_digest`); "" if unknown: only the name and the answer are compared.
     """
-    playing: dict[object, tuple[ManifestIndex, int, Sample]] = {}
-    missing: dict[object, tuple[ManifestIndex, int, Sample]] = {}
+    matching: dict[bool, dict[object, tuple[ManifestIndex, int, Sample]]] = {True: {}, False: {}}
     for index in indexes:
         with index.lock:
             for row, sample in index.questions(problem_id):
@@ -322,11 +304,10 @@ def row_of(
                 own = question_digest(*facts)
                 if sample.answer == answer and question in ("", own):
                     folder, files = index.manifest.path.parent, filter(None, map(local_file, sample.paths))
-                    if all(os.path.exists(os.path.join(folder, file)) for file in files):
-                        playing.setdefault((sample.files, *facts), (index, row, sample))
-                    else:
-                        missing.setdefault(own, (index, row, sample))
-    if not (found := playing or missing):
+                    plays = all(os.path.exists(os.path.join(folder, file)) for file in files)
+                    shown = (sample.files, *facts) if plays else own
+                    matching[plays].setdefault(shown, (index, row, sample))
+    if not (found := matching[True] or matching[False]):
         return None
     index, row, sample = next(iter(found.values()))
     with index.lock:
@@ -338,7 +319,8 @@ def row_of(
     return {
         "manifest": index.manifest.name, "row": row, "problem": sample.problem[:TEXT],
         "options": [option[:TEXT] for option in sample.options[:26]], "media": sample.data_type,
-        "start": sample.start, "end": sample.end, "files": clips, "others": len(found) - 1,
+        "start": sample.start, "end": sample.end, "play": sample.play, "files": clips,
+        "others": len(found) - 1,
     }  # fmt: skip
 
 
@@ -357,7 +339,6 @@ def clip(request: Request) -> Response:
 
 
 ROUTES = [
-    Route("/api/manifests", list_manifests),
     Route("/api/rows", rows),
     Route("/api/clip", clip),
 ]

@@ -8,16 +8,18 @@ read, so that a list of long runs is ready at once.
 import os
 import socket
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from functools import lru_cache
 from typing import Any, Literal, NamedTuple
 
+from video_r1.errors import first_line
 from video_r1.files import Claim, is_finished, parse_claim
 from video_r1.report.page import KEY_SERIES, duration
-from video_r1.report.run_data import as_table, finite, prediction_files
-from video_r1.studio.alerts import Alert, Lines, alert_of_silence, alerts_of, recent, values
+from video_r1.report.run_data import kind_of, prediction_files
+from video_r1.report.values import as_table, finite, parse
+from video_r1.studio.alerts import Lines, alert_of_silence, alerts_of, recent, values
 from video_r1.studio.folders import Found, read_settings
-from video_r1.studio.tail import last_lines, parse
+from video_r1.studio.tail import last_lines
 
 LOST = 3600.0  # seconds without a line after which a run on another machine counts as ended
 LAST_STEPS = 20  # for the mean seconds of a step
@@ -30,6 +32,10 @@ SHOWN = {
     "sft": ("loss", "accuracy/token", "eval_loss"),
 }
 SUMMARY_BYTES = 4 << 20
+UNREADABLE: dict[str, Any] = {
+    "kind": "data", "state": "failed", "demo": False, "figures": [], "alerts": [],
+    "spark": {"name": "", "values": []}, **dict.fromkeys(("step", "steps", "left", "taken", "written")),
+}  # fmt: skip
 
 
 class State(NamedTuple):
@@ -54,53 +60,45 @@ class Progress(NamedTuple):
         return max(0.0, (self.steps - self.step) * self.each)
 
 
-class Contents(NamedTuple):
-    """Facts of a run's files that do not depend on the time."""
-
-    kind: str
-    progress: Progress
-    figures: list[dict[str, str]]
-    spark: tuple[str, list[float]]
-    alerts: list[Alert]
-
-
 def listing(runs: Mapping[str, Found]) -> list[dict[str, Any]]:
     """Return the rows of all runs: running ones first, then by the time of their last line."""
-    rows = [overview(found) for found in runs.values()]
+    rows = []
+    for found in runs.values():
+        try:
+            rows.append(overview(found))
+        except Exception as error:  # a stranger's files may break any reader: the other runs are shown
+            why = f"its files cannot be read: {type(error).__name__}: {first_line(error)[:200]}"
+            rows.append(UNREADABLE | {"name": found.name, "why": why})
     return sorted(rows, key=lambda row: (row["state"] != "running", -(row["written"] or 0.0), row["name"]))
 
 
 def overview(found: Found, now: float | None = None) -> dict[str, Any]:
     """Return a run's row of the list as JSON values."""
-    now = time.time() if now is None else now
-    stamps = tuple(_stamp(found, name) for name in READ_FILES)
-    kind, progress, figures, (name, points), alerts = contents(found, stamps)
     written = last_written(found)
-    silent = now - written if written is not None else 0.0
+    silent = (time.time() if now is None else now) - written if written is not None else 0.0
+    progress, facts = contents(found, tuple(_stamp(found, name) for name in READ_FILES))
     claim = parse_claim(found.text(".lock", 2000))
-    is_training = kind in ("rl", "sft")
-    done = is_finished(found.folder) if is_training else (found.folder / "summary.json").is_file()
+    done = is_finished(found.folder) if facts["kind"] in SHOWN else (found.folder / "summary.json").is_file()
     state = state_of(claim, done, progress, silent, is_alive(claim, silent))
     running = state.word == "running"
-    alerts = (alert_of_silence(silent, progress.each) if running else []) + alerts
+    silence = [alert_of_silence(silent, progress.each)] if running else []
     return {
-        "name": found.name, "kind": kind, "demo": (found.folder / DEMO_MARK).is_file(),
+        **facts, "name": found.name, "demo": (found.folder / DEMO_MARK).is_file(),
         "state": state.word, "why": state.why, "step": progress.step, "steps": progress.steps,
         "left": duration(progress.left) if running and progress.left is not None else None,
-        "taken": None if progress.taken is None else duration(progress.taken),
-        "written": written, "figures": figures, "spark": {"name": name, "values": points},
-        "alerts": [alert._asdict() for alert in alerts],
+        "taken": None if progress.taken is None else duration(progress.taken), "written": written,
+        "alerts": [alert._asdict() for alert in (*silence, *facts["alerts"]) if alert],
     }  # fmt: skip
 
 
 @lru_cache(maxsize=512)
-def contents(found: Found, stamps: tuple[Any, ...]) -> Contents:
-    """Read a run's files. stamps: the files are read again when their sizes and times change."""
-    lines = last_lines(found, "metrics.jsonl", sketched=SPARK_POINTS)
-    kind = kind_of(found, lines)
+def contents(found: Found, stamps: tuple[Any, ...]) -> tuple[Progress, dict[str, Any]]:
+    """Return what a run's files say at any time. stamps: the files are read again when these change."""
+    lines = last_lines(found, "metrics.jsonl", SPARK_POINTS)
+    kind = kind_of(found.folder, (name for line in lines[-3:] for name in line))
     figures = training_figures(kind, lines) if kind in SHOWN else evaluation_figures(found)
-    progress = progress_of(lines, read_settings(found))
-    return Contents(kind, progress, figures, sparkline(lines), alerts_of(lines))
+    facts = {"kind": kind, "figures": figures, "spark": sparkline(lines), "alerts": alerts_of(lines)}
+    return progress_of(lines, read_settings(found)), facts
 
 
 def _stamp(found: Found, name: str) -> tuple[int, ...] | None:
@@ -135,10 +133,8 @@ def state_of(claim: Claim, done: bool, progress: Progress, silent: float, alive:
         if alive is None:
             return State("failed", f"{who} has written nothing for {silent / 3600:.1f} h{after}")
         return State("failed", f"{who} was killed{after}: the system may have been out of memory")
-    if claim.ended == "failed":
-        return State("failed", claim.why)
-    if claim.ended == "stopped":
-        return State("stopped", claim.why)
+    if claim.ended:
+        return State("failed" if claim.ended == "failed" else "stopped", claim.why)
     if done:
         return State("finished")
     return State("stopped", f"it ended{after}, before its model was saved; the same command resumes it")
@@ -191,17 +187,6 @@ def _planned(settings: Mapping[str, str], step: int | None, epoch: float | None)
     return min(round(step * epochs / epoch), 10**9)
 
 
-def kind_of(found: Found, lines: Lines) -> str:
-    """Return `rl`, `sft`, `evaluation` or `data`, the report's words."""
-    if (found.folder / "rollouts.jsonl").exists() or any(
-        name.startswith("reward/") for line in lines[-3:] for name in line
-    ):
-        return "rl"
-    if (found.folder / "metrics.jsonl").exists():
-        return "sft"
-    return "evaluation" if prediction_files(found.folder) else "data"
-
-
 def training_figures(kind: str, lines: Lines) -> list[dict[str, str]]:
     """Return the main figures: means over the last logged lines."""
     figures = []
@@ -214,20 +199,20 @@ def training_figures(kind: str, lines: Lines) -> list[dict[str, str]]:
 
 def evaluation_figures(found: Found) -> list[dict[str, str]]:
     """Return the accuracy in order and the temporal gap with an evaluation's largest number of frames."""
-    by_frames = as_table(as_table(parse(found.text("summary.json", SUMMARY_BYTES).encode())).get("frames"))
-    if not by_frames:
-        return []
-    table = as_table(by_frames[max(by_frames, key=lambda count: int(count) if count.isdecimal() else 0)])
+    by_frames = as_table(as_table(parse(found.text("summary.json", SUMMARY_BYTES))).get("frames"))
+    counts = [count for count in by_frames if len(count) < 10 and count.isdecimal()]
+    table = as_table(by_frames[max(counts, key=int)]) if counts else {}
+    media = [f"{name}s" for name in ("video", "image") if name in as_table(table.get("by_modality"))]
     accuracy = finite(as_table(table.get("ordered")).get("accuracy"))
     gap = finite(as_table(table.get("temporal_gap")).get("gap"))
-    figures = {"accuracy": accuracy, "temporal gap": gap}
-    return [{"caption": c, "value": f"{v:.2f}"} for c, v in figures.items() if v is not None]
+    figures = {f"accuracy on {' and '.join(media) or 'all questions'}": accuracy, "temporal gap": gap}
+    return [{"caption": c, "value": f"{v:z.2f}"} for c, v in figures.items() if v is not None]
 
 
-def sparkline(lines: Sequence[Mapping[str, Any]]) -> tuple[str, list[float]]:
-    """Return the most telling series, and about 60 of its values."""
+def sparkline(lines: Lines) -> dict[str, Any]:
+    """Return the name of the most telling series, and about 60 of its values."""
     for name in SPARKS:
         if len(found := values(lines, name)) > 1:
             every = max(1, len(found) // SPARK_POINTS)
-            return name, [float(f"{value:.4g}") for value in found[::every]]
-    return "", []
+            return {"name": name, "values": [float(f"{value:.4g}") for value in found[::every]]}
+    return {"name": "", "values": []}

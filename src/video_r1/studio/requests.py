@@ -11,10 +11,9 @@ import json
 import os
 import re
 import secrets
-import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Generic, TypeVar
+from typing import Any
 from urllib.parse import urlsplit
 
 from starlette.datastructures import Headers, MutableHeaders, QueryParams
@@ -152,24 +151,3 @@ async def body_of(request: Request) -> dict[str, Any]:
     if not isinstance(asked, dict):
         raise HTTPException(400, "the request is not a JSON object")
     return asked
-
-
-K = TypeVar("K")
-V = TypeVar("V")
-
-
-class Recent(Generic[K, V]):
-    """Values made by `make` from their keys; only the `most` that were asked for last are kept."""
-
-    def __init__(self, make: Callable[[K], V], most: int) -> None:
-        self._make, self._most = make, most
-        self._values: dict[K, V] = {}
-        self._lock = threading.Lock()
-
-    def get(self, key: K) -> V:
-        with self._lock:
-            value = self._values.pop(key) if key in self._values else self._make(key)
-            self._values[key] = value
-            while len(self._values) > self._most:
-                self._values.pop(next(iter(self._values)))
-            return value

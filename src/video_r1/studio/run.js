@@ -1,43 +1,22 @@
-// One run that may still go on: its curves, its recorded groups, what it set aside; and several over each other.
+// One run that may still go on: its curves, its recorded groups, what it skipped; and several over each other.
 
-/** The columns of a run as the server hands them out, and how much of them is here. */
+/** The columns of a run as far as the server has read them. */
 class Columns {
   constructor(name) {
-    Object.assign(this, { name, life: 0, width: 0, averaged: 1, steps: [], times: [], tokens: [], series: {}, bad: {}, notes: [], changed: false });
+    Object.assign(this, { name, stamp: "", notes: [], changed: false, points: { averaged: 1, steps: [], times: [], tokens: [], series: {}, bad: {} } });
   }
 
   /** Takes what is new. Returns the seconds after which to ask again. */
   async read() {
-    const answer = await ask("/api/curves", { run: this.name, life: this.life, have: this.life < 0 ? 0 : this.steps.length, width: this.width });
-    const begin = answer.from;
-    const kept = answer.life === this.life && begin > 0 ? begin : 0;
-    const sketchedBefore = answer.life < 0 && this.life < 0;
-    this.changed = !sketchedBefore && (answer.life !== this.life || answer.steps.length !== this.steps.length - kept);
-    for (const name of ["steps", "times", "tokens"]) this[name] = [...this[name].slice(0, kept), ...answer[name]];
-    const series = {};
-    for (const [name, values] of Object.entries(answer.series)) {
-      const before = kept && Object.hasOwn(this.series, name) ? this.series[name].slice(0, kept) : new Array(kept).fill(null);
-      Object.defineProperty(series, name, { value: [...before, ...values], enumerable: true, writable: true, configurable: true });
-    }
-    if (!this.changed && !sketchedBefore) this.changed = JSON.stringify(Object.keys(series)) !== JSON.stringify(Object.keys(this.series)) || answer.steps.some((_, i) => Object.keys(series).some((name) => series[name][kept + i] !== this.series[name][kept + i]));
-    Object.assign(this, { series, life: answer.life, width: answer.width, averaged: answer.averaged, bad: answer.bad, notes: answer.notes });
-    return answer.life < 0 ? 0.05 : 1;
+    const answer = await ask("/api/curves", { run: this.name, stamp: this.stamp });
+    this.changed = answer.stamp !== this.stamp;
+    Object.assign(this, answer);
+    return answer.more ? 0.05 : 1;
   }
 
-  /** As the report's charts take a run: each series with those points alone that it has. axis: steps, times or tokens. */
-  run(kind, axis, config = {}) {
-    const axes = [];
-    const series = {};
-    const known = new Map();
-    for (const [name, values] of Object.entries(this.series)) {
-      const places = values.flatMap((value, i) => (value === null ? [] : [i]));
-      const key = places.join();
-      if (!known.has(key)) { known.set(key, axes.length); axes.push(places.map((i) => this[axis][i])); }
-      const data = { axis: known.get(key), y: places.map((i) => values[i]), bad: Object.hasOwn(this.bad, name) ? this.bad[name] : 0, averaged: this.averaged };
-      Object.defineProperty(series, name, { value: data, enumerable: true, configurable: true });
-    }
-    return { name: this.name, kind, about: [], axes, series, config };
-  }
+  hasTokens() { return this.points.tokens.some((count) => count > 0); }
+
+  run(kind, axis, config = {}) { return charted({ name: this.name, kind, about: [], points: this.points, config }, axis); }
 }
 
 const AXIS_COLUMNS = { step: "steps", time: "times", tokens: "tokens" };
@@ -73,17 +52,17 @@ function runView(view, [name]) {
   const left = make("ul", { class: "notes", "aria-label": "Problems of the files" });
   const drawn = make("div", {});
   const recorded = make("div", {});
-  const skipped = make("div", {});
   const aside = make("div", {});
   const holder = new CurveHolder(drawn);
   let run = null;
   let following = false; // of groups, which come after the curves
   const axis = axisChoice((value) => { holder.axis = value; redraw(); });
   header(name, about);
-  document.getElementById("main").replaceChildren(above, make("div", { class: "controls" }, axis.node), left, drawn, recorded, skipped, aside);
+  const controls = make("div", { class: "controls" }, axis.node);
+  document.getElementById("main").replaceChildren(above, controls, left, drawn, recorded, aside);
 
   const redraw = () => {
-    axis.select.querySelector("[value=tokens]").disabled = !columns.tokens.some((count) => count > 0);
+    axis.select.querySelector("[value=tokens]").disabled = !columns.hasTokens();
     holder.draw(columns.run(run.kind, AXIS_COLUMNS[holder.axis], run.config), {});
   };
 
@@ -99,16 +78,24 @@ function runView(view, [name]) {
       run.figures.length ? make("dl", { class: "figures" }, run.figures.map((figure) => make("div", {}, make("dt", {}, figure.caption), make("dd", {}, figure.value)))) : "");
     above.replaceChildren(run.alerts.length ? make("ul", { class: "alerts", "aria-label": "Alerts", role: "list" }, run.alerts.map((alert) =>
       make("li", {}, make("b", {}, alert.title), make("span", {}, alert.advice)))) : "");
-    const tables = { ...run, skippedUpdates: run.skipped_updates };
+    const tables = { ...run, skippedUpdates: run.skipped_updates, leftOut: run.left_out };
     const open = [...aside.querySelectorAll("details[open]")].length > 0;
-    aside.replaceChildren(...[skippedUpdates([tables]), settings([tables])].filter(Boolean));
+    const places = Object.fromEntries([...aside.querySelectorAll(".scroll")].map((node) => [node.ariaLabel, node.scrollTop]));
+    aside.replaceChildren(...[leftOut([tables]), quarantine([tables]), skippedUpdates([tables]), settings([tables])].filter(Boolean));
     if (open) aside.querySelectorAll("details").forEach((node) => { node.open = true; });
+    aside.querySelectorAll(".scroll").forEach((node) => { node.scrollTop = places[node.ariaLabel] ?? 0; });
   }
 
   follow(view, async () => {
     const [wait] = await Promise.all([columns.read(), run ? null : readRun()]);
+    if (!view.open) return 1;
+    if (run.kind === "evaluation") {
+      controls.hidden = true;
+      await ownPanel(view, name, drawn);
+      return 1e6;
+    }
     if (view.open && (columns.changed || !drawn.firstChild)) redraw();
-    if (!following) setTimeout(() => { followGroups(view, name, recorded); followSkipped(view, name, skipped); }, 200); // when the curves are painted
+    if (!following) setTimeout(() => followGroups(view, name, recorded), 200); // when the curves are painted
     following = true;
     if (left.children.length !== columns.notes.length) left.replaceChildren(...columns.notes.map((note) => make("li", {}, note)));
     return wait;
@@ -154,7 +141,7 @@ function compareView(view, names) {
   document.getElementById("main").replaceChildren(make("div", { class: "controls" }, picked.node), drawn, table);
 
   const redraw = () => {
-    picked.select.querySelector("[value=tokens]").disabled = !all.every((columns) => columns.tokens.some((count) => count > 0));
+    picked.select.querySelector("[value=tokens]").disabled = !all.every((columns) => columns.hasTokens());
     for (const kind of new Set(kinds.values())) {
       if (!holders.has(kind)) {
         const node = make("div", {});

@@ -8,101 +8,85 @@ from starlette.requests import Request
 from starlette.responses import FileResponse, Response
 from starlette.routing import Route
 
+from video_r1.report.curves import Curves
 from video_r1.report.page import differing_settings
-from video_r1.report.run_data import MAX_ROWS, strip_of, text
-from video_r1.studio.curves import Curves
-from video_r1.studio.folders import Found, Library, read_settings
-from video_r1.studio.groups import RecordedGroups, SkippedGroups
+from video_r1.report.run_data import LEFT_OUT_COLUMNS, MAX_ROWS, strip_of, table_row
+from video_r1.studio.folders import Found, read_settings
+from video_r1.studio.groups import RecordedGroups
 from video_r1.studio.manifests import row_of
 from video_r1.studio.overview import listing, overview
-from video_r1.studio.requests import Answer, Recent, number
+from video_r1.studio.requests import Answer, number
 from video_r1.studio.tail import Tail, last_lines
 
-SKETCHED = 120  # points of a long run until it is read
 OPEN_RUNS = 12  # whose columns and indexes stay in memory
 MAX_COMPARED = 8
 MAX_ENTRIES = 2000  # of one answer
+TABLES = {"skipped_updates": (), "left_out": LEFT_OUT_COLUMNS, "quarantine": ()}
 
 
 class Reader:
-    """The columns and indexes of one run's files. Hold `lock` while you read."""
+    """The columns and the index of one run's files. Hold `lock` while you read."""
 
     def __init__(self, found: Found) -> None:
-        self.found = found
-        self.lock = threading.Lock()
-        self.is_open = False
-        self.curves, self.metrics = Curves(), Tail(found, "metrics.jsonl")
-        self.groups, self.skipped = RecordedGroups(found), SkippedGroups(found)
+        self.found, self.lock = found, threading.Lock()
+        self.metrics, self.groups = Tail(found, "metrics.jsonl"), RecordedGroups(found)
+        self._restart()
 
-    def points(self, life: int, have: int, width: int) -> dict[str, Any]:
-        """Return new points of the curves; while a long file is being read, a sketch of all of it."""
+    def _restart(self) -> None:
+        self.curves = Curves()
+
+    def points(self, stamp: str) -> dict[str, Any]:
+        """Return the curves as far as they are read, unless they are still those of `stamp`."""
         with self.lock:
-            # The first answer about a long file does not wait for it.
-            seconds, self.is_open = 0.25 if self.is_open else 0.0, True
-            self.metrics.read(self.curves.add, self.curves.clear, seconds)
-            more, notes = self.metrics.more, self.metrics.notes
-            if more and not have:
-                sketch = Curves()
-                for line in last_lines(self.found, self.metrics.name, 50_000, SKETCHED):
-                    sketch.add(0, 0, line)
-                return {**sketch.points(), "life": -1, "more": more, "notes": notes}
-            good = life == self.curves.life
-            return {**self.curves.points(*(have, width) if good else (0, 0)), "more": more, "notes": notes}
+            seconds = 0.25 if stamp else 0.0  # the first answer about a long file does not wait for it
+            self.metrics.read(lambda place, size, record: self.curves.add(record), self._restart, seconds)
+            now = f"{self.metrics.life}.{self.metrics.place}"
+            answer = {"stamp": now, "more": self.metrics.more, "notes": self.metrics.notes}
+            return answer if now == stamp else answer | {"points": self.curves.points()}
 
 
-class Runs:
-    """The runs below some folders, and the readers of those that were asked for last."""
-
-    def __init__(self, library: Library) -> None:
-        self.library = library
-        self._readers: Recent[Found, Reader] = Recent(Reader, OPEN_RUNS)
-
-    def found(self, name: str | None) -> Found:
-        """Return a run's folder. Raises HTTPException 404."""
-        found = self.library.runs().get(name or "")
-        if found is None:
-            raise HTTPException(404, "there is no such run: it was moved, or has no files yet")
-        return found
-
-    def reader(self, request: Request) -> Reader:
-        """Return the reader of the run that a request names."""
-        return self._readers.get(self.found(request.query_params.get("run")))
+def found_of(request: Request, name: str | None) -> Found:
+    """Return a run's folder. Raises HTTPException 404."""
+    found = request.app.state.library.runs().get(name or "")
+    if found is None:
+        raise HTTPException(404, "there is no such run: it was moved, or has no files yet")
+    return found
 
 
-def runs_of(request: Request) -> Runs:
-    return request.app.state.runs
+def reader_of(request: Request) -> Reader:
+    """Return the reader of the run that a request names."""
+    return request.app.state.readers(found_of(request, request.query_params.get("run")))
 
 
 def list_runs(request: Request) -> Answer:
-    return Answer({"runs": listing(runs_of(request).library.runs())})
+    return Answer({"runs": listing(request.app.state.library.runs())})
 
 
 def one_run(request: Request) -> Answer:
-    """Answer a run's row of the list, its settings, and a table of its skipped updates."""
-    found = runs_of(request).found(request.query_params.get("run"))
-    lines = last_lines(found, "skipped_updates.jsonl", 1 << 20)
-    cells = [{str(key)[:100]: text(value)[:500] for key, value in line.items()} for line in lines[-MAX_ROWS:]]
-    skipped = {"shown": cells, "total": len(lines)}
-    return Answer({**overview(found), "config": read_settings(found), "skipped_updates": skipped})
+    """Answer a run's row of the list, its settings, and tables of what it skipped last."""
+    found = found_of(request, request.query_params.get("run"))
+    tables = {}
+    for name, columns in TABLES.items():
+        lines = last_lines(found, f"{name}.jsonl")[-MAX_ROWS:]
+        tables[name] = {"shown": [table_row(line, columns) for line in reversed(lines)]}
+    return Answer({**overview(found), "config": read_settings(found), **tables})
 
 
 def curves(request: Request) -> Answer:
-    asked = request.query_params
-    reader = runs_of(request).reader(request)
-    return Answer(reader.points(*(number(asked, name) for name in ("life", "have", "width"))))
+    return Answer(reader_of(request).points(request.query_params.get("stamp", "")))
 
 
 def compare(request: Request) -> Answer:
     """Answer the settings in which runs differ."""
     names = request.query_params.getlist("run")[:MAX_COMPARED]
-    settings = {name: read_settings(runs_of(request).found(name)) for name in names}
+    settings = {name: read_settings(found_of(request, name)) for name in names}
     return Answer({"differing": differing_settings(settings)})
 
 
 def entries(request: Request) -> Answer:
     """Answer entries of recorded groups from number `have` on; all of them if `life` is outdated."""
     asked = request.query_params
-    reader = runs_of(request).reader(request)
+    reader = reader_of(request)
     life, have = number(asked, "life"), number(asked, "have")
     with reader.lock:
         groups = reader.groups
@@ -137,18 +121,9 @@ def frames(request: Request) -> Response:
     return FileResponse(strip, media_type="image/jpeg", headers={"Cache-Control": "private, max-age=600"})
 
 
-def skipped_groups(request: Request) -> Answer:
-    """Answer 50 groups and questions that taught the run nothing, from number `at` on, by `reason`."""
-    asked = request.query_params
-    reader = runs_of(request).reader(request)
-    with reader.lock:
-        reader.skipped.read()
-        return Answer(reader.skipped.page(asked.get("reason", ""), number(asked, "at")))
-
-
 def _entry(request: Request) -> tuple[Reader, int]:
     """Return the reader and the entry's number. Raises HTTPException 409 if the entries have changed."""
-    reader = runs_of(request).reader(request)
+    reader = reader_of(request)
     at, life = (number(request.query_params, name) for name in ("at", "life"))
     if reader.groups.life != life:
         raise HTTPException(409, "these groups were replaced: the run was started again")
@@ -163,5 +138,4 @@ ROUTES = [
     Route("/api/entries", entries),
     Route("/api/group", group),
     Route("/api/frames", frames),
-    Route("/api/skipped", skipped_groups),
 ]

@@ -5,6 +5,7 @@ import errno
 import socket
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
+from functools import lru_cache
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -28,7 +29,7 @@ except ModuleNotFoundError as missing:
 from video_r1.studio import ask, evaluations, manifests, runs
 from video_r1.studio.clips import Uploads
 from video_r1.studio.folders import Library, Refused
-from video_r1.studio.requests import LOCAL, Access, Answer, Recent, token_of
+from video_r1.studio.requests import LOCAL, Access, Answer, token_of
 
 PARTS = (runs, ask, manifests, evaluations)
 """The parts of the page; each lists its addresses in ROUTES."""
@@ -70,14 +71,16 @@ def application(
         ],
         exception_handlers={
             HTTPException: _refused,
-            OSError: _unreadable,
-            Refused: _unreadable,
+            **dict.fromkeys((OSError, Refused, ValueError, RecursionError), _unreadable),
         },
         lifespan=_lifespan,
     )
     app.state.library = library = Library(roots)
-    app.state.runs, app.state.manifests = runs.Runs(library), manifests.Manifests(library)
-    app.state.predictions = Recent(evaluations.Predictions, evaluations.OPEN_FILES)
+    app.state.manifests, app.state.readers = (
+        manifests.Manifests(library),
+        lru_cache(runs.OPEN_RUNS)(runs.Reader),
+    )
+    app.state.predictions = lru_cache(evaluations.OPEN_FILES)(evaluations.Predictions)
     app.state.key_origins = {origin for engine in engines for origin in ask.origins_of(engine)}
     app.state.model, app.state.uploads, app.state.adding = ask.ModelProcess(), Uploads(), asyncio.Lock()
     return app
@@ -127,4 +130,4 @@ def _refused(request: Request, error: Any) -> Response:
 
 def _unreadable(request: Request, error: Exception) -> Response:
     what = error.strerror if isinstance(error, OSError) else str(error)
-    return Answer({"error": f"the run's files cannot be read: {what}"}, 503)
+    return Answer({"error": f"the files cannot be read: {what}"[:1000]}, 503)

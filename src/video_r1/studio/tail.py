@@ -6,14 +6,17 @@ never read a byte twice, unless the file was replaced or cut.
 
 import json
 import os
+import re
 import time
 from collections.abc import Callable
 from typing import Any, BinaryIO
 
+from video_r1.report.values import parse
 from video_r1.studio.folders import Found, Refused
 
 BLOCK = 1 << 20
 MAX_LINE = 8 << 20  # bytes
+WINDOW = 200_000  # bytes at the end of a file that sum it up
 REMEMBERED = 64  # bytes before the position: a file that was cut and has grown again has others there
 
 Take = Callable[[int, int, dict[str, Any]], None]
@@ -131,32 +134,28 @@ class JsonArray(Tail):
 
     def _read_on(self, file: BinaryIO, take: Take, until: float) -> None:
         # In Latin-1 every byte is one character: positions in the text are positions in the file.
-        text, size = "", BLOCK
+        text, size, read = "", BLOCK, False
         file.seek(self.place)
-        while not self._ended:
+        while not self._ended and not (read and time.monotonic() > until):
             block = file.read(size)
             text += block.decode("latin-1")
-            read = self._objects(text, take, last=len(block) < size)
-            text = text[read:]
-            if time.monotonic() > until and read:
-                break
+            at = self._take_objects(text, take, whole=len(block) < size)
+            text, read = text[at:], at > 0
             size = max(BLOCK, 2 * len(text))  # a long object is parsed again with each block
         self.more = not self._ended
 
-    def _objects(self, text: str, take: Take, last: bool) -> int:
+    def _take_objects(self, text: str, take: Take, whole: bool) -> int:
         """Take the objects of a piece of the file; return how many characters were used."""
         at = 0
         while True:
-            begin = at
-            while begin < len(text) and text[begin] in " \t\r\n,[ï»¿":
-                begin += 1
-            if begin < len(text) and text[begin] == "]":
+            begin = _BETWEEN.match(text, at).end()  # type: ignore[union-attr]
+            if text.startswith("]", begin):
                 self._ended = True
                 return at
             try:
                 record, end = _DECODER.raw_decode(text, begin)
             except (ValueError, RecursionError) as error:
-                if last or len(text) - begin > MAX_LINE:
+                if whole or len(text) - begin > MAX_LINE:
                     self._ended = True
                     where = f"after byte {self.place + begin - at:,}"
                     self.note = f"{self.name} is not JSON {where} ({error}); the rest was not read"
@@ -172,26 +171,18 @@ class JsonArray(Tail):
 
 
 _DECODER = json.JSONDecoder()
+_BETWEEN = re.compile(r"[ \t\r\n,\[ï»¿]*")  # and the byte order mark
 
 
-def parse(line: bytes) -> dict[str, Any] | None:
-    """Return the JSON object of a line, None if there is none."""
-    try:
-        record = json.loads(line)
-    except (ValueError, RecursionError):  # no JSON, no UTF-8, or a thousand nested brackets
-        return None
-    return record if isinstance(record, dict) else None
-
-
-def last_lines(found: Found, name: str, window: int = 200_000, sketched: int = 0) -> list[dict[str, Any]]:
-    """Return the objects in the last `window` bytes of a JSON lines file; [] if it cannot be read.
+def last_lines(found: Found, name: str, sketched: int = 0) -> list[dict[str, Any]]:
+    """Return the objects in the last 200 kB of a JSON lines file; [] if it cannot be read.
 
     Before them come `sketched` lines at even distances from the start, if the file is longer: a summary of a
     file of any size is ready at once.
     """
     try:
         with found.open(name) as file:
-            start = max(0, os.fstat(file.fileno()).st_size - window)
+            start = max(0, os.fstat(file.fileno()).st_size - WINDOW)
             records = []
             for i in range(sketched if start else 0):
                 file.seek(start * i // sketched)
@@ -199,7 +190,7 @@ def last_lines(found: Found, name: str, window: int = 200_000, sketched: int = 0
                     file.readline(MAX_LINE)
                 records.append(parse(file.readline(MAX_LINE)))
             file.seek(start)
-            lines = file.read(window).split(b"\n")[1 if start else 0 :]
+            lines = file.read(WINDOW).split(b"\n")[1 if start else 0 :]
     except (OSError, Refused):
         return []
     return [record for record in [*records, *map(parse, lines)] if record is not None]

@@ -1,58 +1,93 @@
-// Two evaluations side by side, and the questions that one wins and the other loses.
+// Two evaluations side by side, or two orders of one, and the questions that one side answers better.
 
 const GROUP_NAMES = { "": "All questions", order: "By order of the frames", task: "By task", type: "By type", media: "By media", source: "By source" };
+const TINTS = [["ordered", "shuffled"], ["shuffled", "ordered"]]; // colours of the sides: of two evaluations, of one whose right side is in order
+const WHO = { left: "left wins", right: "right wins", both: "both right", neither: "neither right" };
 
-function versusView(view, [first, second]) {
-  header("Evaluations");
-  const left = choice("versus-left", "Left", [], () => go());
-  const right = choice("versus-right", "Right", [], () => go());
+/** Whether two evaluations have a benchmark in common, and a number of frames (of a folder with several it is not known). */
+const comparable = (a, b) => a !== b && a.benchmarks.some((name) => b.benchmarks.includes(name))
+  && (!a.frames.length || !b.frames.length || a.frames.some((count) => b.frames.includes(count)));
+
+/** The table of two sides, and below it the questions of one of its rows. sides(): their names; own: both are one evaluation, the left side in another order. */
+function versusPanel(view, sides, own = false) {
   const frames = choice("versus-frames", "Frames", [], () => load());
-  const order = choice("versus-order", "Order", [], () => load());
+  const order = choice("versus-order", own ? "In order against" : "Order", [], () => load());
   const drawn = make("div", {});
   const stage = make("div", {});
-  document.getElementById("main").replaceChildren(make("div", { class: "controls" }, left.node, right.node, frames.node, order.node), drawn, stage);
-  const go = () => { location.hash = `#/evaluations/${encodeURIComponent(left.select.value)}/${encodeURIComponent(right.select.value)}`; };
-  const query = (more = {}) => ({ left: left.select.value, right: right.select.value, ...(frames.select.value ? { frames: frames.select.value } : {}), order: order.select.value || "ordered", ...more });
+  const chosen = () => order.select.value || "ordered";
+  const query = (more = {}) => ({ ...sides(), ...(frames.select.value ? { frames: frames.select.value } : {}), [own ? "against" : "order"]: chosen(), ...more });
+  const names = () => (own ? [orderName(chosen()), orderName("ordered")] : [sides().left, sides().right]);
 
   async function load() {
     try {
       const answer = await ask("/api/versus", query());
       if (!view.open) return;
+      const contrasts = answer.orders.filter((name) => !own || name !== "ordered");
+      const first = own && !order.select.value && contrasts.length;
       options(frames, answer.frames, frames.select.value || answer.frames[answer.frames.length - 1]);
-      options(order, answer.orders, order.select.value || "ordered");
-      drawn.replaceChildren(answer.rows.length ? versusTable(answer, left.select.value, right.select.value, list) : make("p", { class: "lead" }, "Both have answered no question in this order yet."));
-      if (answer.rows.length) list(answer.rows[0], answer.rows[0].wins ? "left" : "right");
+      options(order, contrasts, order.select.value || (own ? "shuffled" : "ordered"));
+      if (first) { load(); return; }
+      drawn.replaceChildren(!answer.rows.length ? make("p", { class: "lead" }, "Both have answered no question in this order yet.")
+        : own && !contrasts.length ? "" : versusTable(answer, names(), own, list));
+      const [row] = answer.rows;
+      if (row) list(row, row.right_wins ? "right" : row.left_wins ? "left" : "neither");
       trouble("");
     } catch (error) { trouble(error.message); }
   }
 
-  /** The questions of a row of the table that one of the two answers better. */
+  /** The questions of a row of the table by who answers them right. */
   async function list(row, who, at = 0) {
     try {
       const found = await ask("/api/questions", query({ benchmark: row.benchmark, group: row.group, name: row.name, who, at }));
       if (!view.open) return;
-      const winner = who === "left" ? left.select.value : right.select.value;
+      const [left, right] = names();
+      const said = { left: `${left} answers better, the largest difference first`, right: `${right} answers better, the largest difference first`, both: "both answer right", neither: "neither answers right" }[who];
       const button = (text, to) => make("button", { type: "button", disabled: to === null, click: () => list(row, who, to) }, text);
       stage.replaceChildren(section("questions", "Questions",
-        make("p", { class: "lead" }, `${plural(found.total, "question")}${row.name ? ` ${row.group === "order" ? "with the frames" : "of"} ${rowName(row)}` : ""} that ${winner} answers better, the largest difference first.`),
-        make("div", { class: "controls" }, make("button", { type: "button", "aria-pressed": String(who === "left"), click: () => list(row, "left") }, "left wins"),
-          make("button", { type: "button", "aria-pressed": String(who === "right"), click: () => list(row, "right") }, "right wins"),
-          found.total > 20 ? [button("← Previous", at ? Math.max(0, at - 20) : null), button("Next →", found.next), `${show(at + 1)} to ${show(at + found.shown.length)}`] : ""),
-        make("div", { class: "versus-questions" }, found.shown.map((item) => questionNode(item, left.select.value, right.select.value)))));
+        make("p", { class: "lead" }, `${plural(found.total, "question")}${row.name ? ` ${row.group === "order" ? "with the frames" : "of"} ${rowName(row)}` : ""} that ${said}.`),
+        make("div", { class: "controls" }, Object.entries(WHO).map(([name, words]) => make("button", { type: "button", "aria-pressed": String(who === name), click: () => list(row, name) },
+          own ? words.replace("left wins", `only ${left} right`).replace("right wins", `only ${right} right`) : words)),
+        found.total > 20 ? [button("← Previous", at ? Math.max(0, at - 20) : null), button("Next →", found.next), `${show(at + 1)} to ${show(at + found.shown.length)}`] : ""),
+        make("div", { class: "versus-questions" }, found.shown.map((item) => questionNode(item, left, right, TINTS[+own])))));
     } catch (error) { trouble(error.message); }
   }
 
+  return { load, node: make("div", {}, make("div", { class: "controls" }, frames.node, order.node), drawn, stage) };
+}
+
+/** The scores and questions of one evaluation, on its page. */
+async function ownPanel(view, name, node) {
+  const { evaluations } = await ask("/api/evaluations");
+  const own = evaluations.find((item) => [name, `${name} (direct)`].includes(item.name));
+  if (!own) { node.replaceChildren(make("p", { class: "lead" }, "It has answered no question yet.")); return; }
+  const panel = versusPanel(view, () => ({ left: own.name, right: own.name }), true);
+  node.replaceChildren(section("scores", "Scores", make("p", {}, make("a", { href: `#/evaluations//${encodeURIComponent(own.name)}` }, "Compare it with another evaluation")), panel.node));
+  await panel.load();
+}
+
+function versusView(view, [first, second]) {
+  header("Evaluations");
+  const left = choice("versus-left", "Left", [], () => go());
+  const right = choice("versus-right", "Right", [], () => go());
+  const go = () => { location.hash = `#/evaluations/${encodeURIComponent(left.select.value)}/${encodeURIComponent(right.select.value)}`; };
+  const panel = versusPanel(view, () => ({ left: left.select.value, right: right.select.value }));
+  document.getElementById("main").replaceChildren(make("div", { class: "controls" }, left.node, right.node), panel.node);
+
   (async () => {
     try {
-      const found = (await ask("/api/evaluations")).evaluations.map((item) => item.name);
+      const found = (await ask("/api/evaluations")).evaluations;
       if (!view.open) return;
       if (found.length < 2) {
         document.getElementById("main").replaceChildren(make("p", { class: "lead" }, "Two evaluations are needed to compare: folders that video-r1 eval wrote below these."));
         return;
       }
-      options(left, found, found.includes(first) ? first : found[0]);
-      options(right, found, found.includes(second) ? second : found.find((name) => name !== left.select.value));
-      await load();
+      const newest = [...found].sort((a, b) => b.written - a.written);
+      const [before, after] = [first, second].map((name) => found.find((item) => item.name === name));
+      const now = after ?? newest.find((item) => (before ? comparable(before, item) : found.some((other) => comparable(item, other)))) ?? newest.find((item) => item !== before);
+      const other = before ?? newest.find((item) => comparable(item, now)) ?? newest.find((item) => item !== now);
+      options(left, found.map((item) => item.name), other.name);
+      options(right, found.map((item) => item.name), now.name);
+      await panel.load();
     } catch (error) { trouble(error.message); }
   })();
 }
@@ -62,41 +97,43 @@ function options(chooser, values, wanted) {
   if (values.includes(wanted)) chooser.select.value = wanted;
 }
 
-function versusTable(answer, left, right, list) {
+function versusTable(answer, [left, right], own, list) {
   const cell = (write, score, ...more) => make("td", {}, make("b", {}, write(score.mean)),
     make("small", {}, ` ${write(score.low)} to ${write(score.high)}`), more.filter(Boolean).map((words) => make("small", { class: "also" }, words)));
   const plain = (score) => show(score, 2);
   const side = (row, i) => cell(plain, i ? row.right : row.left, tokenWords(row.tokens[i]), row.gaps && row.gaps[i] !== null ? `order gains ${signed(row.gaps[i])}` : "");
-  const longer = ([first, second]) => (first === null || second === null || first === second ? "" : `${first > second ? "+" : ""}${tokenWords(first - second)}`);
+  const longer = ([first, second]) => (first === null || second === null || first === second ? "" : `${second > first ? "+" : ""}${tokenWords(second - first)}`);
   const count = (row, who, n) => make("td", {}, n ? make("button", { type: "button", class: "title", click: () => list(row, who) }, show(n)) : "0");
   const groups = new Map();
   for (const row of answer.rows) {
     const key = JSON.stringify([row.benchmark, row.group]);
     groups.set(key, [...(groups.get(key) || []), row]);
   }
-  const heads = [["questions", ""], ["", "picture"], [left, "ordered", "left"], [right, "shuffled", "right"], ["left minus right", ""], ["left wins", ""], ["right wins", ""]];
+  const heads = [["questions", ""], ["", "picture"], [left, TINTS[+own][0], "left"], [right, TINTS[+own][1], "right"], [own ? "temporal gap" : "right minus left", ""], [own ? `only ${left}` : "left wins", ""], [own ? `only ${right}` : "right wins", ""]];
   return make("div", { class: "scroll", tabindex: 0, role: "region", "aria-label": "Scores" }, headed(make("table", { class: "scores versus" },
-    make("caption", {}, "Mean scores over the questions that both have answered, with 95 % bootstrap intervals; that of the difference is paired."),
+    make("caption", {}, own ? "Mean scores over the questions asked in both orders, with 95 % bootstrap intervals; that of the gap is paired."
+      : "Mean scores over the questions that both have answered, with 95 % bootstrap intervals; that of the difference is paired."),
     make("thead", {}, make("tr", {}, make("th", { scope: "col" }, ""), heads.map(([name, style, short]) => make("th", { scope: "col", class: style, dir: "auto", "data-short": short }, style === "picture" ? make("span", { class: "ends" }, ["0", "0.5", "1"].map((end) => make("span", {}, end))) : name)))),
     [...groups.values()].map((rows) => make("tbody", {},
       rows[0].group || rows[0].benchmark ? make("tr", { class: "part" }, make("th", { scope: "rowgroup", colspan: 8, dir: "auto" }, [rows[0].benchmark, GROUP_NAMES[rows[0].group]].filter(Boolean).join(" · "))) : "",
-      rows.map((row) => make("tr", {}, make("th", { scope: "row", dir: "auto" }, rowName(row)), make("td", {}, show(row.questions)), make("td", { class: "picture" }, pairPlot(row)),
-        side(row, 0), side(row, 1), cell(signed, row.difference, longer(row.tokens)), count(row, "left", row.wins), count(row, "right", row.losses))))))));
+      rows.map((row) => make("tr", {}, make("th", { scope: "row", dir: "auto" }, rowName(row)), make("td", {}, show(row.questions)), make("td", { class: "picture" }, pairPlot(row, TINTS[+own])),
+        side(row, 0), side(row, 1), cell(signed, row.difference, longer(row.tokens)), count(row, "left", row.left_wins), count(row, "right", row.right_wins))))))));
 }
 
-const rowName = (row) => (row.group === "order" ? (row.name === "ordered" ? "in order" : row.name) : row.name || `all, ${row.frames} frames`);
+const orderName = (name) => (name === "ordered" ? "in order" : name);
+const rowName = (row) => (row.group === "order" ? orderName(row.name) : row.name || `all, ${row.frames} frames`);
 const tokenWords = (count) => (count === null ? "" : `${show(count)} tokens`);
 
 /** Both scores with their intervals on a line from 0 to 1. */
-function pairPlot(row) {
+function pairPlot(row, tints) {
   const [width, height, edge] = [200, 24, 5];
   const x = (value) => edge + Math.max(0, Math.min(1, value)) * (width - 2 * edge);
-  const marks = [["left", 7, "var(--ordered)"], ["right", 17, "var(--shuffled)"]].flatMap(([side, y, paint]) => [
-    draw("line", { class: "bar", stroke: paint, x1: x(row[side].low), x2: x(row[side].high), y1: y, y2: y }), draw("circle", { cx: x(row[side].mean), cy: y, r: 3.4, fill: paint })]);
+  const marks = [["left", 7], ["right", 17]].flatMap(([side, y], i) => [
+    draw("line", { class: "bar", stroke: `var(--${tints[i]})`, x1: x(row[side].low), x2: x(row[side].high), y1: y, y2: y }), draw("circle", { cx: x(row[side].mean), cy: y, r: 3.4, fill: `var(--${tints[i]})` })]);
   return draw("svg", { class: "dotplot", viewBox: `0 0 ${width} ${height}`, "aria-hidden": "true" }, [0, 0.5, 1].map((v) => draw("line", { class: "grid", x1: x(v), x2: x(v), y1: 0, y2: height })), ...marks);
 }
 
-function questionNode(item, left, right) {
+function questionNode(item, left, right, tints) {
   const row = item.row;
   const side = (name, output, style) => make("section", { class: `column ${style}`, "aria-label": name }, make("h4", { dir: "auto" }, name), make("div", { class: "cards" }, card(output, [])));
   const clip = make("div", {});
@@ -111,5 +148,5 @@ function questionNode(item, left, right) {
     row ? make("h3", { class: "question", dir: "auto" }, row.problem) : "",
     row && row.options.length ? make("ul", { class: "options" }, row.options.map((option) => make("li", { class: isRight(option, item.answer) ? "right" : null, dir: "auto" }, option))) : "",
     make("p", { class: "answer", dir: "auto" }, make("span", {}, "Right answer "), item.answer), row ? oneOfSeveral(row) : "", clip,
-    make("div", { class: "columns" }, side(left, item.left, "ordered"), side(right, item.right, "shuffled")));
+    make("div", { class: left === right ? "columns alone" : "columns" }, left === right ? "" : side(left, item.left, tints[0]), side(right, item.right, tints[1])));
 }

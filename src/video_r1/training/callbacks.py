@@ -29,15 +29,14 @@ from video_r1.console import Progress
 from video_r1.data.prompts import Prompt
 from video_r1.data.rollouts import RolloutGroup
 from video_r1.errors import ConfigError, VideoR1Error
-from video_r1.files import append_line, json_lines, replace_text, whole_lines
+from video_r1.files import append_line, json_lines, replace_text, tolerated, warn_once, whole_lines
 from video_r1.models.group_forward import group_logprobs
-from video_r1.processes import Interrupted, gather, process_index, told_of_signals
-from video_r1.recipe import Recipe, plain, save_resolved
-from video_r1.rollout.engine import RolloutEngine, SamplingSettings
-from video_r1.rollout.transformers import eval_mode
+from video_r1.processes import Interrupted, gather, gather_lists, process_index, told_of_signals
+from video_r1.recipe import Recipe, save_resolved
+from video_r1.rollout.engine import RolloutEngine, SamplingSettings, eval_mode
 from video_r1.settings.base import Settings
-from video_r1.training.checkpoints import last_whole_checkpoint
-from video_r1.training.metrics import SKIPPED_GROUPS, Meter, tolerated, warn_once
+from video_r1.training.checkpoints import best_checkpoint, last_whole_checkpoint
+from video_r1.training.metrics import SKIPPED_GROUPS, Meter
 from video_r1.training.objective import Moments, deviation, updated_moments
 
 logger = logging.getLogger(__name__)
@@ -46,15 +45,14 @@ SUSPICIOUS = 0.05
 CHECKED_QUESTIONS, CHECKED_TOKENS = 4, 16
 
 
-class Preflight(TrainerCallback):
-    """Calls `check_rewards` before the first step. groups: samples and scores the run's first questions."""
+class StartChecks(TrainerCallback):
+    """Calls `check` before the first step of a new or resumed run."""
 
-    def __init__(self, groups: Callable[[], list[RolloutGroup]]) -> None:
-        self.groups = groups
+    def __init__(self, check: Callable[[], None]) -> None:
+        self.check = check
 
     def on_train_begin(self, args: Any, state: TrainerState, control: Any, **rest: Any) -> None:
-        if state.global_step == 0:
-            check_rewards(self.groups())
+        self.check()
 
 
 def check_rewards(groups: list[RolloutGroup]) -> None:
@@ -66,28 +64,22 @@ def check_rewards(groups: list[RolloutGroup]) -> None:
         for group in groups
         for rollout, total in zip(group.ordered, group.total_reward, strict=True)
     ]
-    completions = [entry for part in gather(mine) for entry in part]
+    completions, _ = gather_lists(mine)
     if not completions:
         return
-    truncated = sum(cut for _, cut, _, _ in completions) / len(completions)
-    example = completions[0][3][:160]
-    if all(total == 0 for total, _, _, _ in completions):
-        remedy = (
-            "Run SFT first so that the model learns the format, or set prompt_template to the prompt that it "
-            "was trained with"
-        )
-        if truncated > 0.9:
-            longest = max(length for _, _, length, _ in completions)
-            remedy = (
-                f"{truncated:.0%} of them were cut off at max_completion_length ({longest} tokens): raise it "
-                "or run SFT first"
-            )
+    totals, truncated, lengths, texts = zip(*completions, strict=True)
+    share = sum(truncated) / len(completions)
+    if not any(totals):
+        remedy = "Run SFT first, or set prompt_template to the prompt that the model was trained with"
+        if share > 0.9:
+            cut = f"{share:.0%} of them were cut off at max_completion_length ({max(lengths)} tokens)"
+            remedy = f"{cut}: raise it or run SFT first"
         raise VideoR1Error(
             f"none of {len(completions)} completions earns any reward, so there is nothing to learn from: no "
             f"right answer in <think>…</think><answer>…</answer> among them. {remedy}. One of them: "
-            f"{example!r}. (preflight_questions 0 skips this check.)"
+            f"{texts[0][:160]!r}. (preflight_questions 0 skips this check.)"
         )
-    if len({total for total, _, _, _ in completions}) == 1:
+    if len(set(totals)) == 1:
         logger.warning(
             "preflight: all %d completions earn the same reward; groups without variance teach nothing",
             len(completions),
@@ -117,51 +109,29 @@ class TaskMoments(TrainerCallback, ExportableState):
         return torch.tensor([deviation(self.moments[task]) for task in tasks])
 
 
-class SamplerCheck(TrainerCallback):
-    """Warns when log-probs of engine and trainer differ by more than rounding: on a few tokens before the
-    first step, and once if a logged mean shows it later (weights that did not arrive).
-
-    difference: returns `sampler_difference` of some of the run's questions. while_training: False if the
-    engine samples with older weights on purpose.
-    """
-
-    def __init__(self, difference: Callable[[], tuple[float, int]], while_training: bool = True) -> None:
-        self.difference = difference
-        self.while_training = while_training
-        self.has_warned = False
-
-    def on_train_begin(self, args: Any, state: TrainerState, control: Any, **rest: Any) -> None:
-        parts = gather(self.difference())
-        self.compare(sum(total for total, _ in parts) / max(1, sum(count for _, count in parts)))
-
-    def on_log(self, args: Any, state: TrainerState, control: Any, logs: Any = None, **rest: Any) -> None:
-        if self.while_training:
-            self.compare((logs or {}).get("sampler/logprob_difference", 0.0))
-
-    def compare(self, difference: float) -> None:
-        if difference > SUSPICIOUS and not self.has_warned:
-            logger.warning(
-                "vLLM's log-probs differ from the trainer's by %.3f on average (rounding: up to about 0.01); "
-                "check that both have the same weights, number format and processor files",
-                difference,
-            )
-            self.has_warned = True
+def warn_of_difference(difference: float) -> None:
+    """Warn once if the log-probs of vLLM and the trainer differ by more than rounding, on average."""
+    if difference > SUSPICIOUS:
+        warn_once(
+            f"vLLM's log-probs differ from the trainer's by more than {SUSPICIOUS} on average (rounding: "
+            "about 0.01); check that both have the same weights, number format and processor files"
+        )
 
 
 @torch.no_grad()
 def sampler_difference(
     engine: RolloutEngine, model: nn.Module, prompts: Sequence[Prompt], temperature: float
-) -> tuple[float, int]:
-    """Sync the weights; return |log π_trainer − log π_sampler| summed over some tokens, and their number."""
+) -> float:
+    """Sync the weights; return the mean of |log π_trainer − log π_sampler| over some tokens of all ranks."""
     with eval_mode(model):
         engine.update_weights(model)
-        groups = engine.generate(
-            prompts, SamplingSettings(temperature=temperature, max_tokens=CHECKED_TOKENS, seed=0)
-        )
+        sampling = SamplingSettings(temperature=temperature, max_tokens=CHECKED_TOKENS, seed=0)
+        groups = engine.generate(prompts, sampling)
         completions = [[rollout.token_ids for rollout in group] for group in groups]
         scored = group_logprobs(model, prompts, completions, temperature=temperature).logprobs
     sampled = torch.cat([rollout.logprobs for group in groups for rollout in group])
-    return float((scored - sampled.to(scored)).abs().sum()), len(sampled)
+    parts = gather((float((scored - sampled.to(scored)).abs().sum()), len(sampled)))
+    return sum(total for total, _ in parts) / max(1, sum(count for _, count in parts))
 
 
 class UpdateGuard(TrainerCallback):
@@ -259,21 +229,19 @@ def let_trackers_fail(callbacks: Sequence[TrainerCallback], names: Sequence[str]
     for tracker in callbacks:
         if isinstance(tracker, kinds):
             for event in [name for name in dir(TrainerCallback) if name.startswith("on_")]:
-                setattr(tracker, event, _may_fail(getattr(tracker, event), event, type(tracker).__name__))
+                setattr(tracker, event, partial(_may_fail, getattr(tracker, event), event))
 
 
-def _may_fail(method: Callable[..., Any], event: str, name: str) -> Callable[..., Any]:
-    def call(*args: Any, **kwargs: Any) -> Any:
-        try:
-            return method(*args, **kwargs)
-        except Exception as error:  # a tracker's client raises any error of its network and disk
-            reason = f"{name}: {type(error).__name__}: {error}"
-            if event == "on_train_begin":
-                raise VideoR1Error(f"report_to: {reason}; set up the tracker or set it to none") from error
-            warn_once(f"{reason}; training continues without it")
-            return None
-
-    return call
+def _may_fail(method: Callable[..., Any], event: str, *args: Any, **kwargs: Any) -> Any:
+    try:
+        return method(*args, **kwargs)
+    except Exception as error:  # a tracker's client raises any error of its network and disk
+        name = type(getattr(method, "__self__", method)).__name__
+        reason = f"{name}: {type(error).__name__}: {error}"
+        if event == "on_train_begin":
+            raise VideoR1Error(f"report_to: {reason}; set up the tracker or set it to none") from error
+        warn_once(f"{reason}; training continues without it")
+        return None
 
 
 class StepProgress(TrainerCallback):
@@ -337,7 +305,9 @@ class StepSeconds(TrainerCallback):
 
 
 class RunFolder(TrainerCallback):
-    """Writes config.yaml and metrics.jsonl; a resumed run first removes the lines of later steps."""
+    """Writes config.yaml and metrics.jsonl. A resumed run removes the lines of later steps, finds its best
+    checkpoint in the folder, which may have moved, and does not validate at its start.
+    """
 
     def __init__(self, folder: Path, settings: Recipe | Settings) -> None:
         self.folder = folder
@@ -345,6 +315,10 @@ class RunFolder(TrainerCallback):
         self.start = time.time()
 
     def on_train_begin(self, args: Any, state: TrainerState, control: Any, **rest: Any) -> None:
+        if state.global_step > 0:
+            args.eval_on_start = False
+            if best := best_checkpoint(self.folder, state.best_global_step):
+                state.best_model_checkpoint = str(best)
         if not state.is_world_process_zero:
             return
         warn_once.cache_clear()  # each run of a process warns again
@@ -356,13 +330,15 @@ class RunFolder(TrainerCallback):
         keep_until(self.folder / SKIPPED_GROUPS, last)
         self.start = time.time() - (metrics[-1].get("time", 0.0) if metrics else 0.0)
 
+    def on_step_end(self, args: Any, state: TrainerState, control: Any, **rest: Any) -> None:
+        control.should_log |= state.global_step >= state.max_steps  # a run below logging_steps has a line too
+
     def on_log(self, args: Any, state: TrainerState, control: Any, logs: Any = None, **rest: Any) -> None:
         if not state.is_world_process_zero or not logs or "train_runtime" in logs:
             return
         line = {"step": state.global_step, "epoch": state.epoch, "time": round(time.time() - self.start, 3)}
-        for name, value in logs.items():
-            if name != "epoch" and isinstance(value, (int, float)):
-                line[name] = value if math.isfinite(value) else None
+        numbers = {n: v for n, v in logs.items() if n != "epoch" and isinstance(v, (int, float))}
+        line |= {name: value if math.isfinite(value) else None for name, value in numbers.items()}
         with tolerated("metrics.jsonl"):
             append_line(self.folder / "metrics.jsonl", line)
 
@@ -448,17 +424,3 @@ def say(text: str) -> None:
     """Write a line to standard error from a signal handler, which may have interrupted a print."""
     if process_index() == 0:
         os.write(2, f"\nvideo-r1: {text}\n".encode())
-
-
-def describe_run(args: Any, folder: Path, recipe: Recipe | None) -> None:
-    """Name the run by its folder, unless it has a name, and add the recipe's settings to `args.to_dict()`,
-    which trackers show. (The entries of TrainingArguments win: to_dict hides tokens.)
-    """
-    if args.run_name is None:
-        args.run_name = folder.name
-    if recipe is not None:
-        args.to_dict = partial(_together, plain(recipe.values()), args.to_dict)
-
-
-def _together(others: dict[str, Any], own: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-    return {**others, **own()}

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
-from transformers import EarlyStoppingCallback, TrainerCallback, TrainerState
+from transformers import EarlyStoppingCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from video_r1.errors import VideoR1Error, first_line
@@ -115,21 +115,6 @@ def last_whole_checkpoint(folder: str | Path) -> Path | None:
 
 def read_state(checkpoint: Path) -> dict[str, Any]:
     return json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
-
-
-class BestCheckpoint(TrainerCallback):
-    """Finds the best checkpoint of a resumed run in its folder; skips a second validation at its start."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-
-    def on_train_begin(self, args: Any, state: TrainerState, control: Any, **rest: Any) -> None:
-        if state.global_step == 0:
-            return
-        args.eval_on_start = False
-        best = best_checkpoint(self.folder, state.best_global_step)
-        if best is not None:
-            state.best_model_checkpoint = str(best)
 
 
 def best_checkpoint(folder: Path, step: int | None) -> Path | None:

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -20,15 +20,8 @@ from torch import Tensor, nn
 from video_r1.data.prompts import Prompt
 from video_r1.data.reading import Question
 from video_r1.data.rollouts import Rollout
-from video_r1.models.group_forward import VisionFeatures, VisualFeatures, encode_vision, group_logprobs
-from video_r1.rollout.transformers import eval_mode
-
-
-class Comparison(NamedTuple):
-    """Result of `logprob_drops`, and visual features of the ordered prompts. None: not requested."""
-
-    drops: list[list[Tensor] | None] | None = None
-    vision: list[VisualFeatures | None] | None = None
+from video_r1.models.group_forward import VisionFeatures, VisualFeatures, group_logprobs
+from video_r1.rollout.engine import eval_mode
 
 
 def samples_as_it_scores(model: nn.Module) -> bool:
@@ -38,26 +31,6 @@ def samples_as_it_scores(model: nn.Module) -> bool:
     weights = list(model.parameters())
     autocast = torch.is_autocast_enabled("cpu")
     return not autocast and all(w.dtype == torch.float32 and w.device.type == "cpu" for w in weights)
-
-
-@torch.no_grad()
-def compare(
-    model: Any,
-    questions: Sequence[Question],
-    ordered: Sequence[list[Rollout]],
-    temperature: float,
-    batch_size: int,
-    shared_vision: bool,
-    as_sampled: bool,
-) -> Comparison:
-    """Compute drops (see `logprob_drops`), with shared_vision from visual features that are returned too."""
-    vision = None
-    if shared_vision:
-        prompts = [question.ordered for question in questions]
-        parts = [prompts[n : n + batch_size] for n in range(0, len(prompts), batch_size)]
-        vision = [features for part in parts for features in encode_vision(model, part)]
-    drops = logprob_drops(model, questions, ordered, temperature, batch_size, vision, as_sampled)
-    return Comparison(drops, vision)
 
 
 @torch.no_grad()

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import functools
-import logging
 import math
 import re
 import time
@@ -14,12 +12,11 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
+from video_r1.data.answers import extract_answer, option_prefix
 from video_r1.data.rollouts import Rollout, RolloutGroup
 from video_r1.models.group_forward import GroupLogprobs
 from video_r1.processes import gather, process_count
 from video_r1.training.objective import PolicyLoss, without_variance
-
-logger = logging.getLogger(__name__)
 
 SKIPPED_GROUPS = "left_out.jsonl"  # in a run folder: groups that its steps learnt nothing from
 VISIBLE_CHANGE = 0.01  # of an advantage; advantages of a group have deviation 1
@@ -116,7 +113,10 @@ def describe_groups(meter: Meter, groups: Sequence[RolloutGroup], phrases: Seque
             meter.add("temporal/drop", float(group.drops.sum()), len(group.drops))
         if group.shuffled_prompt is not None:
             describe_credit(meter, group)
+        letters = {option_prefix(option).strip(" (.):") for option in sample.options}
         for rollout in group.ordered:
+            if (answer := extract_answer(rollout.text)) in letters:
+                meter.total(f"answers/{answer}", 1)
             meter.add("completion/length", len(rollout.token_ids))
             meter.add("completion/truncated", rollout.finish_reason == "length")
             meter.add("completion/self_reflection", has_self_reflection(rollout.text, phrases))
@@ -149,20 +149,6 @@ def describe_update(meter: Meter, policy: GroupLogprobs, result: PolicyLoss) -> 
     meter.add("policy/clip_ratio", float(result.clip_ratio) * tokens, tokens)
     meter.add("policy/kl", float(result.kl) * tokens, tokens)
     meter.add("policy/entropy", float(policy.entropy.detach().sum()), tokens)
-
-
-@contextmanager
-def tolerated(record: str) -> Iterator[None]:
-    """Warn once, instead of raising, if the disk refuses what is written inside."""
-    try:
-        yield
-    except OSError as error:
-        warn_once(f"{record} cannot be written ({error.strerror or error}); training continues without it")
-
-
-@functools.cache
-def warn_once(message: str) -> None:
-    logger.warning(message)
 
 
 def has_self_reflection(text: str, phrases: Sequence[str]) -> bool:

@@ -57,10 +57,8 @@ def group_advantages(
     group's own G rewards (GRPO, arXiv 2402.03300); `batch`: all Q·G rewards; `none`: no division (Dr. GRPO,
     arXiv 2503.20783); `task`: task_deviations [Q], running deviations of each question's problem type
     (EMA-GRPO, the code of OneThinker, arXiv 2512.03043), but the group's own if an |A| exceeds 5.
-    It is the sample standard deviation (÷ (n − 1)), as in TRL and in Video-R1's code. Raises ValueError.
+    It is the sample standard deviation (÷ (n − 1)), as in TRL and in Video-R1's code.
     """
-    if rewards.ndim != 2:
-        raise ValueError(f"rewards have shape {tuple(rewards.shape)}; [questions, responses] is needed")
     centred = rewards - rewards.mean(dim=1, keepdim=True)
     # The mean of equal numbers can be off by a rounding error, which ÷ eps would make visible.
     centred = centred.masked_fill(without_variance(rewards)[:, None], 0.0)
@@ -72,12 +70,11 @@ def group_advantages(
         std = own
     elif scale == "batch":
         std = rewards.std() if rewards.numel() > 1 else torch.zeros_like(rewards)
-    elif scale == "task" and task_deviations is not None:
+    else:
+        assert task_deviations is not None, "the scale task needs deviations"
         std = task_deviations.to(rewards)[:, None]
         beyond = (centred / (std + eps)).abs().amax(dim=1, keepdim=True) > SCALED_BOUND
         std = torch.where(beyond, own, std)
-    else:
-        raise ValueError(f"unknown scale {scale!r}; it is group, batch, none, or task with its deviations")
     return centred / (std + eps)
 
 
@@ -117,8 +114,8 @@ def deviation(moments: Moments) -> float:
 
 
 class ClipRange(NamedTuple):
-    """Bounds of the ratio ρ. low, high: 1 − low and 1 + high (`cispo`: high itself); delta: upper bound of
-    the unclipped ρ (two-sided clipping), or None; soft: temperatures of `sapo` for A > 0 and for the rest.
+    """Bounds of the ratio ρ: 1 − low and 1 + high (`cispo`: high itself). delta: upper bound of the unclipped
+    ρ, or None; soft: temperatures of `sapo` for A > 0 and for the rest.
     """
 
     low: float = 0.2
@@ -169,7 +166,7 @@ def policy_loss(
     on the first update after sampling, when it is the policy itself; advantages: [R]; lengths: [R] int
     with the sum N. normaliser: `loss_normaliser` of the whole optimizer step (÷ ranks if gradients are
     averaged over ranks). importance_sampling_level `sequence`: ρ is exp of the mean log-ratio
-    of a response's tokens, for all of them (GSPO, arXiv 2507.18071). beta: weight of the KL; needs
+    of a response's tokens, for all of them (GSPO, arXiv 2507.18071). beta: weight of the KL from
     ref_logprobs [N]. token_weights: [N], multiplies the policy term of each token. counted: [R] bool, False
     excludes a response. Raises ValueError when the lengths don't add up to N, ConfigError for an
     unknown loss type.

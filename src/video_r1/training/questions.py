@@ -13,7 +13,7 @@ from bisect import bisect_left
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass, fields, is_dataclass
+from dataclasses import dataclass, fields, is_dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, Generic, NamedTuple, TypeVar
@@ -24,6 +24,7 @@ from torch.utils.data import Dataset, Sampler
 from transformers import TrainerCallback, TrainerState
 from transformers.trainer_callback import ExportableState
 
+from video_r1.data.answers import option_prefix
 from video_r1.data.manifests.records import Sample
 from video_r1.data.reading import Reader, Unusable, derived_generator, quarantined
 from video_r1.data.rollouts import RolloutGroup
@@ -151,7 +152,7 @@ class QuestionSource(Generic[Loaded, Content]):
                 self.set_aside(index, error)
                 reason = f"; the last one: {error}"
         raise VideoR1Error(
-            f"none of {MAX_DRAWS} questions could be used ({len(self.samples)} in the manifest){reason}. "
+            f"none of {min(MAX_DRAWS, len(self.samples))} questions could be used{reason}. "
             f"All reasons are in {self.quarantine}. "
             "Check media_root and the files with: video-r1 data check MANIFEST"
         )
@@ -180,6 +181,22 @@ class QuestionSource(Generic[Loaded, Content]):
                 return
             self.unusable.add(index)
             append_line(self.quarantine, quarantined(self.samples[index], error))
+
+
+def with_shuffled_options(sample: Sample, generator: torch.Generator) -> Sample:
+    """Draw the order of a sample's options; the solution names the right one's new letter. Options that refer
+    to others ("all of the above") stay as they are.
+    """
+    marks = [option_prefix(option) for option in sample.options]
+    letters = [mark.strip(" (.):") for mark in marks]
+    refer = any("above" in option or "both" in option for option in map(str.lower, sample.options))
+    if refer or sample.answer not in letters:
+        return sample
+    order = torch.randperm(len(marks), generator=generator).tolist()
+    texts = [option[len(mark) :] for option, mark in zip(sample.options, marks, strict=True)]
+    options = tuple(mark + texts[old] for mark, old in zip(marks, order, strict=True))
+    letter = letters[order.index(letters.index(sample.answer))]
+    return replace(sample, options=options, solution=f"<answer>{letter}</answer>")
 
 
 @lru_cache(maxsize=4)
@@ -234,35 +251,14 @@ class Asked(NamedTuple):
     vision: list[VisualFeatures | None] | None
 
 
-class SkippedGroup(NamedTuple):
-    """A group without variance: its slot and round, its record (`group_facts`), and the question that got the
-    slot (None: no further question had variance, and the first one keeps the slot).
-    """
-
-    slot: Slot
-    facts: dict[str, Any]
-    replaced_by: str | int | None
-
-    @property
-    def reason(self) -> str:
-        if self.slot.round > 0:
-            return "tried"
-        return "no variance" if self.replaced_by is None else "replaced"
-
-    def line(self, step: int) -> dict[str, Any]:
-        """Return its line of left_out.jsonl."""
-        told = {"reason": self.reason, "round": self.slot.round, "replaced_by": self.replaced_by}
-        return {"step": step, **self.facts, **told}
-
-
 class Selection(NamedTuple):
-    """The groups that a step learns from, with their visual features; groups without variance that it met;
-    everything that was asked, round by round.
+    """The groups that a step learns from, with their visual features; lines of left_out.jsonl for the groups
+    without variance, each with its slot; everything that was asked, round by round.
     """
 
     groups: list[RolloutGroup]
     vision: list[VisualFeatures | None] | None
-    skipped: list[SkippedGroup]
+    skipped: list[tuple[Slot, dict[str, Any]]]
     rounds: list[Asked]
 
 
@@ -295,7 +291,10 @@ def select_groups(first: Asked, ask: Callable[[list[Slot]], Asked], limit: int) 
     skipped = []
     for slot, group, tried in zip(first.slots, groups, flat_groups, strict=True):
         by = None if teaches_nothing(group) else group.sample.problem_id
-        skipped += [SkippedGroup(slot._replace(round=n), facts, by) for n, facts in enumerate(tried)]
+        for n, facts in enumerate(tried):
+            reason = "tried" if n > 0 else "no variance" if by is None else "replaced"
+            line = {**facts, "reason": reason, "round": n, "replaced_by": by}
+            skipped.append((slot._replace(round=n), line))
     return Selection(groups, vision, skipped, rounds)
 
 

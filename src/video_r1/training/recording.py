@@ -30,11 +30,8 @@ def save_strip(frames: Tensor, path: Path, max_side: int | None = None) -> dict[
     frames: [T, 3, H, W] uint8. A tile's longer side is at most `max_side` pixels (default: 224, or 672 of a
     single image); small frames are not scaled up. Returns the `frames` object of rollouts.jsonl without its
     timestamps: `strip` (folder and file name, relative to the run), `count` (T), `width` and `height` (of one
-    tile, pixels). Raises ValueError for another shape or dtype, OSError when the file cannot be written.
+    tile, pixels). Raises OSError.
     """
-    if frames.ndim != 4 or frames.shape[1] != 3 or len(frames) == 0 or str(frames.dtype) != "torch.uint8":
-        found = f"{list(frames.shape)} {frames.dtype}"
-        raise ValueError(f"frames have to be [T, 3, H, W] uint8 with T > 0, found {found}")
     count, _, height, width = frames.shape
     max_side = max_side or (IMAGE_SIDE if count == 1 else FRAME_SIDE)
     scale = min(1.0, max_side / max(height, width), JPEG_SIDE_LIMIT / (count * width))
@@ -76,10 +73,9 @@ def same_size(clips: Sequence[Tensor]) -> Tensor:
 
 
 def record_group(run_dir: Path, step: int, group: RolloutGroup, tokenizer: Any = None) -> None:
-    """Append one group to `run_dir`/rollouts.jsonl and save its frames in `run_dir`/frames.
+    """Append one group to `run_dir`/rollouts.jsonl and save its frames in `run_dir`/frames. Raises OSError.
 
-    tokenizer: splits completions with known drops into words. Raises OSError when the folder cannot be
-    written.
+    tokenizer: splits completions with known drops into words.
     """
     sample, shown = group.sample, group.prompt.media
     frames = save_shown(shown, run_dir / "frames" / f"{step}-{_file_name(sample.problem_id)}.jpg")
@@ -115,13 +111,10 @@ def group_facts(group: RolloutGroup) -> dict[str, Any]:
     """Record of a group that a step learns nothing from: its question, the shares of right completions, and
     the reward of all its ordered completions.
     """
-    sample = group.sample
+    names = ("problem_id", "problem", "problem_type", "data_type", "data_source")
     return {
-        "problem_id": sample.problem_id,
-        "problem": sample.problem[:PROBLEM],
-        "problem_type": sample.problem_type,
-        "data_type": sample.data_type,
-        "data_source": sample.data_source,
+        **{name: getattr(group.sample, name) for name in names},
+        "problem": group.sample.problem[:PROBLEM],
         "accuracy": _number(group.p),
         "p_shuffled": group.p_shuffled,
         "reward": _number(group.total_reward[0]),
@@ -129,8 +122,8 @@ def group_facts(group: RolloutGroup) -> dict[str, Any]:
 
 
 def _short(path: str) -> str:
-    """Shorten a path to the file and its folder, with the member of an archive or table. The whole path would
-    show readers of a report how the disk of its author is arranged.
+    """Shorten a path to the file and its folder, with the member of an archive or table, for reports that
+    others read.
     """
     inside, joined, file = path.rpartition("::")
     return inside + joined + "/".join(PurePath(file).parts[-2:])
@@ -152,9 +145,6 @@ def word_drops(tokenizer: Any, token_ids: Sequence[int], drops: Sequence[float])
 
 
 def _completions(rollouts: Sequence[Rollout], rewards: dict[str, Tensor]) -> list[dict[str, Any]]:
-    for name, values in rewards.items():
-        if len(values) != len(rollouts):
-            raise ValueError(f"reward {name!r} has {len(values)} values for {len(rollouts)} completions")
     return [
         {
             "text": rollout.text,

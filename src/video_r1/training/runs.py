@@ -25,7 +25,7 @@ from video_r1.fingerprint import refuse_changed
 from video_r1.models.families import find_family
 from video_r1.models.loading import add_lora, load_model, load_processor, with_trained_parts
 from video_r1.processes import claimed_by_first, decided_by_first, process_count
-from video_r1.recipe import Recipe, resolved
+from video_r1.recipe import Recipe, plain, resolved
 from video_r1.rollout.vllm.mrope import rule_of_training
 from video_r1.settings.shared import (
     DataSettings,
@@ -41,27 +41,26 @@ logger = logging.getLogger(__name__)
 
 LENGTHS = ("max_steps", "num_train_epochs")
 MAY_CHANGE = frozenset(
-    ("output_dir", "ddp_backend", "ddp_timeout", *LENGTHS)  # the folder may have moved
-    + ("per_device_train_batch_size", "gradient_accumulation_steps")  # see `check_processes`
-    + ("logging_steps", "save_steps", "save_strategy", "save_total_limit", "eval_steps", "eval_strategy")
-    + ("report_to", "run_name", "disable_tqdm", "log_rollouts", "media_threads", "media_cache_mb")
-    + ("media_seconds", "media_memory_mb", "remote_cache", "remote_cache_gb")
-    + (
-        "judge_endpoint",
-        "judge_key_variable",
-        "judge_down",
-        "judge_wait",
-        "judge_timeout",
-        "judge_concurrency",
-    )
-    + ("vllm_server_base_url", "vllm_server_timeout", "vllm_gpu_memory_utilization", "vllm_enable_sleep_mode")
+    f"""
+    {" ".join(LENGTHS)} per_device_train_batch_size gradient_accumulation_steps
+    output_dir ddp_backend ddp_timeout report_to run_name disable_tqdm log_rollouts
+    logging_steps save_steps save_strategy save_total_limit eval_steps eval_strategy
+    media_threads media_cache_mb media_seconds media_memory_mb remote_cache remote_cache_gb
+    judge_endpoint judge_key_variable judge_down judge_wait judge_timeout judge_concurrency
+    vllm_server_base_url vllm_server_timeout vllm_gpu_memory_utilization vllm_enable_sleep_mode
+    """.split()
 )
-"""Settings that may differ when a run is resumed: they do not affect the finished steps."""
+"""Settings that may differ when a run is resumed: they do not affect the finished steps. (`check_processes`
+keeps the number of questions a step.)"""
 
 
 @dataclass
 class RunArguments(PromptSettings, ManifestSettings, LoadingSettings, TrainingArguments):
     """Fields of `TrainingArguments`, and the settings of frames, prompts, media and loading."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Add the recipe's other settings to those that trackers show. (Its own entries hide tokens.)"""
+        return plain({**getattr(self, "recipe_values", {}), **super().to_dict()})
 
     def __post_init__(self) -> None:
         if self.bf16 is None:
@@ -81,6 +80,7 @@ class RunArguments(PromptSettings, ManifestSettings, LoadingSettings, TrainingAr
                 f"{here} processes were started on this machine, which has {devices} GPU(s): start one for "
                 "each GPU (--num_processes), or set use_cpu"
             )
+        os.environ.pop("ACCELERATE_MIXED_PRECISION", None)  # of a launcher's file: `bf16` and `fp16` decide
         super().__post_init__()
         found = super().n_gpu
         if found > 1:
@@ -199,14 +199,8 @@ def run_recipe(recipe: Recipe, trainer: Callable[..., Trainer], config: type[Any
         if training is not None and data.keep is not None:
             training = kept_samples(training, data.keep)
         model, processor = model_of(recipe)
-        run: Any = trainer(
-            model,
-            args=args,
-            train_dataset=training,
-            eval_dataset=validation,
-            processing_class=processor,
-            recipe=recipe,
-        )
+        sets = {"train_dataset": training, "eval_dataset": validation}
+        run: Any = trainer(model, args=args, **sets, processing_class=processor, recipe=recipe)
         run.train()
         if args.save_strategy == SaveStrategy.NO:
             run.publish_model()
@@ -220,9 +214,8 @@ def changed_settings(here: Mapping[str, Any], folder: Path) -> dict[str, tuple[A
     except FileNotFoundError:
         return {}
     except (OSError, yaml.YAMLError) as error:
-        raise ConfigError(
-            f"{folder / 'config.yaml'} cannot be read: {error}; choose another output_dir"
-        ) from error
+        path = folder / "config.yaml"
+        raise ConfigError(f"{path} cannot be read: {error}; choose another output_dir") from error
     return {name: (there[name], here[name]) for name in here if name in there and there[name] != here[name]}
 
 

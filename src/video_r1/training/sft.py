@@ -26,6 +26,7 @@ from video_r1.processes import gather, process_count
 from video_r1.recipe import Recipe
 from video_r1.settings.base import settings_docs
 from video_r1.settings.training import SFTSettings
+from video_r1.training.questions import Ready
 from video_r1.training.runs import RunArguments, run_recipe
 from video_r1.training.trainer import QuestionTrainer
 
@@ -37,22 +38,6 @@ Example = tuple[Prompt, Tensor]
 @dataclass
 class SFTConfig(SFTSettings, RunArguments):
     """All settings of an SFT run, including every field of `TrainingArguments`. Raises ConfigError."""
-
-
-@dataclass(frozen=True, slots=True)
-class SFTBatch:
-    """A micro-batch of examples."""
-
-    examples: Sequence[Example]
-    problem_ids: Sequence[str | int] = ()
-
-    @property
-    def prompts(self) -> list[Prompt]:
-        return [prompt for prompt, _ in self.examples]
-
-    @property
-    def completions(self) -> list[list[Tensor]]:
-        return [[response] for _, response in self.examples]
 
 
 class SFTTrainer(QuestionTrainer):
@@ -86,28 +71,28 @@ class SFTTrainer(QuestionTrainer):
         """Return the micro-batches of one optimizer step, and their response tokens ÷ the number of ranks."""
         pending, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
         ready = [self.ready(batch["pending"]) for batch in pending]
-        batches = [SFTBatch([e.content for e in part], [e.sample.problem_id for e in part]) for part in ready]
-        tokens = sum(len(response) for batch in batches for _, response in batch.examples)
+        tokens = sum(len(entry.content[1]) for part in ready for entry in part)
         # Gradients are averaged over ranks, hence the division.
-        return [{"batch": batch} for batch in batches], sum(gather(tokens)) / process_count()
+        return [{"batch": part} for part in ready], sum(gather(tokens)) / process_count()
 
     def compute_loss(
         self, model: nn.Module, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
         """Return −Σ log p(response token) of the micro-batch ÷ the step's response tokens."""
-        batch = cast(SFTBatch, inputs["batch"])
-        assert num_items_in_batch is not None
-        result = self.logprobs(model, batch)
+        batch: list[Ready[Example]] = inputs["batch"]
+        result = self.logprobs(model, [entry.content for entry in batch])
         tokens = len(result.logprobs)
         self.meter.add("accuracy/token", float(cast(Tensor, result.likeliest).sum()), tokens)
-        self.meter.add("completion/length", tokens, len(batch.examples))
-        loss = self.watched(-result.logprobs.sum() / num_items_in_batch, batch.problem_ids)
+        self.meter.add("completion/length", tokens, len(batch))
+        ids = [entry.sample.problem_id for entry in batch]
+        loss = self.watched(-result.logprobs.sum() / num_items_in_batch, ids)
         return (loss, {}) if return_outputs else loss
 
-    def logprobs(self, model: nn.Module, batch: SFTBatch) -> GroupLogprobs:
+    def logprobs(self, model: nn.Module, examples: Sequence[Example]) -> GroupLogprobs:
         """Compute each response token's log-prob, and whether it is the likeliest token."""
+        prompts, responses = [prompt for prompt, _ in examples], [[response] for _, response in examples]
         with self.accelerator.autocast():
-            return group_logprobs(model, batch.prompts, batch.completions, with_likeliest=True)
+            return group_logprobs(model, prompts, responses, with_likeliest=True)
 
     def validate(self, samples: Sequence[Sample]) -> dict[str, float]:
         """Measure `loss` (nats per response token) and `token_accuracy`; count `questions` and `skipped`."""
@@ -116,7 +101,7 @@ class SFTTrainer(QuestionTrainer):
         with torch.no_grad(), self.whole_weights():
             for examples in held_out(samples, self.reader, self.example, self.args.eval_batch_size):
                 if examples:
-                    result = self.logprobs(model, SFTBatch(examples))
+                    result = self.logprobs(model, examples)
                     right = cast(Tensor, result.likeliest).sum()
                     figures = [-result.logprobs.sum(), right, len(result.logprobs), len(examples)]
                     sums += torch.tensor([float(figure) for figure in figures], dtype=torch.float64)

@@ -6,6 +6,7 @@ each rank runs the model a different number of times: the ranks would wait for e
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -23,6 +24,8 @@ from video_r1.errors import ConfigError, VideoR1Error
 from video_r1.models.families import find_family
 from video_r1.models.group_forward import through_wrapper, vision_language_model
 
+FORWARD_HOOKS = ("_forward_pre_hooks", "_forward_hooks")  # of a torch module
+
 
 @contextmanager
 def whole_weights(model: nn.Module, accelerator: Accelerator) -> Iterator[None]:
@@ -31,8 +34,7 @@ def whole_weights(model: nn.Module, accelerator: Accelerator) -> Iterator[None]:
     model: as prepared by the accelerator. Every rank has to enter. No cost for a model that is not sharded.
     """
     if isinstance(model, FSDPModule):
-        plugin = accelerator.state.fsdp_plugin
-        with _whole_fsdp(model, plugin is not None and bool(plugin.reshard_after_forward)):
+        with _whole_fsdp(model):
             yield
     elif zero_stage(accelerator) == 3:
         import deepspeed  # pyright: ignore[reportMissingImports]  # an extra, installed where ZeRO-3 is in use
@@ -54,21 +56,23 @@ def whole_weights(model: nn.Module, accelerator: Accelerator) -> Iterator[None]:
 
 
 @contextmanager
-def _whole_fsdp(model: Any, reshards: bool) -> Iterator[None]:
+def _whole_fsdp(model: Any) -> Iterator[None]:
     sharded = [module for module in model.modules() if isinstance(module, FSDPModule)]
-    lists = [module for module in model.modules() if isinstance(module, nn.ModuleList)]
-    blocks = {block for blocks in lists for block in blocks}
     through_wrapper(model, lambda: None)  # FSDP initialises in its first call, which has to be the root's
     for module in sharded:
-        module.set_reshard_after_forward(False, recurse=False)
         module.unshard()
+    # The hooks of FSDP2 would free each layer's weights after its forward, and fork streams in each layer,
+    # which a CUDA graph cannot record.
+    hooks = [(part, name, getattr(part, name)) for part in sharded for name in FORWARD_HOOKS]
+    for part, name, _ in hooks:
+        setattr(part, name, OrderedDict())
     try:
         yield
     finally:
+        for part, name, own in hooks:
+            setattr(part, name, own)
         for module in sharded:
             module.reshard()
-            if reshards and module in blocks:  # parts around the blocks stay gathered after their forward
-                module.set_reshard_after_forward(True, recurse=False)
 
 
 def keep_figures_exact(accelerator: Accelerator) -> None:
@@ -82,9 +86,8 @@ def keep_figures_exact(accelerator: Accelerator) -> None:
 
 
 def check_sharding_of(model: nn.Module, accelerator: Accelerator) -> None:
-    """Raise ConfigError for FSDP version 1, whose weights cannot be gathered for a whole rollout, for sharded
-    checkpoints, which contain no model and cannot be resumed, and for a sharded model of the general path, on
-    which each rank runs the layers as often as its own questions need.
+    """Raise ConfigError for FSDP version 1 (no whole weights in a rollout), sharded checkpoints (no model),
+    and a sharded model of the general path (each rank runs layers as often as its own questions need).
     """
     plugin: Any = getattr(accelerator.state, "fsdp_plugin", None)
     if plugin is not None:
@@ -122,8 +125,8 @@ OPTIMIZER_FILES = {"FSDP": ("optimizer.bin", "optimizer_0"), "DeepSpeed": ("late
 
 
 def check_kind(checkpoint: Path, kind: str) -> None:
-    """Raise ConfigError if a checkpoint has the optimizer's state of another kind of run: it would not be
-    read, and training would continue with an empty one. kind: "FSDP", "DeepSpeed" or "".
+    """Raise ConfigError if a checkpoint has the optimizer's state of another kind of run, which would not be
+    read. kind: "FSDP", "DeepSpeed" or "".
     """
     found = [
         name for name, files in OPTIMIZER_FILES.items() if any((checkpoint / file).exists() for file in files)

@@ -31,60 +31,75 @@ Deviations from the paper and its code:
 
 from __future__ import annotations
 
+import math
+import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
-from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, ProcessorMixin, TrainerCallback
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from video_r1.data.manifests.records import Sample
+from video_r1.data.prompts import Prompt
 from video_r1.data.reading import Clips, Question, build_question
 from video_r1.data.rollouts import Rollout, RolloutGroup
-from video_r1.errors import ConfigError, VideoR1Error
+from video_r1.errors import ConfigError
 from video_r1.evaluation.validation import temporal_accuracy
-from video_r1.files import append_line
+from video_r1.files import append_line, tolerated, warn_once
 from video_r1.models.families import find_family, vision_parameters
-from video_r1.models.group_forward import GroupLogprobs, encode_vision, group_logprobs, vision_language_model
-from video_r1.processes import decided_by_first, gather, gather_lists
+from video_r1.models.group_forward import (
+    GroupLogprobs,
+    VisualFeatures,
+    encode_vision,
+    group_logprobs,
+    vision_language_model,
+)
+from video_r1.processes import gather, gather_lists, process_count
 from video_r1.recipe import Recipe
-from video_r1.rewards.judge import Judge, JudgeAway
+from video_r1.rewards.judge import Judge
 from video_r1.rewards.scoring import reward_terms, score_groups
 from video_r1.rewards.temporal import rule_of, warn_of_cancelled_bonus
-from video_r1.rollout.engine import RolloutEngine
+from video_r1.rollout.engine import InProcessEngine, RolloutEngine, SamplingSettings, sample_rollouts
 from video_r1.rollout.engine_factory import training_engine
-from video_r1.rollout.general import GeneralEngine
-from video_r1.rollout.transformers import TransformersEngine
 from video_r1.settings.base import settings_docs
 from video_r1.settings.training import TGRPOSettings
 from video_r1.settings.vllm import VLLMSettings
-from video_r1.training.batches import PolicyBatch, Step, StepRollouts, kept_tokens, sampler_weights, step_of
 from video_r1.training.callbacks import (
     CHECKED_QUESTIONS,
-    Preflight,
-    SamplerCheck,
+    StartChecks,
     TaskMoments,
+    check_rewards,
     sampler_difference,
+    warn_of_difference,
 )
-from video_r1.training.logprob_contrast import Comparison, compare, samples_as_it_scores
-from video_r1.training.metrics import SKIPPED_GROUPS, describe_groups, describe_update, tolerated
-from video_r1.training.objective import ClipRange, entropy_sum, group_advantages, policy_loss
+from video_r1.training.logprob_contrast import logprob_drops, samples_as_it_scores
+from video_r1.training.metrics import SKIPPED_GROUPS, Meter, describe_groups, describe_update
+from video_r1.training.objective import (
+    ClipRange,
+    entropy_sum,
+    group_advantages,
+    high_entropy,
+    importance_weights,
+    loss_normaliser,
+    objective_of,
+    policy_loss,
+)
 from video_r1.training.questions import (
     Asked,
     Difficulty,
-    QuestionSource,
     Ready,
     Selection,
     Slot,
     select_groups,
+    with_shuffled_options,
 )
 from video_r1.training.recording import record_group
 from video_r1.training.reference import Reference, ReferenceSync
@@ -102,7 +117,80 @@ class TGRPOConfig(TGRPOSettings, VLLMSettings, RunArguments):
     `per_device_train_batch_size` counts questions. Raises ConfigError, naming every problem found.
     """
 
-    rewards_are_known = False
+
+class Sampled(NamedTuple):
+    """Completions of questions, ordered [Q][G] and shuffled [Q][H or 0]; seconds that the engine took."""
+
+    ordered: list[list[Rollout]]
+    shuffled: list[list[Rollout]]
+    seconds: float
+
+
+@dataclass(slots=True)
+class PolicyBatch:
+    """A micro-batch of groups, and the values that all updates on the same rollouts share.
+
+    The model sees only `trained`: Q questions with N completion tokens in all. They include groups of equal
+    rewards if these count (`flat_groups_count`).
+    """
+
+    groups: list[RolloutGroup]
+    trained: list[RolloutGroup]
+    old_logprobs: Tensor | None = None  # [N], of the policy that sampled
+    ref_logprobs: Tensor | None = None  # [N]
+    sampler_weights: Tensor | None = None  # [N], if vLLM sampled
+    vision: list[VisualFeatures | None] | None = None  # one per question, if the vision tower is frozen
+
+    @property
+    def prompts(self) -> list[Prompt]:
+        return [group.prompt for group in self.trained]
+
+    @property
+    def completions(self) -> list[list[Tensor]]:
+        return [[rollout.token_ids for rollout in group.ordered] for group in self.trained]
+
+    @property
+    def advantages(self) -> Tensor:
+        """[completions]"""
+        return torch.cat([group.advantages for group in self.trained])
+
+    @property
+    def finished(self) -> Tensor:
+        """[completions] bool: False for those that were cut at the longest length."""
+        rollouts = [rollout for group in self.trained for rollout in group.ordered]
+        return torch.tensor([rollout.finish_reason != "length" for rollout in rollouts])
+
+    def token_weights(self, kept: Tensor | None) -> Tensor | None:
+        """[N], factors of each token's policy term: the temporal rule's weight (1 for a group without one)
+        times the sampler's, and 0 for tokens that are not kept ([N] bool; None: all are). None: all 1.
+        """
+        weights = self.sampler_weights
+        if any(group.token_weights is not None for group in self.trained):
+            ones = ([torch.ones(len(r.token_ids)) for r in group.ordered] for group in self.trained)
+            own = (group.token_weights or each for group, each in zip(self.trained, ones, strict=True))
+            temporal = torch.cat([weight for group in own for weight in group])
+            weights = temporal if weights is None else temporal.to(weights) * weights
+        if kept is None:
+            return weights
+        return kept.float() if weights is None else kept * weights.to(kept.device)
+
+    @property
+    def problem_ids(self) -> list[str | int]:
+        return [group.sample.problem_id for group in self.trained]
+
+
+@dataclass(slots=True)
+class Step:
+    """Micro-batches of one optimizer step, which all updates on their rollouts share.
+
+    normaliser: of the loss (`loss_normaliser`); entropy_tokens: tokens that entropies are averaged over. Both
+    are sums over all ranks divided by the number of ranks, since gradients are averaged over ranks.
+    """
+
+    batches: list[PolicyBatch]
+    normaliser: float
+    entropy_tokens: float
+    is_recorded: bool = False  # in rollouts.jsonl
 
 
 class TGRPOTrainer(QuestionTrainer):
@@ -149,13 +237,9 @@ class TGRPOTrainer(QuestionTrainer):
         recipe: Recipe | None = None,
     ) -> None:
         if reward_processing_classes is not None:
-            raise ConfigError(
-                "reward_processing_classes: reward models are not supported; pass a function that calls yours"
-            )
+            raise ConfigError("reward_processing_classes: pass a reward function that calls your model")
         if quantization_config is not None:
-            raise ConfigError(
-                "quantization_config: pass a model that is loaded with it, or a recipe with load_in_4bit"
-            )
+            raise ConfigError("quantization_config: pass a model loaded with it, or a recipe: load_in_4bit")
         args = TGRPOConfig(output_dir="runs/tgrpo") if args is None else args
         self.terms = terms = reward_terms(reward_funcs, args)
         self.rule = rule_of(args)
@@ -178,10 +262,7 @@ class TGRPOTrainer(QuestionTrainer):
             model, args, train_dataset, eval_dataset, processing_class, peft_config, callbacks, recipe,
             optimizers,
         )  # fmt: skip
-        if args.preflight_questions > 0:
-            self.add_callback(Preflight(lambda: self.preflight_groups(args.preflight_questions)))
-        if args.use_vllm:
-            self.add_callback(SamplerCheck(self.sampler_difference, not args.async_rollouts))
+        self.add_callback(StartChecks(self.check_start))
         policy = cast(PreTrainedModel, self.model)
         follows = args.sync_ref_model
         self.reference = Reference(policy, self.accelerator, follows) if args.beta != 0 else None
@@ -198,6 +279,9 @@ class TGRPOTrainer(QuestionTrainer):
             self.processing_class,
             args,
             longest=args.max_prompt_length + args.max_completion_length,
+            sequences=args.per_device_train_batch_size
+            * args.gradient_accumulation_steps
+            * (args.num_generations + args.shuffled_generations),
             frames=self.reader.budget,
             dtype="bfloat16" if args.bf16 else "auto",
             folder=str(args.output_dir),
@@ -205,7 +289,8 @@ class TGRPOTrainer(QuestionTrainer):
         self.judge: Judge | None = None
         if args.judge_endpoint is not None:
             self.judge = Judge(args, self.folder, self.meter, lambda: self.stop.number is not None)
-        self.rollouts = StepRollouts(self.engine, args, self.meter, self.whole_policy)
+        self.ahead: Future[Sampled] | None = None  # rollouts of the next step
+        self.thread = ThreadPoolExecutor(1, "rollouts-ahead") if args.async_rollouts else None
         self.steps_read_ahead = 2 if args.async_rollouts else 1
 
     # ---- One optimizer step: read, sample, compare, score, credit, batch
@@ -221,7 +306,7 @@ class TGRPOTrainer(QuestionTrainer):
         if read[0]["iteration"] == 0 or not self.step.batches:
             with self.stopping_before_the_step():
                 self.step = self.roll_out([batch["pending"] for batch in read])
-        self.rollouts.begin_next(self.pending_rollouts())
+        self.begin_next_rollouts()
         step = self.step
         return [{"batch": batch, "step": step} for batch in step.batches], step.normaliser
 
@@ -231,9 +316,8 @@ class TGRPOTrainer(QuestionTrainer):
 
         # Replace questions whose R_i are all equal (DAPO)
         first = self.ask(self.ready(list(chain(*pending))))
-        submit = cast(QuestionSource, self.source).submit
         selected = select_groups(
-            first, lambda slots: self.ask(self.ready([submit(s) for s in slots])), args.dynamic_sampling
+            first, lambda slots: self.ask(self.ready(self.submit(slots))), args.dynamic_sampling
         )
         groups = selected.groups
 
@@ -250,7 +334,7 @@ class TGRPOTrainer(QuestionTrainer):
         questions = [entry.content for entry in ready]
 
         # G completions o_i with the frames in order, H completions õ_j with the frames shuffled
-        ordered, shuffled = self.rollouts.of_step(questions)
+        ordered, shuffled = self.step_rollouts(questions)
 
         # d_i,t = log π(o_i,t | V) − log π(o_i,t | Ṽ), if the temporal rule needs it
         drops, vision = self.compare(questions, ordered)
@@ -259,22 +343,80 @@ class TGRPOTrainer(QuestionTrainer):
         groups = self.score(questions, ordered, shuffled, drops)
         return Asked([entry.slot for entry in ready], groups, vision)
 
-    def compare(self, questions: Sequence[Question], ordered: list[list[Rollout]]) -> Comparison:
-        """Score the ordered completions behind the contrast clips, if the temporal rule needs it.
-
-        The updates reuse the features of ordered prompts if the vision tower, of a known family, is frozen,
-        and the contrast permutes temporal patches or the drops need these features themselves.
+    def step_rollouts(self, questions: Sequence[Question]) -> tuple[list[list[Rollout]], list[list[Rollout]]]:
+        """Return the ordered completions [Q][G] and the shuffled ones [Q][H or 0]: those that were sampled
+        ahead, or else those of the current policy.
         """
-        args = self.settings
+        ahead, self.ahead = self.ahead, None
+        with self.meter.seconds("rollout"):
+            sampled = self.sample(questions) if ahead is None else ahead.result()
+        self.meter.speeds([*sampled.ordered, *sampled.shuffled], sampled.seconds)
+        if self.settings.use_vllm:
+            self.meter.add("sampler/staleness", ahead is not None)
+        return sampled.ordered, sampled.shuffled
+
+    def sample(self, questions: Sequence[Question]) -> Sampled:
+        """Sample completions of the current policy."""
+        with self.synced_engine():
+            return self.generate(questions)
+
+    @contextmanager
+    def synced_engine(self) -> Iterator[None]:
+        """Give the engine the policy's weights. A model gathered for it is freed before vLLM samples."""
+        with ExitStack() as gathered:
+            self.engine.update_weights(gathered.enter_context(self.whole_policy()))
+            if self.engine.has_own_weights:
+                gathered.close()
+            yield
+        self.engine.rest()
+
+    def generate(self, questions: Sequence[Question]) -> Sampled:
+        args, started = self.settings, time.perf_counter()
+        sampling = SamplingSettings(
+            n=args.num_generations, temperature=args.temperature, max_tokens=args.max_completion_length
+        )
+        rollouts = sample_rollouts(self.engine, questions, sampling, args.shuffled_generations)
+        return Sampled(*rollouts, time.perf_counter() - started)
+
+    def begin_next_rollouts(self) -> None:
+        """With `async_rollouts`, sample the next step on a server while this step is updated:
+
+            step t:   collect the rollouts of t ─► sync θ_t ─► start sampling t+1 ─► update to θ_t+1
+
+        The rollouts of step t+1 come from θ_t, one update old. The first step of an epoch or of a resumed run
+        has nothing to collect: the current weights sample it.
+        """
+        following = self.upcoming[0] if self.upcoming else []
+        is_last = self.state.global_step + 1 >= self.state.max_steps
+        if self.thread is None or not following or following[0]["iteration"] > 0 or is_last:
+            return
+        pending = list(chain(*(batch["pending"] for batch in following)))
+        with self.whole_policy() as model:
+            self.engine.update_weights(model)
+        self.ahead = self.thread.submit(lambda: self.generate([each.result().content for each in pending]))
+
+    def compare(
+        self, questions: Sequence[Question], ordered: list[list[Rollout]]
+    ) -> tuple[list[list[Tensor] | None] | None, list[VisualFeatures | None] | None]:
+        """Score the ordered completions behind the contrast clips, if the temporal rule needs it: return
+        their drops and the visual features of the ordered prompts (None: not computed).
+
+        The updates reuse the features if the vision tower, of a known family, is frozen, and the contrast
+        permutes temporal patches or the drops need these features themselves.
+        """
+        args, size = self.settings, self.settings.per_device_train_batch_size
         if self.rule.contrast != "scored":
-            return Comparison()
+            return None, None
         known = find_family(vision_language_model(cast(nn.Module, self.model))) is not None
-        here = not args.use_vllm and isinstance(self.rollouts.engine, TransformersEngine | GeneralEngine)
-        with self.meter.seconds("contrast"), self.whole_policy() as model:
-            as_sampled = here and samples_as_it_scores(model)
-            shared = known and self.vision_is_frozen and (args.contrast_unit == "patch" or not as_sampled)
-            size = args.per_device_train_batch_size
-            return compare(model, questions, ordered, args.temperature, size, shared, as_sampled)
+        here = not args.use_vllm and isinstance(self.engine, InProcessEngine)
+        with self.meter.seconds("contrast"), self.whole_policy() as model, torch.no_grad():
+            as_sampled, vision = here and samples_as_it_scores(model), None
+            if known and self.vision_is_frozen and (args.contrast_unit == "patch" or not as_sampled):
+                parts = [questions[n : n + size] for n in range(0, len(questions), size)]
+                encoded = (encode_vision(model, [question.ordered for question in part]) for part in parts)
+                vision = list(chain(*encoded))
+            drops = logprob_drops(model, questions, ordered, args.temperature, size, vision, as_sampled)
+            return drops, vision
 
     def score(
         self,
@@ -368,6 +510,7 @@ class TGRPOTrainer(QuestionTrainer):
         """Build a sample's ordered prompt, and that of its contrast clip if the temporal rule has one."""
         args = self.settings
         contrast = args.temporal_contrast if self.rule.contrast else None
+        sample = with_shuffled_options(sample, generator) if args.shuffle_options else sample
         return build_question(sample, loaded, self.builder, generator, contrast, args.contrast_unit)
 
     def begin_reading(self, slots: list[Slot]) -> dict[str, Any]:
@@ -377,23 +520,10 @@ class TGRPOTrainer(QuestionTrainer):
             return {"pending": [], "iteration": iteration}
         return {**super().begin_reading(slots), "iteration": iteration}
 
-    def pending_rollouts(self) -> list[Any]:
-        """Futures of the next step's questions; [] if it needs no rollouts or there is no next step."""
-        following = self.upcoming[0] if self.upcoming else []
-        is_last = self.state.global_step + 1 >= self.state.max_steps
-        if not following or following[0]["iteration"] > 0 or is_last:
-            return []
-        return list(chain(*(batch["pending"] for batch in following)))
-
-    def get_train_dataloader(self) -> DataLoader:
-        """Return QuestionTrainer's loader, restricted to the questions inside `difficulty_range`."""
-        loader = super().get_train_dataloader()
-        if self.source is not None and self.callback_of(Difficulty):
-            # looked up at each call: the Trainer replaces callbacks when it reads a checkpoint
-            self.source.choices = lambda samples, epoch: cast(
-                Difficulty, self.callback_of(Difficulty)
-            ).choices(samples, epoch)
-        return loader
+    def choices(self, samples: Sequence[Sample], epoch: int) -> Sequence[int]:
+        """Return the indices of the samples inside `difficulty_range`, or all."""
+        difficulty = self.callback_of(Difficulty)
+        return super().choices(samples, epoch) if difficulty is None else difficulty.choices(samples, epoch)
 
     def record_selection(self, selected: Selection) -> None:
         """Record how often each question was right, and the groups of all ranks that teach nothing."""
@@ -405,14 +535,15 @@ class TGRPOTrainer(QuestionTrainer):
                     kept = difficulty.choices(samples, slot.epoch)
                     self.meter.add("questions/kept", len(kept), len(samples))
         if self.settings.dynamic_sampling > 0:
-            replaced = sum(group.reason == "replaced" for group in selected.skipped)
+            replaced = sum(line["reason"] == "replaced" for _, line in selected.skipped)
             self.meter.add("groups/replaced", replaced, len(selected.groups))
         if self.settings.log_rollouts > 0:
             everyone, _ = gather_lists(selected.skipped)
             if self.is_world_process_zero():
                 with tolerated(SKIPPED_GROUPS):
-                    for group in sorted(everyone, key=lambda group: group.slot):
-                        append_line(self.folder / SKIPPED_GROUPS, group.line(self.state.global_step + 1))
+                    for _, line in sorted(everyone, key=lambda skipped: skipped[0]):
+                        line = {"step": self.state.global_step + 1, **line}
+                        append_line(self.folder / SKIPPED_GROUPS, line)
 
     # ---- Checks before the first step, validation, records
 
@@ -428,56 +559,33 @@ class TGRPOTrainer(QuestionTrainer):
         with self.whole_weights(), self.accelerator.autocast():
             yield self.accelerator.unwrap_model(self.model)
 
-    @contextmanager
-    def stopping_before_the_step(self) -> Iterator[None]:
-        """Save the run as it was before this step if the judge does not answer inside; raise VideoR1Error, or
-        Interrupted if the run was told to stop. Completions have seeds of their own and no record changes
-        before all are judged, so the run can be resumed exactly.
+    def check_start(self) -> None:
+        """Check before the first step that a reward is in reach; with vLLM, that its log-probs of the first
+        questions, in both orders, are the trainer's.
         """
-        try:
-            yield
-        except JudgeAway as away:
-            step = self.state.global_step
-            checkpoint = self.folder / f"{PREFIX_CHECKPOINT_DIR}-{step}"
-            if step > 0 and not decided_by_first(checkpoint.exists):
-                self._save_checkpoint(cast(nn.Module, self.model_wrapped), None)
-            if any(gather(self.stop.number is not None)):
-                self.stop.saved = True
-                raise self.stop.interrupted() from away
-            saved = f" and is saved ({checkpoint.name})" if step > 0 else ""
-            raise VideoR1Error(
-                f"{away}. The run stopped before step {step + 1}{saved}: when the judge is back, start the "
-                "same command again to resume it (judge_down: wait waits for the judge)"
-            ) from away
+        args = self.settings
+        if self.state.global_step == 0 and args.preflight_questions > 0:
+            questions = self.first_questions(args.preflight_questions)
+            sampled = self.sample(questions)
+            with self.stopping_before_the_step():
+                check_rewards(self.score(questions, sampled.ordered, sampled.shuffled))
+        if args.use_vllm:
+            questions = self.first_questions(CHECKED_QUESTIONS)
+            prompts = [p for q in questions for p in (q.ordered, q.shuffled) if p is not None]
+            with self.whole_policy() as model:
+                warn_of_difference(sampler_difference(self.engine, model, prompts, args.temperature))
 
     def first_questions(self, count: int) -> list[Question]:
         """Read the first `count` questions of the first epoch."""
-        assert self.source is not None
-        slots = [Slot(0, index) for index in range(min(count, len(self.source.samples)))]
-        return [future.result().content for future in [self.source.submit(slot) for slot in slots]]
-
-    def preflight_groups(self, count: int) -> list[RolloutGroup]:
-        """Sample and score the first questions as a step does."""
-        questions = self.first_questions(count)
-        sampled = self.rollouts.sample(questions)
-        with self.stopping_before_the_step():
-            return self.score(questions, sampled.ordered, sampled.shuffled)
-
-    def sampler_difference(self) -> tuple[float, int]:
-        """Compare the engine's log-probs with the trainer's on the first questions, in both orders."""
-        questions = self.first_questions(CHECKED_QUESTIONS)
-        prompts = [p for q in questions for p in (q.ordered, q.shuffled) if p is not None]
-        with self.whole_policy() as model:
-            return sampler_difference(self.engine, model, prompts, self.settings.temperature)
+        count = min(count, len(cast(list[Sample], self.train_dataset)))
+        return [each.result().content for each in self.submit([Slot(0, index) for index in range(count)])]
 
     def validate(self, samples: Sequence[Sample]) -> dict[str, float]:
         """Measure accuracy in order and with the contrast clip (see `temporal_accuracy`)."""
-        self.rollouts.wait()
-        with self.whole_policy() as model:
-            self.engine.update_weights(model)
-            figures = temporal_accuracy(self.engine, samples, self.reader, self.builder, self.settings)
-        self.engine.rest()
-        return figures
+        if self.ahead is not None:
+            self.ahead.exception()  # waits: the engine samples; `step_rollouts` raises its error
+        with self.synced_engine():
+            return temporal_accuracy(self.engine, samples, self.reader, self.builder, self.settings)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Log, and record some of this step's groups once for all updates on them."""
@@ -490,6 +598,8 @@ class TGRPOTrainer(QuestionTrainer):
                 for group in groups[: self.settings.log_rollouts]:
                     record_group(self.folder, self.state.global_step, group, tokenizer)
         super().log(logs, start_time)
+        if self.settings.use_vllm and not self.settings.async_rollouts:  # which samples with older weights
+            warn_of_difference(self.state.log_history[-1].get("sampler/logprob_difference", 0.0))
 
 
 def credit(
@@ -517,6 +627,86 @@ def credit(
         group.advantages, group.base_advantages = own, plain
         if rule.token_weights is not None and group.token_drops is not None:
             group.token_weights = [rule.token_weights(drops, kappa) for drops in group.token_drops]
+
+
+def step_of(
+    groups: Sequence[RolloutGroup],
+    sizes: Sequence[int],
+    vision: Sequence[VisualFeatures | None] | None,
+    settings: TGRPOSettings,
+) -> Step:
+    """Split scored groups into micro-batches of these sizes. vision: features of their prompts, if known.
+
+    Every rank calls it with its own groups. At least one group of each micro-batch is trained on, so that
+    every rank has a loss.
+    """
+    remaining, batches, all_count = iter(range(len(groups))), [], flat_groups_count(settings)
+    for size in sizes:
+        part = [next(remaining) for _ in range(size)]
+        trained = [n for n in part if all_count or bool(groups[n].advantages.any())] or part[:1]
+        batch = PolicyBatch([groups[n] for n in part], [groups[n] for n in trained])
+        batch.vision = None if vision is None else [vision[n] for n in trained]
+        batches.append(batch)
+
+    rollouts = [rollout for group in groups for rollout in group.ordered]
+    masked = settings.mask_truncated_completions
+    counted = [rollout for rollout in rollouts if not (masked and rollout.finish_reason == "length")]
+    counts = gather((len(rollouts), sum(len(rollout.token_ids) for rollout in counted)))
+    responses, tokens = (sum(column) for column in zip(*counts, strict=True))
+    if masked and tokens == 0:
+        warn_once(
+            "mask_truncated_completions: all completions of a step were cut off at max_completion_length "
+            f"({settings.max_completion_length} tokens), so it learns nothing; raise it if this is frequent"
+        )
+    normaliser = loss_normaliser(settings.loss_type, responses, tokens, settings.max_completion_length)
+    entropy_tokens = max(1.0, tokens * settings.top_entropy_quantile)
+    return Step(batches, normaliser / process_count(), entropy_tokens / process_count())
+
+
+def flat_groups_count(settings: TGRPOSettings) -> bool:
+    """Whether groups of equal rewards matter although their advantages of 0 add nothing to the policy term:
+    for a KL or entropy term, as tokens that a micro-batch is averaged over (bnpo), or as tokens among which
+    the entropies of others are ranked.
+    """
+    own_terms = settings.beta != 0 or settings.entropy_coef != 0
+    averaged = objective_of(settings.loss_type).average == "micro_batch"
+    return own_terms or averaged or settings.top_entropy_quantile < 1
+
+
+def kept_tokens(batch: PolicyBatch, policy: GroupLogprobs, settings: TGRPOSettings) -> Tensor | None:
+    """[N] bool: the share `top_entropy_quantile` of highest entropy among the tokens that count in this
+    micro-batch of all ranks; None: all. Every rank calls it.
+    """
+    if settings.top_entropy_quantile == 1.0:
+        return None
+    assert policy.entropy is not None
+    entropy = policy.entropy.detach()
+    counted = batch.finished if settings.mask_truncated_completions else torch.ones(len(policy.lengths))
+    among = entropy.cpu()[torch.repeat_interleave(counted.bool(), policy.lengths.cpu())]
+    everywhere = torch.cat(gather(among))
+    return high_entropy(entropy, everywhere.to(entropy), settings.top_entropy_quantile)
+
+
+def sampler_weights(
+    trainer_logprobs: Tensor, groups: Sequence[RolloutGroup], settings: VLLMSettings, meter: Meter
+) -> Tensor | None:
+    """Return importance weights [N] of the groups' ordered completion tokens (`importance_weights`); None if
+    the settings want no correction.
+
+    trainer_logprobs: [N] of the model before the update, detached. Adds to the series
+    `sampler/logprob_difference` (mean), `sampler/logprob_difference_max` and `sampler/share_capped`.
+    """
+    rollouts = [rollout for group in groups for rollout in group.ordered]
+    sampled = torch.cat([rollout.logprobs for rollout in rollouts]).to(trainer_logprobs)
+    lengths = torch.tensor([len(rollout.token_ids) for rollout in rollouts], device=sampled.device)
+    difference = trainer_logprobs - sampled  # [N]
+    mode, bounds = settings.vllm_importance_sampling_mode, settings.importance_bounds
+    weights, tokens = importance_weights(difference, lengths, mode, bounds), len(sampled)
+    meter.add("sampler/logprob_difference", float(difference.abs().sum()), tokens)
+    meter.peak("sampler/logprob_difference_max", float(difference.abs().max()))
+    unbounded = importance_weights(difference, lengths, mode, (0.0, math.inf))
+    meter.add("sampler/share_capped", float((weights != unbounded).sum()), tokens)
+    return weights if settings.vllm_importance_sampling_correction else None
 
 
 def run_rl(recipe: Recipe) -> Path:

@@ -7,9 +7,9 @@ import math
 import shutil
 from abc import ABC, abstractmethod
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
@@ -39,9 +39,17 @@ from video_r1.errors import ConfigError, VideoR1Error
 from video_r1.files import follow_umask, is_finished
 from video_r1.models.loading import load_model, size_multiple
 from video_r1.models.lora import record_four_bits
-from video_r1.processes import claimed_by_first, decided_by_first, naming_lost_processes, wait_for_everyone
-from video_r1.recipe import Recipe, resolved
+from video_r1.processes import (
+    claimed_by_first,
+    decided_by_first,
+    gather,
+    naming_lost_processes,
+    wait_for_everyone,
+)
+from video_r1.recipe import Recipe, plain, resolved
+from video_r1.rewards.judge import JudgeAway
 from video_r1.settings.base import Settings
+from video_r1.training import checkpoints, sharded
 from video_r1.training.callbacks import (
     RunFolder,
     StepProgress,
@@ -49,20 +57,7 @@ from video_r1.training.callbacks import (
     StopWhenAsked,
     UpdateGuard,
     check_trackers,
-    describe_run,
     let_trackers_fail,
-)
-from video_r1.training.checkpoints import (
-    UNFINISHED,
-    BestCheckpoint,
-    best_checkpoint,
-    last_whole_checkpoint,
-    publish_copy,
-    publish_files,
-    publish_folder,
-    read_state,
-    stopped_early,
-    writing,
 )
 from video_r1.training.metrics import Meter
 from video_r1.training.questions import EpochSlots, QuestionSource, Ready, Slot, StepBatches
@@ -73,14 +68,6 @@ from video_r1.training.runs import (
     earlier_run,
     given_model,
     record_training,
-)
-from video_r1.training.sharded import (
-    check_kind,
-    check_sharding_of,
-    check_training_state,
-    keep_figures_exact,
-    loss_that_skips,
-    whole_weights,
 )
 
 logger = logging.getLogger(__name__)
@@ -112,13 +99,16 @@ class QuestionTrainer(Trainer, ABC):
         args = self.default_settings() if args is None else args
         check_trackers(args.report_to)
         check_optimizer(args.optim.value)
-        describe_run(args, Path(args.output_dir), recipe)
-        if recipe is None:  # the recipe has done it
+        args.run_name = args.run_name or Path(args.output_dir).name
+        if recipe is None:
             adopt(args, model)
+        else:  # which has adopted them
+            args.recipe_values = plain(recipe.values())
         set_seed(args.seed)  # new adapters are drawn at random
         trained, processing_class = given_model(model, processing_class, peft_config, args)
         self.settings = args
         self.folder = Path(args.output_dir)
+        self.unfinished = self.folder / checkpoints.UNFINISHED
         self.builder = PromptBuilder(
             processing_class, args.prompt_template, args.max_prompt_length, args.subtitles
         )
@@ -145,14 +135,13 @@ class QuestionTrainer(Trainer, ABC):
             optimizers=optimizers,
             callbacks=[*(callbacks or []), self.guard, run_folder, StepSeconds(self.meter)],
         )
-        check_sharding_of(trained, self.accelerator)
-        keep_figures_exact(self.accelerator)
+        sharded.check_sharding_of(trained, self.accelerator)
+        sharded.keep_figures_exact(self.accelerator)
         # The loss is normalised over the optimizer step, so the Trainer must not divide it again.
         self.model_accepts_loss_kwargs = True
         if args.early_stopping_patience:
             self.add_callback(EarlyStoppingCallback(args.early_stopping_patience))
             args.restore_callback_states_from_checkpoint = True  # its patience counter
-        self.add_callback(BestCheckpoint(self.folder))
         let_trackers_fail(self.callback_handler.callbacks, args.report_to)
         self.remove_callback(PrinterCallback)
         self.remove_callback(ProgressCallback)
@@ -178,7 +167,7 @@ class QuestionTrainer(Trainer, ABC):
 
     def whole_weights(self) -> AbstractContextManager[None]:
         """Give this rank all weights of a sharded model inside (see `sharded.whole_weights`)."""
-        return whole_weights(cast(nn.Module, self.model_wrapped), self.accelerator)
+        return sharded.whole_weights(cast(nn.Module, self.model_wrapped), self.accelerator)
 
     def get_train_dataloader(self) -> DataLoader:
         """Return a loader of questions that are being read in the background."""
@@ -194,6 +183,7 @@ class QuestionTrainer(Trainer, ABC):
             reader=self.reader,
             quarantine=self.folder / "quarantine.jsonl",
             cache_bytes=args.media_cache_mb * 2**20,
+            choices=self.choices,
         )
         step_batches = args.gradient_accumulation_steps * args.world_size
         iterations = getattr(args, "num_iterations", 1)
@@ -211,10 +201,18 @@ class QuestionTrainer(Trainer, ABC):
             self.upcoming.append(batches)
         return self.upcoming.popleft() if self.upcoming else [], None
 
+    def choices(self, samples: Sequence[Sample], epoch: int) -> Sequence[int]:
+        """Return the indices of the samples that the epoch chooses from, ascending."""
+        return range(len(samples))
+
+    def submit(self, slots: Sequence[Slot]) -> list[Future[Ready[Any]]]:
+        """Start reading the questions of these slots."""
+        assert self.source is not None
+        return [self.source.submit(slot) for slot in slots]
+
     def begin_reading(self, slots: list[Slot]) -> dict[str, Any]:
         """Start reading a batch of questions: `pending` futures."""
-        assert self.source is not None
-        return {"pending": [self.source.submit(slot) for slot in slots]}
+        return {"pending": self.submit(slots)}
 
     def ready(self, pending: Sequence[Future[Ready[Any]]]) -> list[Ready[Any]]:
         """Wait for questions. Raises VideoR1Error when media are missing as a whole."""
@@ -226,14 +224,10 @@ class QuestionTrainer(Trainer, ABC):
     def watched(self, loss: Tensor, problem_ids: Sequence[str | int]) -> Tensor:
         """Show a micro-batch's loss (scalar) to the guard, which skips an update that is not finite."""
         self.guard.watch(loss.detach(), problem_ids)
-        return loss_that_skips(loss) if self.is_deepspeed_enabled else loss
+        return sharded.loss_that_skips(loss) if self.is_deepspeed_enabled else loss
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
-        """Count 6 operations for each weight and token of prompts and completions (without rollouts)."""
-        batch, weights = inputs["batch"], cast(nn.Module, self.model).parameters()
-        tokens = sum(len(prompt.input_ids) for prompt in batch.prompts)
-        tokens += sum(len(completion) for group in batch.completions for completion in group)
-        return 6 * tokens * sum(int(getattr(weight, "ds_numel", weight.numel())) for weight in weights)
+        return 0  # the Trainer's count does not know packed rows
 
     def evaluate(
         self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
@@ -273,12 +267,12 @@ class QuestionTrainer(Trainer, ABC):
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         """Write the Trainer's checkpoint elsewhere, then rename it (checkpoints.py). Raises VideoR1Error."""
         name, state = f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}", self.state
-        final, unfinished = self.folder / name, self.folder / UNFINISHED / name
-        with writing(name, self.folder):
+        final, unfinished = self.folder / name, self.unfinished / name
+        with checkpoints.writing(name, self.folder):
             if self.args.should_save:
-                shutil.rmtree(self.folder / UNFINISHED, ignore_errors=True)
+                shutil.rmtree(self.unfinished, ignore_errors=True)
             wait_for_everyone()
-            self.checkpoints_go_to = unfinished.parent
+            self.checkpoints_go_to = self.unfinished
             try:
                 super()._save_checkpoint(model, trial)
             finally:
@@ -289,7 +283,7 @@ class QuestionTrainer(Trainer, ABC):
             wait_for_everyone()
             if self.args.should_save:
                 state.save_to_json(str(unfinished / TRAINER_STATE_NAME))
-                publish_folder(unfinished, final)
+                checkpoints.publish_folder(unfinished, final)
                 rotate_checkpoints(
                     str(self.folder), self.args.save_total_limit, state.best_model_checkpoint, use_mtime=True
                 )
@@ -315,11 +309,11 @@ class QuestionTrainer(Trainer, ABC):
 
     def publish_model(self) -> None:
         """Save model and processor into the run folder. Raises VideoR1Error when that cannot be written."""
-        unfinished = self.folder / UNFINISHED / "model"
-        with naming_lost_processes(self.folder), writing("the model", self.folder):
+        unfinished = self.unfinished / "model"
+        with naming_lost_processes(self.folder), checkpoints.writing("the model", self.folder):
             self.save_model(str(unfinished), _internal_call=True)
             if self.args.should_save:
-                publish_files(unfinished, self.folder)
+                checkpoints.publish_files(unfinished, self.folder)
         if self.args.push_to_hub:
             self.push_to_hub("Model save", revision=self.args.hub_revision)
 
@@ -345,22 +339,43 @@ class QuestionTrainer(Trainer, ABC):
         model.load_state_dict(load_model(folder).state_dict())
         return True
 
+    @contextmanager
+    def stopping_before_the_step(self) -> Iterator[None]:
+        """Save the run as it was before this step if the judge does not answer inside; raise VideoR1Error, or
+        Interrupted if the run was told to stop. Completions have seeds of their own and no record changes
+        before all are judged, so the run can be resumed exactly.
+        """
+        try:
+            yield
+        except JudgeAway as away:
+            step = self.state.global_step
+            checkpoint = self.folder / f"{PREFIX_CHECKPOINT_DIR}-{step}"
+            if step > 0 and not decided_by_first(checkpoint.exists):
+                self._save_checkpoint(cast(nn.Module, self.model_wrapped), None)
+            if any(gather(self.stop.number is not None)):
+                self.stop.saved = True
+                raise self.stop.interrupted() from away
+            saved = f" and is saved ({checkpoint.name})" if step > 0 else ""
+            raise VideoR1Error(
+                f"{away}. The run stopped before step {step + 1}{saved}: when the judge is back, start the "
+                "same command again to resume it (judge_down: wait waits for the judge)"
+            ) from away
+
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
         """Train as `transformers.Trainer` does; with `save_strategy` the run folder becomes a checkpoint.
 
         Without `resume_from_checkpoint` a run in the folder resumes from its last complete checkpoint; a
-        finished run only loads its model. Raises ConfigError when the run has other settings, RequestError
-        when another command writes the folder, and VideoR1Error when all media are missing, the loss stays
-        not finite, the folder cannot be written or a rank is lost.
+        finished run only loads its model. Raises ConfigError for other settings, RequestError when another
+        command writes the folder, and VideoR1Error for what else ends a run.
         """
         with naming_lost_processes(self.folder), claimed_by_first(self.folder):
             if not resume_from_checkpoint:
                 settings = resolved(self.described_by)
                 checkpoint, finished = decided_by_first(lambda: earlier_run(self.folder, settings))
                 if checkpoint is not None:
-                    state = read_state(checkpoint)
+                    state = checkpoints.read_state(checkpoint)
                     steps = self.set_initial_training_values(self.args, self.get_train_dataloader())[-1]
-                    if finished or stopped_early(state) or state["global_step"] >= steps:
+                    if finished or checkpoints.stopped_early(state) or state["global_step"] >= steps:
                         return self.load_finished(checkpoint)
                     logger.warning("%s: resuming from %s", self.folder, checkpoint.name)
                     resume_from_checkpoint = str(checkpoint)
@@ -373,9 +388,9 @@ class QuestionTrainer(Trainer, ABC):
         """Load a finished run from its last or best checkpoint; finish saving its model if it was killed."""
         self.state = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME))
         if self.args.load_best_model_at_end:
-            checkpoint = best_checkpoint(self.folder, self.state.best_global_step) or checkpoint
+            checkpoint = checkpoints.best_checkpoint(self.folder, self.state.best_global_step) or checkpoint
         if self.is_world_process_zero() and not is_finished(self.folder):
-            publish_copy(checkpoint, self.folder)
+            checkpoints.publish_copy(checkpoint, self.folder)
         if not self.is_fsdp_enabled and not self.is_deepspeed_enabled:
             self._load_from_checkpoint(str(checkpoint))
         return TrainOutput(self.state.global_step, math.nan, {})
@@ -383,13 +398,14 @@ class QuestionTrainer(Trainer, ABC):
     def train_on(self, resume_from_checkpoint: str | bool | None, *args: Any, **kwargs: Any) -> Any:
         """Call the Trainer's own `train`. A checkpoint that would run code is refused."""
         if self.is_world_process_zero():
-            shutil.rmtree(self.folder / UNFINISHED, ignore_errors=True)  # by a run that was killed
+            shutil.rmtree(self.unfinished, ignore_errors=True)  # by a run that was killed
         if resume_from_checkpoint:
-            found = last_whole_checkpoint(self.folder) if resume_from_checkpoint is True else None
+            found = checkpoints.last_whole_checkpoint(self.folder) if resume_from_checkpoint is True else None
             checkpoint = found or Path(str(resume_from_checkpoint))
-            check_kind(checkpoint, "FSDP" * self.is_fsdp_enabled or "DeepSpeed" * self.is_deepspeed_enabled)
-            if self.is_deepspeed_enabled:
-                check_training_state(checkpoint)
+            deepspeed = self.is_deepspeed_enabled
+            sharded.check_kind(checkpoint, "FSDP" * self.is_fsdp_enabled or "DeepSpeed" * deepspeed)
+            if deepspeed:
+                sharded.check_training_state(checkpoint)
         on_train_end = self.callback_handler.on_train_end
         try:
             with self.stop.listening(lambda: on_train_end(self.args, self.state, self.control)):

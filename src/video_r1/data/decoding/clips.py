@@ -1,24 +1,22 @@
-"""Decoding the wanted frames of a clip, and only these, with PyAV.
+"""Decoding only the wanted frames of a clip, with PyAV.
 
-1. The clip's packets are listed without decoding: their presentation times give the number of frames,
-   the real timestamps and the window, whatever the container's header says. Variable frame rates need no
-   care.
+1. The packets are listed without decoding: their presentation times give the number of frames, the real
+   timestamps and the window, whatever the container's header says.
 2. The caller chooses frames from that list.
-3. Each chosen frame is decoded from the keyframe before it. Pictures that no other picture needs are
-   skipped (H.264), and only chosen frames are converted to RGB. The packets of small files stay in
-   memory; in large files the decoder seeks.
-4. Where the list cannot be trusted (no timestamps, timestamps that start again, packets without a picture,
-   a frame that does not appear), the clip is decoded from its beginning instead.
+3. Each chosen frame is decoded from the keyframe before it. In H.264, pictures that no other picture needs
+   are skipped; only chosen frames are converted to RGB. Packets of small files stay in memory; in large
+   files the decoder seeks.
+4. If the list cannot be trusted (no timestamps, timestamps that start again, packets without a picture, a
+   frame that does not appear), every frame is decoded instead.
 """
 
-import os
 from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from fractions import Fraction
 from itertools import pairwise
-from typing import Any, BinaryIO
+from typing import Any
 
 import av
 import av.error
@@ -29,25 +27,26 @@ from av.stream import Discard, Disposition
 from av.video.reformatter import VideoReformatter
 from torch import Tensor
 
-from video_r1.data.sources.archives import Part, open_file
+from video_r1.data.sources.archives import Part
+from video_r1.data.sources.media_types import ClipRef
 
 MAX_PIXELS = 8192 * 8192  # a frame or an image that declares more is not decoded
-MAX_STREAMS = 64  # pictures, sound, subtitles; FFmpeg looks for the codec of each
-DECODER_THREADS = 0  # of one clip of large pictures; 0: one per core
-# Containers of recorded video. Play lists, which name other files, are not among them.
+MAX_STREAMS = 64  # FFmpeg looks for the codec of each
+DECODER_THREADS = 0  # for large pictures; 0: one per core
+# Containers of recorded video. Playlists, which name other files, are not among them.
 _CONTAINERS = "mov,matroska,avi,mpegts,mpeg,mpegvideo,m4v,flv,asf,ogg,gif,ivf,dv,h264,hevc"
-_THREADS_FROM_PIXELS = 480 * 270  # below this a picture decodes faster than threads hand it over
+_THREADS_FROM_PIXELS = 480 * 270  # smaller pictures decode faster without threads
+_MPEG4_PICTURE = b"\0\0\1\xb6"
 _EBML = b"\x1a\x45\xdf\xa3"
 _SEGMENT = 0x18538067
 _BYTES_IN_MEMORY = 32 << 20  # packets of one clip
 _TIME_TOLERANCE = 1e-4  # seconds; window times are written with few digits
-# Codecs whose packets need not show a picture each.
-_HIDDEN_PICTURES = ("vp8", "mpeg4", "msmpeg4v3", "msmpeg4v2")
+_HIDDEN_PICTURES = ("vp8", "mpeg4", "msmpeg4v3", "msmpeg4v2")  # codecs with packets that show no picture
 
 
 @dataclass(slots=True)
 class Clip:
-    """Decoded frames of a clip's window: as the caller finished them, and their times from its start."""
+    """Decoded frames of a clip's window, as the caller finished them, and their times from its start."""
 
     frames: list[Tensor]
     times: list[float]  # seconds
@@ -55,7 +54,7 @@ class Clip:
 
 
 class _Unlisted(Exception):
-    """The packet list does not lead to the frames; the clip is decoded from its beginning."""
+    """The packet list does not lead to the frames."""
 
 
 def _unknown_side_data(cls: type[SideDataType], value: int) -> SideDataType:
@@ -64,8 +63,8 @@ def _unknown_side_data(cls: type[SideDataType], value: int) -> SideDataType:
     return kind
 
 
-# FFmpeg has more kinds of side data than PyAV names (a view of spatial video, EXIF of MJPEG). A frame with
-# one of them would otherwise have no side data at all, and its display matrix is among these.
+# FFmpeg has kinds of side data that PyAV does not name (EXIF of MJPEG). Without this, a frame with one of
+# them would have no side data at all, not even its display matrix.
 setattr(SideDataType, "_missing_", classmethod(_unknown_side_data))  # noqa: B010
 
 
@@ -76,12 +75,10 @@ class _Packets:
     pts: list[int]
     dts: list[int | None]
     keys: list[int]  # positions of keyframes
-    # positions in presentation order, without those that are decoded but not shown; empty when the times do
-    # not tell the frames apart
-    shown: list[int]
+    shown: list[int]  # positions in presentation order; empty if the times do not tell the frames apart
     time_base: Fraction
-    last_seconds: float  # of the last frame
-    kept: list[Any] | None  # the packets themselves, when they are few bytes
+    last_seconds: float  # duration of the last frame
+    kept: list[Any] | None  # the packets themselves, if they are few bytes
     lost: list[int]  # positions of packets of a transport stream that lack data
 
     def times(self) -> list[float]:
@@ -94,37 +91,33 @@ class _Packets:
         return [time for time in self.dts if time is not None]
 
     def restarts(self) -> bool:
-        """Return whether decoding times go back, as they do where recordings were joined."""
+        """Return whether decoding times go back, as in joined recordings."""
         return any(a > b for a, b in pairwise(self.sent()))
 
     def require_whole(self, begin: int, last: int) -> None:
-        """Raise ValueError where data is missing between two positions: later pictures would be wrong."""
+        """Raise ValueError if data is missing between two positions: later pictures would be wrong."""
         for position in self.lost:
             if begin <= position <= last:
                 raise ValueError(f"the video is damaged: frame {position} lacks data that others depend on")
 
     def key_before(self, position: int) -> int:
-        """Find the keyframe to start from: the last that is neither decoded nor shown after `position`."""
-        for key in reversed(self.keys[: bisect_right(self.keys, position)]):
-            if self.pts[key] <= self.pts[position]:
-                return key
-        return 0
+        """Return the keyframe to start from: the last that is neither decoded nor shown after `position`."""
+        before = reversed(self.keys[: bisect_right(self.keys, position)])
+        return next((key for key in before if self.pts[key] <= self.pts[position]), 0)
 
 
 def decode_clip(
-    file: str | Part,
+    file: Part,
+    clip: ClipRef,
     choose: Callable[[int, float], list[int]],
     finish: Callable[[Tensor], Tensor],
-    start: float | None = None,
-    end: float | None = None,
 ) -> Clip:
     """Decode the chosen frames of a clip.
 
     Args:
-        file: its path, or a part of another file.
+        clip: its window; frames with start ≤ time < end belong to it.
         choose: given the number of frames in the window and their mean rate, the ascending indices to decode.
-        finish: given one frame [3, H, W] uint8 RGB, upright, what to keep of it (a resized copy).
-        start, end: the window in seconds from the first frame; frames with start ≤ time < end belong to it.
+        finish: given one upright frame [3, H, W] uint8 RGB, what to keep of it (a resized copy).
 
     Raises:
         ValueError: with a reason in words: no video in the file, damaged, cut short, nothing in the window.
@@ -133,20 +126,17 @@ def decode_clip(
     with open_video(file) as (container, stream):
         packets = _list_packets(container, stream)
         if packets.shown:
-            times = packets.times()
-            first, last, duration = clip_window(times, packets.last_seconds, start, end)
-            chosen = choose(last - first, (last - first) / duration)
-            positions = [packets.shown[first + index] for index in chosen]
-            frames = None
+            chosen, times, duration = choose_frames(packets.times(), packets.last_seconds, clip, choose)
+            positions = [packets.shown[index] for index in chosen]
             with suppress(_Unlisted):
                 try:
                     frames = _decode_listed(container, stream, packets, positions, finish)
+                    return Clip(frames, times, duration)
                 except av.error.FFmpegError:
                     with suppress(av.error.FFmpegError), open_video(file, threads=1) as (again, its_stream):
                         frames = _decode_listed(again, its_stream, packets, positions, finish, lead_in=True)
-            if frames is not None:
-                return Clip(frames, [times[first + index] - (start or 0.0) for index in chosen], duration)
-    return _decode_from_beginning(file, choose, finish, start, end, packets)
+                        return Clip(frames, times, duration)
+    return _decode_from_beginning(file, clip, choose, finish, packets)
 
 
 def _list_packets(container: Any, stream: Any) -> _Packets:
@@ -157,6 +147,10 @@ def _list_packets(container: Any, stream: Any) -> _Packets:
     keys, lost, hidden, durations = [], [], set(), []
     kept: list[Any] | None = []
     size = 0
+    # AVI has no presentation times. With B-frames, FFmpeg's are right for MPEG-4 that is not packed, which
+    # means two pictures in one packet.
+    reorders = container.format.name == "avi" and stream.codec_context.has_b_frames
+    has_times = not reorders or stream.codec_context.name == "mpeg4"
     for packet in container.demux(stream):
         if packet.size == 0 and packet.dts is None:  # the end
             continue
@@ -168,6 +162,8 @@ def _list_packets(container: Any, stream: Any) -> _Packets:
             keys.append(len(pts))
         if packet.is_discard:
             hidden.add(len(pts))
+        if reorders and has_times:
+            has_times = bytes(packet).count(_MPEG4_PICTURE) < 2
         pts.append(packet.pts)
         dts.append(packet.dts)
         durations.append(packet.duration or 0)
@@ -182,8 +178,7 @@ def _list_packets(container: Any, stream: Any) -> _Packets:
         raise ValueError("the video has no frames")
     lost = [position for position in lost if position + 1 not in keys]  # a keyframe: recordings were joined
     packets = _Packets(pts, dts, keys, [], stream.time_base, 0, kept, lost)  # type: ignore[arg-type]
-    # AVI has no presentation times: FFmpeg numbers the packets as they come
-    if None in pts or (container.format.name == "avi" and stream.codec_context.has_b_frames):
+    if None in pts or not has_times:
         return packets
     shown = sorted(set(range(len(pts))) - hidden, key=packets.pts.__getitem__)
     twice = any(packets.pts[a] == packets.pts[b] for a, b in pairwise(shown))
@@ -195,28 +190,29 @@ def _list_packets(container: Any, stream: Any) -> _Packets:
     return packets
 
 
-def _ascend(times: list[int]) -> bool:
-    return all(a < b for a, b in pairwise(times))
-
-
-def clip_window(
+def choose_frames(
     times: list[float],
     last_frame_seconds: float,
-    start: float | None,
-    end: float | None,
-) -> tuple[int, int, float]:
-    """Return (first frame, frame after the last, seconds) of a window. `times` ascend from 0. Raise
-    ValueError.
+    clip: ClipRef,
+    choose: Callable[[int, float], list[int]],
+    rate: float | None = None,
+) -> tuple[list[int], list[float], float]:
+    """Return the chosen frames' numbers, their times in the window and the window's seconds.
+
+    times: of all frames, ascending from 0. rate: frames a second; None: the mean in the window. Raises
+    ValueError with a reason in words.
     """
     clip_seconds = times[-1] + last_frame_seconds
-    begin = start or 0.0
-    stop = clip_seconds if end is None else min(end, clip_seconds)
-    if begin >= clip_seconds and start is not None:
-        raise ValueError(f"its window starts at {start:g} s, but the video is {clip_seconds:.2f} s long")
+    begin = clip.start or 0.0
+    stop = clip_seconds if clip.end is None else min(clip.end, clip_seconds)
+    if begin >= clip_seconds and clip.start is not None:
+        raise ValueError(f"its window starts at {begin:g} s, but the video is {clip_seconds:.2f} s long")
     first = bisect_left(times, begin - _TIME_TOLERANCE)
     last = len(times) if stop >= clip_seconds else bisect_left(times, stop - _TIME_TOLERANCE)
     # a still of unknown duration gets a second, so that its rate is a number
-    return first, last, stop - begin if stop > begin else 1.0
+    duration = stop - begin if stop > begin else 1.0
+    chosen = [first + index for index in choose(last - first, rate or (last - first) / duration)]
+    return chosen, [times[index] - begin for index in chosen], duration
 
 
 def _decode_listed(
@@ -229,26 +225,22 @@ def _decode_listed(
 ) -> list[Tensor]:
     """Return the frames of the packets at `positions`, each decoded from the keyframe before it.
 
-    lead_in: start one keyframe earlier and ignore errors up to that keyframe. H.264 with open groups of
-    pictures needs this: its pictures after a keyframe may name pictures before it. With more than one thread
-    FFmpeg reports an error too late to tell where it belongs.
+    lead_in: start one keyframe earlier and ignore errors before the usual start, for H.264 with open groups,
+    where pictures after a keyframe may refer to pictures before it. Needs one thread: with more, FFmpeg
+    reports an error too late to tell where it belongs.
     """
-    wanted = {packets.pts[position]: place for place, position in enumerate(positions)}
-    frames: list[Tensor | None] = [None] * len(positions)
+    wanted = {packets.pts[position] for position in positions}
+    frames: dict[int, Tensor] = {}
     context = stream.codec_context
     may_skip = context.name == "h264"
-    missing = len(positions)
     reformatter = VideoReformatter()
 
     def collect(decoded: list[Any]) -> None:
-        nonlocal missing
         for frame in decoded:
-            place = wanted.get(frame.pts)
-            if place is not None and frames[place] is None:
+            if frame.pts in wanted and frame.pts not in frames:
                 if frame.is_corrupt:
                     raise _Unlisted
-                frames[place] = finish(_upright_rgb(frame, reformatter))
-                missing -= 1
+                frames[frame.pts] = finish(_upright_rgb(frame, reformatter))
 
     for begin, last in _runs(packets, positions):
         packets.require_whole(begin, last)
@@ -266,15 +258,13 @@ def _decode_listed(
             collect(decoded)
         collect(context.decode(None))
         context.flush_buffers()
-    if missing:
+    if len(frames) < len(wanted):
         raise _Unlisted
-    return frames  # type: ignore[return-value]
+    return [frames[packets.pts[position]] for position in positions]
 
 
 def _runs(packets: _Packets, positions: list[int]) -> list[tuple[int, int]]:
-    """Return stretches of packets (first, last) in decoding order: the positions and the packets that they
-    need.
-    """
+    """Return ranges (first, last) of packets in decoding order: the positions and the packets they need."""
     runs: list[tuple[int, int]] = []
     for position in sorted(positions):
         begin, last = packets.key_before(position), position
@@ -293,7 +283,7 @@ def _packets_from(
         yield from zip(range(begin, last + 1), packets.kept[begin : last + 1], strict=True)
         return
     key_time = packets.pts[begin]
-    # some containers look up decoding times: where the first seek lands behind the keyframe, go further back
+    # some containers look up decoding times: if the first seek lands after the keyframe, go further back
     for seek_time in (key_time, packets.dts[begin], packets.pts[0]):
         if seek_time is None:
             continue
@@ -313,55 +303,62 @@ def _packets_from(
 
 
 def _decode_from_beginning(
-    file: str | Part,
+    file: Part,
+    clip: ClipRef,
     choose: Callable[[int, float], list[int]],
     finish: Callable[[Tensor], Tensor],
-    start: float | None,
-    end: float | None,
     packets: _Packets,
 ) -> Clip:
-    """Decode every frame twice: to count them and get their times, then to keep the chosen ones."""
+    """Decode every frame and keep the chosen ones; once more if the frames' times are not as expected."""
     packets.require_whole(0, len(packets.pts))
-    pts: list[int | None] = []
-    try:
-        with open_video(file) as (container, stream):
-            rate = stream.average_rate or stream.guessed_rate or Fraction(25)
-            hidden_pictures = stream.codec_context.name in _HIDDEN_PICTURES
-            for frame in container.decode(stream):
-                pts.append(frame.pts)
-    except av.error.FFmpegError as error:
-        raise ValueError(
-            f"the video is damaged: decoding stops after {len(pts)} frames ({error.strerror})"
-        ) from error
-    if not pts:
-        raise ValueError("no frame of the video can be decoded")
-    if len(pts) < 0.9 * len(packets.shown) and not hidden_pictures:
-        raise ValueError(f"the video is damaged: {len(pts)} of {len(packets.shown)} frames can be decoded")
-    times = _times_as_decoded(pts, packets, rate)
-    last_seconds = times[-1] - times[-2] if len(times) > 1 else float(1 / rate)
-    first, last, duration = clip_window(times, last_seconds, start, end)
-    chosen = choose(last - first, (last - first) / duration)
-    wanted = {first + index: place for place, index in enumerate(chosen)}
-    frames: list[Any] = [None] * len(chosen)
     reformatter = VideoReformatter()
-    with open_video(file) as (container, stream):
-        for number, frame in enumerate(container.decode(stream)):
-            if number in wanted:
-                if frame.is_corrupt:
-                    raise ValueError(
-                        f"the video is damaged: the frame at {times[number]:.2f} s cannot be decoded"
-                    )
-                frames[wanted[number]] = finish(_upright_rgb(frame, reformatter))
-    return Clip(frames, [times[first + index] - (start or 0.0) for index in chosen], duration)
+    expected: list[float] = []
+    for _ in range(3):
+        pts: list[int | None] = []
+        chosen: list[int] = []
+        frames: dict[int, Tensor] = {}
+        try:
+            with open_video(file) as (container, stream):
+                rate = stream.average_rate or stream.guessed_rate or Fraction(25)
+                hidden_pictures = stream.codec_context.name in _HIDDEN_PICTURES
+                expected = expected or _times_as_decoded([None] * len(packets.pts), packets, rate)
+                with suppress(ValueError):  # of wrong times; right ones raise it below
+                    chosen, *_ = choose_frames(expected, _last_seconds(expected, rate), clip, choose)
+                for number, frame in enumerate(container.decode(stream)):
+                    pts.append(frame.pts)
+                    if number in chosen and not frame.is_corrupt:
+                        frames[number] = finish(_upright_rgb(frame, reformatter))
+        except av.error.FFmpegError as error:
+            raise ValueError(
+                f"the video is damaged: decoding stops after {len(pts)} frames ({error.strerror})"
+            ) from error
+        if not pts:
+            raise ValueError("no frame of the video can be decoded")
+        if len(pts) < 0.9 * len(packets.shown) and not hidden_pictures:
+            raise ValueError(
+                f"the video is damaged: {len(pts)} of {len(packets.shown)} frames can be decoded"
+            )
+        times = _times_as_decoded(pts, packets, rate)
+        if times == expected:
+            chosen, chosen_times, duration = choose_frames(times, _last_seconds(times, rate), clip, choose)
+            if lost := [times[number] for number in chosen if number not in frames]:
+                raise ValueError(f"the video is damaged at {lost[0]:.2f} s")
+            return Clip([frames[number] for number in chosen], chosen_times, duration)
+        expected = times
+    raise ValueError("the video is damaged: its frames have other times whenever it is decoded")
+
+
+def _last_seconds(times: list[float], rate: Fraction) -> float:
+    return times[-1] - times[-2] if len(times) > 1 else float(1 / rate)
 
 
 def _times_as_decoded(pts: list[int | None], packets: _Packets, rate: Fraction) -> list[float]:
-    """Return seconds from the first frame, of frames in the order in which the decoder gives them."""
+    """Return seconds from the first frame, of frames in the decoder's output order."""
     shown, sent = [time for time in pts if time is not None], packets.sent()
-    if len(shown) == len(pts) and _ascend(shown):
+    if len(shown) == len(pts) and all(a < b for a, b in pairwise(shown)):
         ticks = shown
-    elif len(sent) == len(pts) and _ascend(sent):
-        ticks = sent  # frames are shown as they are sent, one after the other and a constant delay later
+    elif len(sent) == len(pts) and all(a < b for a, b in pairwise(sent)):
+        ticks = sent  # frames are shown as they are sent, a constant delay later
     elif len(shown) == len(pts) and packets.restarts():  # each recording goes on where the last one ended
         ticks, step = [0], 1
         for before, time in pairwise(shown):
@@ -374,10 +371,7 @@ def _times_as_decoded(pts: list[int | None], packets: _Packets, rate: Fraction) 
 
 def _upright_rgb(frame: Any, reformatter: VideoReformatter) -> Tensor:
     """Return [3, H, W] uint8 RGB of a decoded frame, rotated and mirrored as its display matrix says."""
-    if frame.width * frame.height > MAX_PIXELS:
-        raise ValueError(
-            f"has a frame of {frame.width}×{frame.height} pixels; at most {MAX_PIXELS:,} are decoded"
-        )
+    _check_size(frame)
     # one converter for all frames of a clip: building one takes longer than converting a small frame
     rgb = reformatter.reformat(frame, format="rgb24", threads=1)
     pixels = torch.from_numpy(rgb.to_ndarray()).permute(2, 0, 1)
@@ -394,16 +388,26 @@ def _upright_rgb(frame: Any, reformatter: VideoReformatter) -> Tensor:
 
 
 @contextmanager
-def open_video(file: str | Part, threads: int | None = None) -> Iterator[tuple[Any, Any]]:
-    """Open a file and yield PyAV's container and its video stream. Raise ValueError, in words, for a file
-    without a whole one.
-    """
+def open_video(file: Part, threads: int | None = None) -> Iterator[tuple[Any, Any]]:
+    """Open a file and yield PyAV's container and its video stream. Raise ValueError, in words."""
     if missing := missing_bytes(file):
         raise ValueError(f"the video is cut short: {missing:,} bytes of it are missing")
-    with (
-        nullcontext(file) if isinstance(file, str) else file.open() as opened,
-        _container(opened) as container,
-    ):
+    options = {
+        "format_whitelist": _CONTAINERS,
+        "protocol_whitelist": "file,subfile",
+        "max_streams": str(MAX_STREAMS + 1),
+    }
+    try:  # titles need not be UTF-8
+        opened = av.open(file.url, options=options, metadata_errors="ignore")
+    except av.error.ArgumentError as error:  # FFmpeg's answer to a format outside _CONTAINERS
+        raise ValueError("is not a kind of file that holds videos, or one that is not read") from error
+    except av.error.MemoryError as error:  # and of some demuxers to too many streams
+        raise ValueError(
+            f"has more than {MAX_STREAMS} streams, or lists that need more memory than is allowed"
+        ) from error
+    except av.error.FFmpegError as error:
+        raise ValueError(f"is not a video that FFmpeg can read ({error.strerror})") from error
+    with opened as container:
         if len(container.streams) > MAX_STREAMS:
             raise ValueError(f"has more than {MAX_STREAMS} streams")
         stream = container.streams.best("video")
@@ -414,11 +418,7 @@ def open_video(file: str | Part, threads: int | None = None) -> Iterator[tuple[A
         context: Any = stream.codec_context
         if context is None:
             raise ValueError("its video has a codec that this FFmpeg cannot decode")
-        if context.width * context.height > MAX_PIXELS:
-            raise ValueError(
-                f"declares frames of {context.width}×{context.height} pixels; at most {MAX_PIXELS:,} "
-                "are decoded"
-            )
+        _check_size(context)
         for other in container.streams:
             if other.index != stream.index:
                 other.discard = Discard.all
@@ -431,51 +431,29 @@ def open_video(file: str | Part, threads: int | None = None) -> Iterator[tuple[A
         yield container, stream
 
 
-def _container(file: str | BinaryIO) -> Any:
-    options = {
-        "format_whitelist": _CONTAINERS,
-        "protocol_whitelist": "file",
-        "max_streams": str(MAX_STREAMS + 1),
-    }
-    try:
-        return av.open(
-            file,
-            options=options,
-            metadata_errors="ignore",  # titles in another encoding than UTF-8 are of no concern here
-        )
-    except av.error.ArgumentError as error:  # FFmpeg says so of a file that is none of _CONTAINERS
-        raise ValueError("is not a kind of file that holds videos") from error
-    except av.error.MemoryError as error:  # and some demuxers of too many streams
-        raise ValueError(
-            f"has more than {MAX_STREAMS} streams, or lists that need more memory than is allowed"
-        ) from error
-    except av.error.FFmpegError as error:
-        raise ValueError(f"is not a video that FFmpeg can read ({error.strerror})") from error
+def _check_size(picture: Any) -> None:
+    width, height = picture.width, picture.height
+    if width * height > MAX_PIXELS:
+        raise ValueError(f"has frames of {width}×{height} pixels; at most {MAX_PIXELS:,} are decoded")
 
 
-def missing_bytes(file: str | Part) -> int:
-    """Return by how many bytes a Matroska, WebM or AVI file is shorter than it declares; 0 if it declares
-    nothing.
+def missing_bytes(file: Part) -> int:
+    """Return by how many bytes a Matroska, WebM or AVI file is shorter than it declares; 0: or it does not.
 
-    FFmpeg reads a file that was cut off up to the cut without a word. MP4 needs no such check: its index
-    lists every frame, which is compared with the frames that are read.
+    FFmpeg reads a truncated file up to its end without an error. MP4 needs no such check: its index lists
+    every frame, which is compared with the frames that are read.
     """
-    with open_file(file) as opened:
-        head = opened.read(4096)
-        length = opened.seek(0, os.SEEK_END)
-    declared = 0
+    head, declared = file.read(4096), 0
     if head.startswith(_EBML):
         declared = _matroska_size(head)
     elif head.startswith(b"RIFF") and head[8:12] == b"AVI ":
         size = int.from_bytes(head[4:8], "little")
         declared = 8 + size if size != 0xFFFFFFFF else 0
-    return max(0, declared - length)
+    return max(0, declared - file.size)
 
 
 def _matroska_size(head: bytes) -> int:
-    """Return the end of the segment after the EBML header (RFC 8794); 0 if its size is unknown (a live
-    recording).
-    """
+    """Return the end of the segment after the EBML header (RFC 8794); 0 if unknown (a live recording)."""
     header_size, place = _variable_size(head, 4)
     place += header_size or 0
     if int.from_bytes(head[place : place + 4]) != _SEGMENT:
@@ -485,9 +463,7 @@ def _matroska_size(head: bytes) -> int:
 
 
 def _variable_size(data: bytes, place: int) -> tuple[int | None, int]:
-    """Read an EBML size (None: unknown) and return it with the place after it. The zeros of its first byte
-    give its length.
-    """
+    """Return an EBML size (None: unknown) and the place after it. Leading zeros give its length."""
     if place >= len(data) or data[place] == 0:
         return None, place + 1
     length = 9 - data[place].bit_length()

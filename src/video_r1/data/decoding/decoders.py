@@ -1,10 +1,10 @@
 """Reading media in processes that can be killed.
 
-Decoders are C code that meets hostile bytes: a file can make them crash, never return or take all memory.
-So a read runs in a worker process with limits on its time and memory, and when the worker does not survive,
-the file is what cannot be used, not the run. Workers are forked by a server process (`serve`):
-to fork this one, with its threads and its GPU, would not be safe, and every fresh interpreter needs seconds
-to import torch. They stay for the next read; there are as many as reads have been going on at once.
+Decoders are C code that meets hostile bytes: a file can make them crash, hang or take all memory. So a file
+is decoded in a worker process with limits on time and memory; if the worker does not survive, that file
+cannot be used, and the run goes on. Workers are forked by a server process (`serve`): forking this process,
+with its threads and its GPU, would not be safe, and a fresh interpreter needs seconds to import torch. They
+stay for the next read; there are as many as there were reads at once.
 """
 
 import json
@@ -12,17 +12,18 @@ import math
 import os
 import resource
 import signal
-import socket
-import struct
 import subprocess
 import sys
 import threading
 import time
 import warnings
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from contextlib import suppress
+from dataclasses import replace
+from multiprocessing.connection import Connection, Pipe
+from multiprocessing.reduction import recv_handle, send_handle
 from pathlib import Path
-from typing import Any
+from typing import NamedTuple
 
 import av.logging
 import torch
@@ -38,12 +39,8 @@ from video_r1.settings.frames import FrameBudget
 _START_SECONDS = 300  # of the server: a loaded machine or a slow drive may need long to import torch
 _ATTEMPTS = 4  # at one file
 _BEGIN_SECONDS = 20.0  # for a worker to take a request; one that hangs over an earlier file never does
-COMMAND = struct.Struct("<cq")
-START, STOP = b"+", b"-"
-_LENGTH = struct.Struct("<I")
-_LONGEST_MESSAGE = 1 << 20
-# A worker whose reader is gone ends itself this long after its time limit.
-_ORPHAN_SECONDS = 30
+_LONGEST_REPLY = 1 << 20  # bytes, besides the frames
+_ORPHAN_SECONDS = 30  # after its time limit a worker whose reader is gone ends itself
 _STATM = Path("/proc/self/statm")
 _PROGRAM = """
 import json, sys
@@ -53,54 +50,50 @@ serve(int(sys.argv[2]))
 """
 
 
-@dataclass(frozen=True, slots=True)
-class _Worker:
+class _Worker(NamedTuple):
     number: int  # process id
-    channel: socket.socket
-    server: subprocess.Popen[bytes]  # that forked it, and alone can end it
-
-
-class _NotBegun(Exception):
-    """The worker did not start on the request. This says nothing about the file."""
+    channel: Connection
+    server: subprocess.Popen[bytes]  # its parent, which alone can end it
 
 
 class Decoders:
     """Worker processes that decode, and the server that forks them. Thread-safe; they start when needed."""
 
     def __init__(self) -> None:
-        self.idle: list[_Worker] = []  # of the server that runs
-        self.server: tuple[subprocess.Popen[bytes], socket.socket] | None = None
+        self.idle: list[_Worker] = []  # of the current server
+        self.server: tuple[subprocess.Popen[bytes], Connection] | None = None
         self.lock = threading.Lock()
 
     def read(self, clip: ClipRef, budget: FrameBudget, part: Part | list[Part] | None = None) -> Media:
         """Run `decode_media` in a worker.
 
-        The system may kill a worker for want of memory elsewhere, and idle ones with it: a file is what
-        cannot be used where a second worker, a new one, does not survive it either. That of a server that has
-        ended says nothing of the file, nor does a worker that never begins with it.
+        A worker may die because the machine lacks memory, and idle ones with it. So a file counts as unusable
+        only after it has crashed two workers, the second one new. A server that ended, or a worker that did
+        not begin, says nothing about the file.
         """
         crashed = hung = False
         for _ in range(_ATTEMPTS):
             worker = self._take(new=crashed or hung)
             try:
-                answer, last = _exchange(worker.channel, clip, budget, part)
-            except _NotBegun:
-                self._stop(worker)
-                hung = True
-                continue
+                reply = _exchange(worker.channel, clip, budget, part)
             except TimeoutError:
                 self._stop(worker)
                 raise MediaError(clip.path, f"takes longer than {budget.seconds:g} s to decode") from None
-            except (EOFError, ConnectionError):
+            except (EOFError, OSError):
                 reason = self._stop(worker)
                 if reason and crashed:
                     raise MediaError(clip.path, f"makes the decoder crash ({reason})") from None
                 crashed = crashed or bool(reason)
                 continue
-            except BaseException:  # Ctrl-C in the middle of an answer
+            except BaseException:  # Ctrl-C in the middle of a reply
                 self._stop(worker)
                 raise
-            if last:
+            if reply is None:
+                self._stop(worker)
+                hung = True
+                continue
+            answer, is_last = reply
+            if is_last:
                 self._stop(worker)
             else:
                 self._put_back(worker)
@@ -115,67 +108,59 @@ class Decoders:
     def close(self) -> None:
         """End the server and the idle workers."""
         with self.lock:
-            if self.server is not None:
-                self._forget_server()
+            self._forget_server()
 
     def _take(self, new: bool) -> _Worker:
         """Return an idle worker, or a new one."""
         with self.lock:
             if self.idle and not new:
                 return self.idle.pop()
-            ours, theirs = socket.socketpair()
+            ours, theirs = Pipe()
             with theirs:
-                for _ in range(2):  # a server that was killed meanwhile is started again
-                    if self.server is None:
-                        self.server = _start_server()
-                    process, control = self.server
+                for _ in range(2):  # a server that was killed is started again
+                    process, control = self.server = self.server or _start_server()
                     try:
-                        socket.send_fds(control, [COMMAND.pack(START, 0)], [theirs.fileno()])
-                        return _Worker(receive(control)["worker"], ours, process)
-                    except (EOFError, ConnectionError):
+                        control.send(None)
+                        send_handle(control, theirs.fileno(), process.pid)
+                        return _Worker(control.recv(), ours, process)
+                    except (EOFError, OSError):
                         self._forget_server()
             raise VideoR1Error("the process that decodes media ended as soon as it was used; see above")
 
     def _put_back(self, worker: _Worker) -> None:
         with self.lock:
-            if self._is_ours(worker):
+            if self.server is not None and self.server[0] is worker.server:
                 self.idle.append(worker)
             else:
                 worker.channel.close()
-
-    def _is_ours(self, worker: _Worker) -> bool:
-        return self.server is not None and self.server[0] is worker.server
 
     def _stop(self, worker: _Worker) -> str | None:
         """Kill a worker. Return the reason of its end in words; None if its server had ended."""
         worker.channel.close()
         with self.lock:
-            if self.server is None or not self._is_ours(worker):
+            if self.server is None or self.server[0] is not worker.server:
                 return None
-            control = self.server[1]
             try:
-                control.sendall(COMMAND.pack(STOP, worker.number))
-                code = receive(control)["exit"]
-            except (EOFError, ConnectionError):
+                self.server[1].send(worker.number)
+                code = self.server[1].recv()
+            except (EOFError, OSError):
                 self._forget_server()
                 return None
-        if code is None or code >= 0:
-            return f"exit code {code}"
-        return signal.Signals(-code).name
+        return f"exit code {code}" if code is None or code >= 0 else signal.Signals(-code).name
 
     def _forget_server(self) -> None:
-        assert self.server is not None
-        process, control = self.server
-        self.server = None
-        while self.idle:  # nobody could end them any more
+        while self.idle:  # nothing else could end them
             self.idle.pop().channel.close()
-        control.close()
-        process.kill()
-        process.wait()
+        if self.server is not None:
+            process, control = self.server
+            self.server = None
+            control.close()
+            process.kill()
+            process.wait()
 
 
-def _start_server() -> tuple[subprocess.Popen[bytes], socket.socket]:
-    ours, theirs = socket.socketpair()
+def _start_server() -> tuple[subprocess.Popen[bytes], Connection]:
+    ours, theirs = Pipe()
     with theirs:
         process = subprocess.Popen(
             [sys.executable, "-c", _PROGRAM, json.dumps(sys.path), str(theirs.fileno())],
@@ -185,37 +170,40 @@ def _start_server() -> tuple[subprocess.Popen[bytes], socket.socket]:
             env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
             process_group=0,  # Ctrl-C reaches this process, which then ends that one
         )
-    try:
-        receive(ours, time.monotonic() + _START_SECONDS)
-    except (EOFError, ConnectionError, TimeoutError) as error:
-        process.kill()
-        process.wait()
-        ours.close()
-        raise VideoR1Error("the process that decodes media does not start; see the lines above") from error
-    ours.settimeout(None)
-    return process, ours
+    with suppress(EOFError, OSError):
+        if ours.poll(_START_SECONDS):
+            ours.recv()
+            return process, ours
+    process.kill()
+    process.wait()
+    ours.close()
+    raise VideoR1Error("the process that decodes media does not start; see the lines above")
 
 
 def _exchange(
-    channel: socket.socket, clip: ClipRef, budget: FrameBudget, part: Part | list[Part] | None
-) -> tuple[Media | str, bool]:
-    """Send a request. Return the answer (media, or a reason) and whether the worker ends with it. Raise as
-    `receive`, and _NotBegun.
+    channel: Connection, clip: ClipRef, budget: FrameBudget, part: Part | list[Part] | None
+) -> tuple[Media | str, bool] | None:
+    """Send a request. Return the media, or the reason why there are none, and whether the worker ends with
+    this file; None if it did not begin. Raise TimeoutError, and EOFError or OSError if the worker is gone.
     """
-    channel.settimeout(_BEGIN_SECONDS)
-    send(channel, {"clip": asdict(clip), "budget": asdict(budget), "part": part})
-    try:
-        receive(channel, time.monotonic() + _BEGIN_SECONDS)
-    except TimeoutError as error:
-        raise _NotBegun from error
-    deadline = time.monotonic() + budget.seconds
-    reply = receive(channel, deadline)
+    channel.send((clip, budget, part))
+    if not channel.poll(_BEGIN_SECONDS):
+        return None
+    channel.recv_bytes(_LONGEST_REPLY)
+    if not channel.poll(budget.seconds):
+        raise TimeoutError
+    reply = json.loads(channel.recv_bytes(_LONGEST_REPLY))  # no pickle: the worker has met hostile bytes
     if "reason" in reply:
         return reply["reason"], reply["last"]
     if math.prod(reply["shape"]) > 3 * max(budget.image_pixels, budget.frame_pixels * budget.max_frames):
         raise EOFError("more frames than were asked for")
     frames = torch.empty(reply["shape"], dtype=torch.uint8)
-    receive_into(channel, frames.numpy().data.cast("B"), deadline)
+    pixels = frames.numpy().data.cast("B")
+    while pixels:  # straight into place; the worker's own limit ends it if it hangs
+        count = os.readv(channel.fileno(), [pixels])
+        if count == 0:
+            raise EOFError
+        pixels = pixels[count:]
     times = torch.tensor(reply["times"], dtype=torch.float64)
     return Media(frames, times, reply["duration"], clip.data_type), reply["last"]
 
@@ -224,28 +212,27 @@ _decoders = OneAProcess(Decoders)
 
 
 def read_media(source: ShowsClips, budget: FrameBudget) -> Media:
-    """Decode and resize one file: an image, or the frames of a clip's window.
+    """Decode and resize one file: an image, or the frames of a clip's window. Thread-safe.
 
-    It runs in a worker process, which is killed over a file that takes longer than `budget.seconds`; the call
-    may be made from many threads at once. What is behind an address is fetched first, unless it has been.
+    A remote file is fetched first. A worker process decodes; it is killed after `budget.seconds`.
 
     Raises:
-        MediaError: the file cannot be used; `reason` says why in words. Nothing else is raised for a bad
-            file.
+        MediaError: the file cannot be used; `reason` says why. Nothing else is raised for a bad file.
         ValueError: the sample has several files; read each of `files`.
-        VideoR1Error: no worker can be started, or a place that files are fetched from is out of reach.
-        ConfigError: a package for such an address is missing, or the folder for copies cannot be written to.
+        VideoR1Error: no worker can be started, or the host of a remote file is out of reach.
+        ConfigError: a package for such an address is missing, or the cache folder cannot be written to.
     """
     clip = clip_of(source)
-    if local_file(clip.path) is None or clip.path.startswith(TABLE):
-        with open_remote_cache(budget.remote_cache, budget.remote_bytes).file(clip.path) as path:
-            try:
-                return read_media(replace(clip, path=path), budget)
-            except MediaError as error:
-                raise MediaError(clip.path, error.reason) from error
     part = None
-    if split_member(clip.path):
-        part = open_remote_cache(budget.remote_cache, budget.remote_bytes).part(clip.path)
+    if split_member(clip.path) or local_file(clip.path) is None:
+        cache = open_remote_cache(budget.remote_cache, budget.remote_bytes)
+        if local_file(clip.path) is None or clip.path.startswith(TABLE):
+            with cache.file(clip.path) as path:
+                try:
+                    return read_media(replace(clip, path=path), budget)
+                except MediaError as error:
+                    raise MediaError(clip.path, error.reason) from error
+        part = cache.part(clip.path)
     if budget.seconds == 0:
         return decode_media(clip, budget, part)
     return _decoders.one.read(clip, budget, part)
@@ -255,76 +242,43 @@ def read_media_at(source: ShowsClips, budget: FrameBudget, counts: Sequence[int]
     """Return `read_media` with each of `counts` as max_frames, from one decoding. Raise MediaError."""
     clip = clip_of(source)
     if len(counts) == 1 or clip.data_type == "image":
-        media = read_media(clip, replace(budget, max_frames=counts[0]))
-        return [media] * len(counts)
+        return [read_media(clip, replace(budget, max_frames=counts[0]))] * len(counts)
     together = read_media(clip, replace(budget, max_frames=sum(counts), frame_counts=tuple(counts)))
     # Times ascend within the frames of one count and start again with those of the next.
     ends = (together.timestamps.diff() <= 0).nonzero().flatten() + 1
-    parts = (tensor.tensor_split(ends) for tensor in (together.frames, together.timestamps))
-    return [
-        Media(frames.clone(), times.clone(), together.duration, together.kind)
-        for frames, times in zip(*parts, strict=True)
-    ]
-
-
-def send(channel: socket.socket, message: dict[str, Any]) -> None:
-    text = json.dumps(message).encode()
-    channel.sendall(_LENGTH.pack(len(text)) + text)
-
-
-def receive(channel: socket.socket, deadline: float | None = None) -> dict[str, Any]:
-    """Return the next message. Raise EOFError when the other side is gone, TimeoutError after `deadline`."""
-    head = bytearray(_LENGTH.size)
-    receive_into(channel, memoryview(head), deadline)
-    (length,) = _LENGTH.unpack(head)
-    if length > _LONGEST_MESSAGE:
-        raise EOFError(f"a message of {length} bytes")
-    text = bytearray(length)
-    receive_into(channel, memoryview(text), deadline)
-    return json.loads(text)
-
-
-def receive_into(channel: socket.socket, buffer: memoryview, deadline: float | None = None) -> None:
-    """Fill the buffer; raise as `receive` does. `deadline` is a time of `time.monotonic`."""
-    while buffer:
-        if deadline is not None:
-            channel.settimeout(max(deadline - time.monotonic(), 1e-3))
-        count = channel.recv_into(buffer)
-        if count == 0:
-            raise EOFError
-        buffer = buffer[count:]
+    parts = zip(together.frames.tensor_split(ends), together.timestamps.tensor_split(ends), strict=True)
+    return [replace(together, frames=frames.clone(), timestamps=times.clone()) for frames, times in parts]
 
 
 def serve(control_number: int) -> None:
-    """Fork a worker for each socket that arrives on the control socket, and end workers, until it closes.
+    """Fork and end workers until the reader is gone.
 
-    A command is START with a socket, answered by the worker's process id, or STOP with a process id, answered
-    by the exit code (negative: the signal that ended it; null: it cannot be ended).
+    None on the control connection, followed by a channel: fork a worker for it, answer with its process id. A
+    process id: end that worker, answer with its exit code (negative: a signal; None: it cannot be ended).
     """
-    # Reaches all processes of a job that is to stop; the reader may read on, and ends these when it does.
+    # A job that stops gets SIGTERM in all its processes; the reader reads on, and ends these at its own end.
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     torch.set_num_threads(1)  # workers, not their threads, fill the cores
     av.logging.set_level(None)  # silent, without the Python callback that deadlocks with FFmpeg's threads
-    warnings.simplefilter("ignore")  # what is wrong with a file is told in the answer
-    control = socket.socket(fileno=control_number)
-    send(control, {"ready": os.getpid()})
-    while True:
-        command, numbers, _, _ = socket.recv_fds(control, COMMAND.size, 1)
-        if len(command) < COMMAND.size:  # the reader is gone
-            return
-        kind, number = COMMAND.unpack(command)
-        if kind == START:
-            worker = os.fork()
-            if worker == 0:
+    warnings.simplefilter("ignore")  # the reply says what is wrong with a file
+    control = Connection(control_number)
+    control.send("ready")
+    with suppress(EOFError, ConnectionError):
+        while True:
+            number = control.recv()
+            if number is not None:
+                control.send(_kill(number))
+                continue
+            channel = recv_handle(control)
+            number = os.fork()
+            if number == 0:
                 control.close()
-                _work(socket.socket(fileno=numbers[0]))
-            os.close(numbers[0])
-            send(control, {"worker": worker})
-        else:
-            send(control, {"exit": _stop(number)})
+                _work(Connection(channel))
+            os.close(channel)
+            control.send(number)
 
 
-def _stop(worker: int) -> int | None:
+def _kill(worker: int) -> int | None:
     os.kill(worker, signal.SIGKILL)  # the id is still its own: nobody else waits for it
     for _ in range(400):
         ended, status = os.waitpid(worker, os.WNOHANG)
@@ -334,24 +288,24 @@ def _stop(worker: int) -> int | None:
     return None  # it hangs inside the kernel, on a lost network drive for example
 
 
-def _work(channel: socket.socket) -> None:
+def _work(channel: Connection) -> None:
     """Answer requests until the reader is gone or too much memory is still in use. Never returns."""
     code = 1
     try:
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-        limited = _STATM.exists()  # systems without it do not keep to the limit either
-        at_start, last = _address_space() if limited else 0, False
+        limited = _STATM.exists()  # systems without it ignore the limit too
+        at_start, is_last = _address_space() if limited else 0, False
         _, most = resource.getrlimit(resource.RLIMIT_AS)
-        while not last:
-            request = receive(channel)
-            send(channel, {"begun": True})
+        while not is_last:
+            clip, budget, part = channel.recv()
+            channel.send_bytes(b"begun")
             # no handler: the kernel ends the process even where no Python runs
-            signal.setitimer(signal.ITIMER_REAL, request["budget"]["seconds"] + _ORPHAN_SECONDS)
+            signal.setitimer(signal.ITIMER_REAL, budget.seconds + _ORPHAN_SECONDS)
             if limited:
-                last = _address_space() - at_start > request["budget"]["memory"] // 2
-                allowed = at_start + request["budget"]["memory"]
+                is_last = _address_space() - at_start > budget.memory // 2
+                allowed = at_start + budget.memory
                 resource.setrlimit(resource.RLIMIT_AS, (min(allowed, most) if most > 0 else allowed, most))
-            _answer(channel, request, last)
+            _answer(channel, clip, budget, part, is_last)
             signal.setitimer(signal.ITIMER_REAL, 0)
         code = 0
     except (EOFError, OSError):  # the reader is gone
@@ -360,19 +314,20 @@ def _work(channel: socket.socket) -> None:
         os._exit(code)
 
 
-def _answer(channel: socket.socket, request: dict[str, Any], last: bool) -> None:
-    part = request["part"]
-    if part is not None:
-        part = [Part(*one) for one in part] if isinstance(part[0], list) else Part(*part)
+def _answer(
+    channel: Connection, clip: ClipRef, budget: FrameBudget, part: Part | list[Part] | None, is_last: bool
+) -> None:
     try:
-        media = decode_media(ClipRef(**request["clip"]), FrameBudget(**request["budget"]), part)
+        media = decode_media(clip, budget, part)
     except MediaError as error:
-        send(channel, {"reason": error.reason, "last": last})
+        channel.send_bytes(json.dumps({"reason": error.reason, "last": is_last}).encode())
         return
-    frames = media.frames.contiguous()
-    shape, times = list(frames.shape), media.timestamps.tolist()
-    send(channel, {"shape": shape, "times": times, "duration": media.duration, "last": last})
-    channel.sendall(frames.numpy().data.cast("B"))
+    times, frames = media.timestamps.tolist(), media.frames.contiguous().numpy()
+    reply = {"shape": frames.shape, "times": times, "duration": media.duration, "last": is_last}
+    channel.send_bytes(json.dumps(reply).encode())
+    pixels = frames.data.cast("B")
+    while pixels:
+        pixels = pixels[os.write(channel.fileno(), pixels) :]
 
 
 def _address_space() -> int:

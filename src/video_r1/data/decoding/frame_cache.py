@@ -1,50 +1,54 @@
-"""Resized frames on disk, for whoever reads the same clips again: SFT, RL, evaluation, and the next run.
+"""Resized frames on disk, for work that reads the same clips again: SFT, RL, evaluation, and the next run.
 
     <folder>/ab/ab12….safetensors   the frames of one clip window under one budget, with a checksum
 
-An entry's name is a digest of everything that decides its pixels: the file's path, size and time of change
-(of a folder of frames, those of every frame; in a table or an archive, those of this), the window, the budget
-and `VERSION`. A file that was replaced, or another budget, is another entry.
-
-Many processes may share a folder (bounded_folder.py); two writers of the same entry write the same bytes.
-What is read is checked; an entry that fails is removed and the clip is decoded again. Frames are kept as they
-are, uncompressed: 16 frames at the training budget are 4.8 MB, at the evaluation budget 9.6 MB.
+An entry's name is a digest of everything that decides its pixels: the file's path, size and modification time
+(of a folder of frames: of every frame; of a table or archive: of the container), the window, the budget and
+`VERSION`. Many processes may share a folder (bounded_folder.py). An entry that fails its checksum is removed,
+and the clip is decoded again. Frames are not compressed: 16 frames at the training budget are 4.8 MB, at the
+evaluation budget 9.6 MB.
 """
 
 import hashlib
 import os
 import stat
-import threading
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 
 from video_r1.data.decoding.decoders import read_media_at
 from video_r1.data.decoding.media import Media
 from video_r1.data.sources.archives import split_member
-from video_r1.data.sources.bounded_folder import PARTIAL, BoundedFolder
+from video_r1.data.sources.bounded_folder import BoundedFolder
 from video_r1.data.sources.media_types import ShowsClips, clip_of, frame_stamps
 from video_r1.data.sources.remote import local_file, open_remote_cache
 from video_r1.fingerprint import digest
 from video_r1.settings.frames import FrameBudget
 
 VERSION = 3  # raise it when the same file and budget give other pixels
-_SUFFIX = ".safetensors"
 
 
 class FrameCache(BoundedFolder):
-    """A folder of decoded media of at most `limit` bytes. Safe for threads and processes.
-
-    The least recently used entries go first. `hits`, `misses` and `damaged` count this object's reads.
-    """
+    """A folder of decoded media of at most `limit` bytes. Safe for threads and processes."""
 
     def __init__(self, folder: str | Path, limit: int) -> None:
         super().__init__(folder, limit, "frame_cache")
-        self.hits = self.misses = self.damaged = 0
+
+    def read(self, source: ShowsClips, budget: FrameBudget, counts: Sequence[int]) -> list[Media]:
+        """Return `read_media_at`; decode, in one pass, only the counts that are missing. Raise MediaError."""
+        keys = {count: cache_key(source, budget, count) for count in counts}
+        kept = ((count, self.get(key)) for count, key in keys.items() if key is not None)
+        found = {count: media for count, media in kept if media is not None}
+        wanted = [count for count in keys if count not in found]
+        for count, media in zip(wanted, read_media_at(source, budget, wanted) if wanted else [], strict=True):
+            found[count] = media
+            if (key := keys[count]) is not None:
+                self.put(key, media)
+        return [found[count] for count in counts]
 
     def get(self, key: str) -> Media | None:
         """Return the media of an entry; None if there is none or it is damaged."""
@@ -58,39 +62,25 @@ class FrameCache(BoundedFolder):
                     float(facts["duration"]),
                     facts["kind"],  # type: ignore[arg-type]
                 )
-            with suppress(PermissionError):  # another's
+            with suppress(PermissionError):  # another user's
                 os.utime(path)  # used just now
+            if facts["checksum"] == _checksum(media):
+                return media
         except (FileNotFoundError, RuntimeError):  # RuntimeError: torch opens the file again, and it has gone
-            self.misses += 1
             return None
         except (SafetensorError, OSError, KeyError, TypeError, ValueError):
-            return self._discard(path)
-        if facts.get("checksum") != _checksum(media):
-            return self._discard(path)
-        self.hits += 1
-        return media
+            pass
+        path.unlink(missing_ok=True)
+        return None
 
     def put(self, key: str, media: Media) -> None:
-        """Store the media of an entry. A failure to store is no error: the caller has the frames."""
-        path = self._path(key)
-        draft = path.with_suffix(f".{os.getpid()}-{threading.get_ident()}{PARTIAL}")
+        """Store the media of an entry."""
         facts = {"duration": repr(media.duration), "kind": media.kind, "checksum": _checksum(media)}
-        try:
-            path.parent.mkdir(exist_ok=True)
-            save_file({"frames": media.frames, "timestamps": media.timestamps}, draft, facts)
-            draft.chmod((self.folder / ".size").stat().st_mode & 0o777)  # safetensors: for the owner alone
-            self.admit(draft, path)
-        except (OSError, SafetensorError) as error:
-            self.warn_once("an entry cannot be written (%s); such clips are decoded again", error)
-        finally:
-            draft.unlink(missing_ok=True)
+        tensors = {"frames": media.frames.contiguous(), "timestamps": media.timestamps}
+        self.store(self._path(key), save(tensors, facts))
 
     def _path(self, key: str) -> Path:
-        return self.place(key + _SUFFIX)
-
-    def _discard(self, path: Path) -> None:
-        self.damaged += 1
-        path.unlink(missing_ok=True)
+        return self.place(f"{key}.safetensors")
 
 
 def open_frame_cache(folder: str | None, gigabytes: float) -> FrameCache | None:
@@ -98,31 +88,9 @@ def open_frame_cache(folder: str | None, gigabytes: float) -> FrameCache | None:
     return None if folder is None else FrameCache(folder, int(gigabytes * 1e9))
 
 
-def read_cached(source: ShowsClips, budget: FrameBudget, cache: FrameCache | None) -> Media:
-    """Return `read_media`, from the cache if it has the media. Raise MediaError."""
-    return read_cached_at(source, budget, (budget.max_frames,), cache)[0]
-
-
-def read_cached_at(
-    source: ShowsClips, budget: FrameBudget, counts: Sequence[int], cache: FrameCache | None
-) -> list[Media]:
-    """Return `read_media_at`; decode, in one pass, only the counts that the cache lacks. Raise MediaError."""
-    if cache is None:
-        return read_media_at(source, budget, counts)
-    keys = {count: cache_key(source, budget, count) for count in counts}
-    kept = ((count, cache.get(key)) for count, key in keys.items() if key is not None)
-    found = {count: media for count, media in kept if media is not None}
-    wanted = [count for count in keys if count not in found]
-    for count, media in zip(wanted, read_media_at(source, budget, wanted) if wanted else [], strict=True):
-        found[count] = media
-        if (key := keys[count]) is not None:
-            cache.put(key, media)
-    return [found[count] for count in counts]
-
-
 def cache_key(source: ShowsClips, budget: FrameBudget, count: int) -> str | None:
-    """Return the frame-cache key for at most `count` frames; it changes when the file does. None for a
-    missing file. The file at an address never changes, except tables and archives.
+    """Return the frame-cache key for at most `count` frames; None for a missing file. It changes when the
+    file does; the file at an address never changes, except tables and archives.
     """
     clip = clip_of(source)
     file: tuple[object, ...] = (clip.path,)
@@ -130,7 +98,7 @@ def cache_key(source: ShowsClips, budget: FrameBudget, count: int) -> str | None
         try:
             facts = os.stat(local)
             file = (clip.path, facts.st_size, facts.st_mtime_ns)
-            if local != clip.path:  # it lies in that file, and may be a folder of frames there
+            if local != clip.path:  # inside that file, and perhaps a folder of frames there
                 file = (*file, clip.fps)
             elif stat.S_ISDIR(facts.st_mode):
                 file = (clip.path, clip.fps, *frame_stamps(clip.path))
@@ -143,11 +111,11 @@ def cache_key(source: ShowsClips, budget: FrameBudget, count: int) -> str | None
         frames = (budget.fps, budget.min_frames, count)
         rule = ("video", budget.frame_pixels, *frames, clip.start, clip.end)
         rule = (*rule, budget.least_pixels) if budget.least_pixels else rule
+        rule = (*rule, clip.play) if clip.play != "forward" else rule
     return digest((VERSION, *file, budget.size_multiple, *rule), size=20)
 
 
 def _checksum(media: Media) -> str:
-    """Return a checksum of frames, times and shape."""
     digest = hashlib.sha256(f"{tuple(media.frames.shape)} {media.duration!r} {media.kind}".encode())
     digest.update(media.timestamps.numpy().data)
     digest.update(media.frames.contiguous().view(torch.uint8).numpy().data)

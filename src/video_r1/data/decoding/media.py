@@ -1,9 +1,8 @@
 """Media: decoded, resized frames of a clip or an image, with real timestamps.
 
-`read_media` is the only door: whatever is wrong with a file comes out of it as a `MediaError` with path
-and reason. It fetches what is behind an address (remote.py), and decodes in a worker process with limits on
-time and memory (decoders.py). Videos are decoded in clips.py, pictures and folders of them in pictures.py;
-which frames are taken and how large they become is decided here.
+`read_media` (decoders.py) is the only door: a file that cannot be used raises a `MediaError` with path and
+reason. Which frames are taken and how large they become is decided here; clips.py decodes videos, pictures.py
+images and folders of frames.
 """
 
 import math
@@ -18,13 +17,12 @@ from torch.nn.functional import interpolate
 
 from video_r1.data.decoding.clips import decode_clip
 from video_r1.data.decoding.pictures import decode_frames, read_picture
-from video_r1.data.sources.archives import Part
+from video_r1.data.sources.archives import Part, whole_file
 from video_r1.data.sources.media_types import ClipRef, ShowsClips, clip_of, frame_names
 from video_r1.errors import MediaError
 from video_r1.settings.frames import TEMPORAL_PATCH, FrameBudget
 
-# Qwen's processors refuse longer shapes.
-MAX_ASPECT_RATIO = 200
+MAX_ASPECT_RATIO = 200  # Qwen's processors refuse longer shapes
 _LONGEST_REASON = 300  # characters; decoders quote what they find in a file
 
 
@@ -43,8 +41,8 @@ class Media:
         return len(self.frames) / self.duration if self.duration else 0.0
 
     def reordered(self, permutation: Tensor) -> Self:
-        """The same media with frame `permutation[i]` in place i. The timestamps stay where they are, unless
-        some are left out: then each frame keeps its own.
+        """Return the media with frame `permutation[i]` in place i. The timestamps stay where they are; if
+        frames are left out, each frame keeps its own.
         """
         all_there = len(permutation) == len(self.frames)
         times = self.timestamps if all_there else self.timestamps[permutation]
@@ -61,7 +59,7 @@ def clips_of(shown: Shown) -> tuple[Media, ...]:
 
 
 def reordered(shown: Sequence[Media], permutation: Tensor) -> tuple[Media, ...]:
-    """`Media.reordered` of each. permutation: frames by number, which count on from one to the next; every
+    """Apply `Media.reordered` to each clip. permutation: frame numbers, counted through all clips; every
     frame stays in its own clip.
     """
     parts, first = [], 0
@@ -93,10 +91,7 @@ def fitted_size(
     Both sides are rounded down, as Qwen's `smart_resize` does when it shrinks, but not below one multiple;
     small frames are scaled up by the same rule. Exact: a frame that has the budget's size keeps it. least:
     small frames are scaled up to this area only, and those between the two rounded to the nearest multiples,
-    as `smart_resize` does.
-
-    Raises:
-        ValueError: one side is more than 200 times the other.
+    as `smart_resize` does. Raises ValueError if one side is more than 200 times the other.
     """
     if max(height, width) > MAX_ASPECT_RATIO * min(height, width):
         raise ValueError(
@@ -117,79 +112,40 @@ def fitted_size(
 
 
 def resize(frames: Tensor, height: int, width: int) -> Tensor:
-    """Resize [T, 3, h, w] uint8 to [T, 3, height, width] uint8: bicubic, antialiased, as Qwen's processors
-    do.
-    """
+    """Resize [T, 3, h, w] uint8 frames: bicubic and antialiased, as Qwen's processors do."""
     if frames.shape[-2:] == (height, width):
         return frames
     return interpolate(frames, (height, width), mode="bicubic", antialias=True)
 
 
-def shuffled_order(frames: int, generator: torch.Generator) -> Tensor:
-    """Draw a permutation [T] int64 uniformly from all but the identity. Raise ValueError for T < 2."""
-    if frames < 2:
-        raise ValueError(f"{frames} frame has no order to shuffle")
-    identity = torch.arange(frames)
-    while torch.equal(permutation := torch.randperm(frames, generator=generator), identity):
-        pass
-    return permutation
-
-
 def decode_media(source: ShowsClips, budget: FrameBudget, part: Part | list[Part] | None = None) -> Media:
-    """Run `read_media` in this process, without its limits. part: the bytes of another file that hold the
-    clip, or a list of frames. Raise MediaError.
+    """Decode one file in this process, without limits. Raise MediaError.
+
+    part: the bytes of another file that hold the clip, or its frames.
     """
     clip = clip_of(source)
     try:
         file = part or clip.path
-        if isinstance(file, str) and os.path.isdir(file) and clip.data_type == "video":
-            names = frame_names(file)
-            return _read_video(clip, [(name, os.path.join(file, name)) for name in names], budget)
-        if isinstance(file, list) and clip.data_type == "video":
-            return _read_video(clip, [(one.name, one) for one in file], budget)
-        if isinstance(file, str):
-            _require_file(file)
-        elif isinstance(file, list):
-            raise MediaError(clip.path, "is a folder, not a media file")
-        elif file.size == 0:
-            raise MediaError(clip.path, "the file is empty (0 bytes)")
-        return _read_image(file, budget) if clip.data_type == "image" else _read_video(clip, file, budget)
+        if isinstance(file, str) and clip.data_type == "video" and os.path.isdir(file):
+            file = [Part(os.path.join(file, name), 0, -1, name) for name in frame_names(file)]
+        elif isinstance(file, str):
+            file = whole_file(file)
+        return _read_video(clip, file, budget) if clip.data_type == "video" else _read_image(file, budget)
     except Exception as error:  # decoders raise whatever they like over hostile files
-        if isinstance(error, MediaError):
-            reason = error.reason
-        elif type(error) is ValueError:  # a reason in words; FFmpeg's own errors are subclasses
+        if type(error) is ValueError:  # a reason in words; FFmpeg's own errors are subclasses
             reason = str(error)
         elif isinstance(error, MemoryError) or "allocate memory" in str(error):
             reason = "takes more memory to decode than is allowed"
         else:
-            detail = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
-            reason = f"cannot be decoded ({detail})"
-        raise MediaError(clip.path, _one_line(reason)) from error
+            reason = f"cannot be decoded ({type(error).__name__}: {error})"
+        line = " ".join("".join(c if c.isprintable() else " " for c in reason).split())
+        short = line if len(line) <= _LONGEST_REASON else line[: _LONGEST_REASON - 1] + "…"
+        raise MediaError(clip.path, short) from error
 
 
-def _one_line(reason: str) -> str:
-    """Return printable characters only, shortened."""
-    line = " ".join("".join(c if c.isprintable() else " " for c in reason).split())
-    return line if len(line) <= _LONGEST_REASON else line[: _LONGEST_REASON - 1] + "…"
-
-
-def _require_file(path: str) -> None:
-    if os.path.isdir(path):
-        raise MediaError(path, "is a folder, not a media file")
-    if not os.path.exists(path):
-        raise MediaError(path, "there is no such file")
-    if not os.path.isfile(path):
-        raise MediaError(path, "is not a regular file")
-    if os.path.getsize(path) == 0:
-        raise MediaError(path, "the file is empty (0 bytes)")
-    if not os.access(path, os.R_OK):
-        raise MediaError(path, "may not be read (permission denied)")
-
-
-def _read_video(clip: ClipRef, file: str | Part | list[tuple[str, str | Part]], budget: FrameBudget) -> Media:
-    """Decode a clip. file: for a clip that is pictures, a list of names and files."""
+def _read_video(clip: ClipRef, file: Part | list[Part], budget: FrameBudget) -> Media:
     size: tuple[int, int] | None = None
-    chosen: list[list[int]] = []  # of each frame count
+    chosen: list[list[int]] = []  # frame indices for each frame count
 
     def finish(frame: Tensor) -> Tensor:
         nonlocal size
@@ -201,32 +157,32 @@ def _read_video(clip: ClipRef, file: str | Part | list[tuple[str, str | Part]], 
 
     def choose(total: int, fps: float) -> list[int]:
         if total < TEMPORAL_PATCH:
-            frames = f"{total} frame{'s' * (total != 1)}{_window(clip)}"
+            end = "its end" if clip.end is None else f"{clip.end:g} s"
+            window = "" if clip.start is clip.end is None else f" between {clip.start or 0:g} s and {end}"
+            frames = f"{total} frame{'s' * (total != 1)}{window}"
             raise ValueError(f"has {frames}, at least {TEMPORAL_PATCH} needed")
         counts = budget.frame_counts or (budget.max_frames,)
         chosen[:] = [frame_indices(total, fps, replace(budget, max_frames=count)) for count in counts]
         return sorted(set().union(*chosen))
 
     if isinstance(file, list):
-        decoded = decode_frames(file, clip.fps, choose, finish, clip.start, clip.end)
+        decoded = decode_frames(file, clip, choose, finish)
     else:
-        decoded = decode_clip(file, choose, finish, clip.start, clip.end)
+        decoded = decode_clip(file, clip, choose, finish)
     place = {index: number for number, index in enumerate(sorted(set().union(*chosen)))}
     places = [place[index] for indices in chosen for index in indices]
     timestamps = torch.tensor([decoded.times[place] for place in places], dtype=torch.float64)
-    return Media(
-        torch.stack([decoded.frames[place] for place in places]), timestamps, decoded.duration, "video"
-    )
+    if clip.play == "reversed":
+        parts = timestamps.split([len(indices) for indices in chosen])
+        timestamps = torch.cat([part[0] + part[-1] - part.flip(0) for part in parts])
+        places = [place[index] for indices in chosen for index in reversed(indices)]
+    frames = torch.stack([decoded.frames[place] for place in places])
+    return Media(frames, timestamps, decoded.duration, "video")
 
 
-def _window(clip: ClipRef) -> str:
-    if clip.start is None and clip.end is None:
-        return ""
-    end = "its end" if clip.end is None else f"{clip.end:g} s"
-    return f" between {clip.start or 0:g} s and {end}"
-
-
-def _read_image(file: str | Part, budget: FrameBudget) -> Media:
+def _read_image(file: Part | list[Part], budget: FrameBudget) -> Media:
+    if isinstance(file, list):
+        raise ValueError("is a folder, not a media file")
     frame = read_picture(file)[None]
     (height, width), least = frame.shape[-2:], budget.size_multiple
     own_pixels = max(height, least) * max(width, least)  # images are not scaled up

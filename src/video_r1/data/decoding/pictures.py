@@ -1,82 +1,74 @@
-"""Pictures as Pillow reads them: an image, or a folder of frames as the clip that they are of."""
+"""Images, and folders of frames as clips, read with Pillow."""
 
 import warnings
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from functools import cache
+from io import BytesIO
 from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL.TiffImagePlugin import BITSPERSAMPLE
 from torch import Tensor
 
-from video_r1.data.decoding.clips import MAX_PIXELS, Clip, clip_window
-from video_r1.data.sources.archives import Part, open_file
-from video_r1.data.sources.media_types import FOLDER_FPS
-from video_r1.errors import MediaError
+from video_r1.data.decoding.clips import MAX_PIXELS, Clip, choose_frames
+from video_r1.data.sources.archives import Part
+from video_r1.data.sources.media_types import FOLDER_FPS, ClipRef
 
-# Formats of pictures. Pillow reads more, some of them by starting other programs (EPS).
+# Pillow reads more formats, some of them by starting other programs (EPS).
 _IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000", "AVIF")
-# Brands of HEIF files that hold HEVC pictures, as phones take them.
-_HEIC = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1")
+_MAX_SAMPLE_VALUE = 281  # TIFF's tag
 
 
 def decode_frames(
-    files: Sequence[tuple[str, str | Part]],
-    fps: float | None,
+    files: Sequence[Part],
+    clip: ClipRef,
     choose: Callable[[int, float], list[int]],
     finish: Callable[[Tensor], Tensor],
-    start: float | None = None,
-    end: float | None = None,
 ) -> Clip:
-    """Run `decode_clip` for frames that are pictures, `fps` of them a second (None: FOLDER_FPS).
-
-    files: name and place of each. Raises ValueError, with a reason in words.
-    """
-    fps = fps or FOLDER_FPS
+    """Run `decode_clip` for frames that are pictures. Raise ValueError with a reason in words."""
+    fps = clip.fps or FOLDER_FPS
     times = [place / fps for place in range(len(files))]
-    first, last, duration = clip_window(times, 1 / fps, start, end)
-    chosen = choose(last - first, fps)
+    chosen, chosen_times, duration = choose_frames(times, 1 / fps, clip, choose, fps)
     frames: list[Tensor] = []
-    size: tuple[str, torch.Size] | None = None
-    for index in chosen:
-        name, file = files[first + index]
+    sizes: dict[torch.Size, str] = {}
+    for file in (files[index] for index in chosen):
         try:
             picture = read_picture(file)
-        except MediaError as error:
-            raise ValueError(f"its frame {name}: {error.reason}") from error
-        size = size or (name, picture.shape)
-        if picture.shape != size[1]:
-            sizes = [f"{shape[2]}×{shape[1]} ({of})" for of, shape in (size, (name, picture.shape))]
-            raise ValueError(f"its frames have different sizes, {sizes[0]} and {sizes[1]}; make them alike")
+        except ValueError as error:
+            raise ValueError(f"its frame {file.name}: {error}") from error
+        sizes.setdefault(picture.shape, file.name)
+        if len(sizes) > 1:
+            told = " and ".join(f"{shape[2]}×{shape[1]} ({of})" for shape, of in sizes.items())
+            raise ValueError(f"its frames have different sizes, {told}; make them alike")
         frames.append(finish(picture))
-    return Clip(frames, [times[first + index] - (start or 0.0) for index in chosen], duration)
+    return Clip(frames, chosen_times, duration)
 
 
-def read_picture(file: str | Part) -> Tensor:
-    """Return [3, H, W] uint8 RGB, upright as EXIF says. Raise MediaError."""
-    path = file if isinstance(file, str) else file.path
+def read_picture(file: Part) -> Tensor:
+    """Return [3, H, W] uint8 RGB, upright as EXIF says. Raise ValueError with a reason in words."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # the limit below is lower
-            with open_file(file) as opened, Image.open(opened, formats=_image_formats()) as image:
+            with Image.open(BytesIO(file.read()), formats=_image_formats()) as image:
                 if image.width * image.height > MAX_PIXELS:
-                    raise MediaError(
-                        path,
-                        f"declares {image.width}×{image.height} pixels; at most {MAX_PIXELS:,} are decoded",
-                    )
-                pixels = np.asarray(_as_rgb(ImageOps.exif_transpose(image), image.format))
+                    raise Image.DecompressionBombError(f"{image.width}×{image.height}; limit {MAX_PIXELS:,}")
+                image.load()
+                with suppress(Exception):  # damaged EXIF: the picture is read as stored
+                    ImageOps.exif_transpose(image, in_place=True)
+                pixels = np.asarray(_as_rgb(image))
     except Image.DecompressionBombError as error:
-        raise MediaError(path, f"declares more pixels than are decoded ({error})") from error
+        raise ValueError(f"declares more pixels than are decoded ({error})") from error
     except UnidentifiedImageError as error:
-        reason = "is not an image in a format that Pillow reads"
-        if _is_heic(file):
-            reason = "is a HEIC picture, a format that Pillow does not read; convert it to JPEG or PNG"
-        raise MediaError(path, reason) from error
+        raise ValueError(
+            "is not an image in a format that Pillow reads; convert it (HEIC, for example) to JPEG or PNG"
+        ) from error
     except ValueError as error:  # for example compressed text that unpacks to more than Pillow allows
-        raise MediaError(path, f"the image is damaged or unpacks to too much ({error})") from error
+        raise ValueError(f"the image is damaged or unpacks to too much ({error})") from error
     except (OSError, SyntaxError) as error:  # SyntaxError: a broken PNG
-        raise MediaError(path, f"the image is damaged or cut short ({error})") from error
+        raise ValueError(f"the image is damaged or cut short ({error})") from error
     return torch.from_numpy(pixels.copy()).permute(2, 0, 1)
 
 
@@ -86,16 +78,10 @@ def _image_formats() -> tuple[str, ...]:
     return tuple(name for name in _IMAGE_FORMATS if name in Image.OPEN)  # AVIF is not in every Pillow
 
 
-def _is_heic(file: str | Part) -> bool:
-    with open_file(file) as opened:
-        head = opened.read(12)
-    return head[4:8] == b"ftyp" and head[8:] in _HEIC
-
-
-def _as_rgb(image: Any, file_format: str | None) -> Any:
+def _as_rgb(image: Any) -> Any:
     """Convert to RGB: transparency on white; greys of more than 8 bits are scaled, not clipped."""
     if image.mode in ("I", "F") or image.mode.startswith("I;16"):
-        return Image.fromarray(_eight_bits(image, file_format)).convert("RGB")
+        return Image.fromarray(_eight_bits(image)).convert("RGB")
     if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
         image = image.convert("RGBA")
         white = Image.new("RGBA", image.size, (255, 255, 255, 255))
@@ -103,20 +89,24 @@ def _as_rgb(image: Any, file_format: str | None) -> Any:
     return image.convert("RGB")
 
 
-def _eight_bits(image: Any, file_format: str | None) -> np.ndarray:
-    """Return [H, W] uint8 of greys with more bits: 16 bits lose their lower eight.
+def _eight_bits(image: Any) -> np.ndarray:
+    """Return [H, W] uint8 of greys with more bits: 16 bits lose their lower eight, 12 bits their lower four.
 
-    No file tells the range of 32-bit numbers. It is taken to be that of a share (floats only: 0 to 1), of 8
-    or of 16 bits, the first that holds all of them, or else 0 to the largest.
+    Files do not state the range of 32-bit numbers. It is taken to be 0 to 1 (floats only), 8 or 16 bits, the
+    first that holds all of them, or else the smallest (at most 0) to the largest.
     """
     values = np.nan_to_num(np.asarray(image, np.float64))
-    most = values.max()
-    if image.mode.startswith("I;16") or (image.mode == "I" and file_format in ("PPM", "PNG")):
-        scale = 1 / 256
+    least, most = min(values.min(), 0.0), values.max()
+    if image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PPM", "PNG")):
+        tags = getattr(image, "tag_v2", {})
+        (bits,), (largest,) = tags.get(BITSPERSAMPLE, (16,))[:1], tags.get(_MAX_SAMPLE_VALUE, (0,))[:1]
+        least, scale = 0.0, 256 / ((largest or 2**bits - 1) + 1)
+    elif least < 0:
+        scale = 255 / (most - least)
     elif image.mode == "F" and most <= 1:
         scale = 255.0
     elif most <= 0xFF:
         scale = 1.0
     else:
         scale = 1 / 256 if most <= 0xFFFF else 255 / most
-    return (values * scale).clip(0, 255).astype(np.uint8)
+    return ((values - least) * scale).clip(0, 255).astype(np.uint8)

@@ -64,7 +64,8 @@ class ClipIndex:
         outside the root, is returned as it is.
 
         name: a path that may lack its extension or its folders, or have other folders above them. data_type:
-        the kind of file, if known. Raises Rejected for no match, or for several.
+        the kind of file, if known. Of several matches the one counts that has the others in folders below its
+        own. Raises Rejected for no match, or for several others.
         """
         if is_address(name) or is_address(self.root):
             return name
@@ -82,8 +83,13 @@ class ClipIndex:
             found = [one for one in found if data_type_of(one) == data_type]
         if not found and data_type != "image":
             found = self._named(path, self._folders)
-        if len(found) == 1:
-            return found[0]
+        first = min(found, key=lambda one: one.count("/"), default="")
+        above = f"{posixpath.dirname(first)}/".lstrip("/")
+        if (
+            found
+            and sum("/" in one[len(above) :] for one in found if one.startswith(above)) == len(found) - 1
+        ):
+            return first  # the others are copies in folders below its own
         if found:
             shown = ", ".join(found[:_SHOWN]) + (", …" if len(found) > _SHOWN else "")
             raise Rejected("several clips", f"{name!r} may be {shown}")

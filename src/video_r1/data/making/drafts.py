@@ -22,24 +22,21 @@ from video_r1.data.answers import (
 from video_r1.data.grounding import GROUNDING_FORMS
 from video_r1.data.making.clip_index import SUBTITLE_EXTENSIONS, ClipIndex
 from video_r1.data.making.layouts import Draft, Numbers, Rejected, tags_in, without_tags
-from video_r1.data.manifests.records import DATA_TYPES, FIELDS
+from video_r1.data.manifests.records import DATA_TYPES, FIELDS, PROBLEM_TYPES
 from video_r1.data.manifests.tables import InTable
 from video_r1.data.sources.media_paths import MediaPaths, data_type_of, path_below
 from video_r1.errors import RequestError
 
 _TYPE_NAMES = {
-    "multiple choice": "multiplechoice multichoice mcq mc choice choices",
-    "numerical": "numerical numeric number num integer float",
-    "OCR": "ocr",
-    "free-form": "freeform openended open oe freetext text",
-    "regression": "regression",
-    "math": "math mathematical mathematics latex",
-    "temporal grounding": "temporalgrounding momentretrieval",
-    "spatial grounding": "spatialgrounding",
-    "spatial-temporal grounding": "spatialtemporalgrounding spatiotemporalgrounding",
-    "tracking": "tracking",
+    "multiple choice": "multichoice mcq mc choice choices",
+    "numerical": "numeric number num integer float",
+    "free-form": "openended open oe freetext text",
+    "math": "mathematical mathematics latex",
+    "temporal grounding": "momentretrieval",
+    "spatial-temporal grounding": "spatiotemporalgrounding",
 }
-_TYPES = {name: problem_type for problem_type, names in _TYPE_NAMES.items() for name in names.split()}
+_TYPES = {re.sub(r"[\W_]", "", name.lower()): name for name in PROBLEM_TYPES}
+_TYPES |= {name: problem_type for problem_type, names in _TYPE_NAMES.items() for name in names.split()}
 _CLOCK = re.compile(r"(?:(\d+):)?(\d{1,2}):(\d{1,2}(?:\.\d+)?)")
 _LARGEST_SUBTITLES = 1 << 24
 _TAGGED = re.compile(r"\s*<(think|answer)>(.*)</\1>\s*", re.DOTALL)
@@ -48,7 +45,7 @@ _CLEARLY = 0.95  # a reading that understands less than this share of what the b
 # Both subtitle formats give each cue a line with its times; SubRip has a comma before the milliseconds,
 # WebVTT may lack hours (https://www.w3.org/TR/webvtt1/).
 _TIME = r"(?:(\d+):)?(\d{1,2}):(\d{2})[.,](\d{1,3})"
-_CUE = re.compile(rf"\s*{_TIME}\s*-->\s*{_TIME}")
+_CUE = re.compile(rf"^[^\S\n]*{_TIME}\s*-->\s*{_TIME}.*\n((?:.*\S.*(?:\n|\Z))*)", re.MULTILINE)
 _MARKUP = re.compile(r"<[^>\n]*>|\{\\[^}\n]*\}")
 
 
@@ -295,17 +292,13 @@ def _cues(text: str) -> Iterator[tuple[float, float, str]]:
     """Yield (start and end in seconds, text on one line without markup) of each cue. A line that repeats the
     line before it, as in rolling captions, is skipped."""
     previous = ""
-    for block in re.split(r"\n\s*\n", text.replace("\r\n", "\n").replace("\r", "\n")):
-        lines = block.strip().split("\n")
-        timed = ((place, match) for place, line in enumerate(lines[:2]) if (match := _CUE.match(line)))
-        at, match = next(timed, (0, None))
-        if match is None:
-            continue
-        spoken = [" ".join(_MARKUP.sub("", line).split()) for line in lines[at + 1 :]]
+    for cue in _CUE.finditer(text.replace("\r\n", "\n").replace("\r", "\n")):
+        *times, lines = cue.groups()
+        spoken = [" ".join(_MARKUP.sub("", line).split()) for line in lines.splitlines()]
         words = " ".join(line for line in spoken if line and line != previous)
         previous = spoken[-1] if spoken else ""
         if words:
-            yield _cue_seconds(*match.groups()[:4]), _cue_seconds(*match.groups()[4:]), words
+            yield _cue_seconds(*times[:4]), _cue_seconds(*times[4:]), words
 
 
 def _cue_seconds(hours: str | None, minutes: str, seconds: str, fraction: str) -> float:

@@ -24,7 +24,6 @@ KEY = "key"
 """Field for the name under which a JSON object holds a row."""
 NOTHING = "none"
 """Written instead of a column's name for a field that has no column."""
-_JOINED = "+"
 _TAGS = re.compile(r"<(?:image|video)>\s*")
 _THINK = re.compile(r"\s*<think>(.*?)</think>\s*", re.DOTALL)
 _ANSWER = re.compile(r"<answer>(.*?)</answer>", re.DOTALL)
@@ -73,35 +72,30 @@ class Rejected(Exception):
 
 
 class Turn(NamedTuple):
-    """Message of a chat: its text without media tags, its files, and the text with a tag per file."""
+    """Message of a chat: its text with a tag per file, and its files."""
 
     role: str
-    text: str
-    media: tuple[str, ...] = ()
-    tagged: str = ""
+    tagged: str
+    media: list[str]
+
+    @property
+    def text(self) -> str:
+        return without_tags(self.tagged)
 
 
 class Layout(NamedTuple):
     """A published layout. fits: tells whether a row has it. numbers: how whole numbers as answers are read,
-    where that is known. map_file: a JSON object beside the table with the path of each video."""
+    where that is known."""
 
     drafts: Callable[[Row], Iterator[Draft]]
     fits: Callable[[Row], bool]
     source: str
     numbers: Numbers | None = None
-    map_file: str = ""
 
 
 def video_r1(row: Row) -> Iterator[Draft]:
-    """Read Video-R1-260k.json, and Video-R1-COT-165k.json, which also has `process`."""
-    process, answer = split_response(row.get("solution"))
-    rest = {name: value for name, value in row.items() if name != "solution"}
-    yield {**rest, "answer": answer, "process": row.get("process") or process}
-
-
-def onethinker(row: Row) -> Iterator[Draft]:
-    """Read onethinker_rl_train.json: Video-R1's fields, with the file in `images` or `videos`, the answer in
-    `solution` or `answer`, and a tag in the question for the file. Segmentation questions are rejected."""
+    """Read Video-R1's files, and OneThinker's: the file in `images` or `videos`, the answer in `solution` or
+    `answer`, and a tag in the question for the file. Segmentation questions are rejected."""
     media = media_of(row, ("videos", "images")) or files_of(row.get("path"))
     given = row.get("solution")
     process, answer = split_response(row.get("answer") if given is None else given)
@@ -191,7 +185,7 @@ def conversation(row: Row, chat: Iterable[Any]) -> Iterator[Draft]:
 
 LAYOUTS = {
     "onethinker": Layout(
-        onethinker,
+        video_r1,
         lambda row: {"problem", "problem_type"} <= row.keys() and bool({"videos", "images"} & row.keys())
         and "messages" not in row,
         "https://huggingface.co/datasets/OneThink/OneThinker-train-data"),
@@ -203,7 +197,7 @@ LAYOUTS = {
         "https://huggingface.co/datasets/lmms-lab/LLaVA-Video-178K"),
     "nextqa": Layout(
         nextqa, lambda row: {"video", "question", "answer", "qid", "type"} <= row.keys(),
-        "https://github.com/doc-doc/NExT-QA", "from_0", "map_vid_vidorID.json"),
+        "https://github.com/doc-doc/NExT-QA", "from_0"),
     "perception-test": Layout(
         perception_test,
         lambda row: "mc_question" in row or {"video_name", "answer_id", "options"} <= row.keys(),
@@ -231,14 +225,11 @@ def messages(chat: Iterable[Any]) -> list[Turn]:
     for message in chat:
         role = {"human": "user", "gpt": "assistant"}.get(str(message.get("from")), message.get("role"))
         content = message.get("content", message.get("value"))
-        parts = [{"type": "text", "text": content}] if isinstance(content, str) else content or []
-        media = tuple(
-            path for part in parts for kind in ("video", "image") for path in files_of(part.get(kind))
-        )
+        parts = [{"text": content}] if isinstance(content, str) else content or []
+        media = [path for part in parts for path in media_of(part, ("video", "image"))]
         tags = {"video": "<video>", "image": "<image>"}
         texts = [text for part in parts if (text := part.get("text") or tags.get(str(part.get("type"))))]
-        tagged = "\n".join(texts).strip()
-        turns.append(Turn(str(role), without_tags(tagged), media, tagged))
+        turns.append(Turn(str(role), "\n".join(texts).strip(), media))
     return turns
 
 
@@ -312,57 +303,46 @@ COLUMN_NAMES: dict[str, tuple[str, ...]] = {
 
 
 class Columns(NamedTuple):
-    """The column of each field; options may have a column each."""
+    """The columns of each field: options and paths may have several."""
 
-    names: Mapping[str, str | tuple[str, ...]]
-    given: frozenset[str]  # fields whose column was named by the user
+    names: Mapping[str, tuple[str, ...]]
     unused: tuple[str, ...]
 
     def values(self, row: Row) -> dict[str, Any]:
         """Return the fields of a row whose columns are not empty. Several columns give a list, without the
         empty cells at its end."""
         found = {}
-        for field, name in self.names.items():
-            if isinstance(name, str):
-                value = row.get(name)
-            else:
-                value = [row.get(one) for one in name]
-                while value and value[-1] in (None, ""):
-                    value.pop()
-            if value not in (None, "", []):
-                found[field] = value
+        for field, names in self.names.items():
+            cells = [row.get(name) for name in names]
+            while cells and cells[-1] in (None, "", []):
+                cells.pop()
+            if cells:
+                found[field] = cells if len(names) > 1 else cells[0]
         return found
 
 
 def guess_columns(names: Iterable[str], given: Mapping[str, str]) -> Columns:
-    """Find the column of each field. given: maps a field to its column, to columns joined by "+", or to
+    """Find the columns of each field. given: maps a field to its column, to columns joined by "+", or to
     "none".
 
     Raises RequestError for unknown fields and columns.
     """
     names = [str(name) for name in names]
+    found: dict[str, tuple[str, ...]] = {}
     for field, column in given.items():
         if field not in COLUMN_NAMES:
             raise RequestError(f"columns: no field {field!r}; known are {', '.join(COLUMN_NAMES)}")
-        missing = [one for one in column.split(_JOINED) if one not in names and column != NOTHING]
-        if missing and column not in names:
+        found[field] = () if column == NOTHING else (column,) if column in names else (*column.split("+"),)
+        if missing := [one for one in found[field] if one not in names]:
             raise RequestError(f"columns: the table has no column {missing[0]!r}, only {', '.join(names)}")
-    found: dict[str, str | tuple[str, ...]] = {}
-    taken = {one for column in given.values() for one in (column, *column.split(_JOINED))}
+    taken = {name for columns in found.values() for name in columns}
     plain = {re.sub(r"[\W_]", "", name.lower()): name for name in reversed(names) if name not in taken}
     for field, known in COLUMN_NAMES.items():
-        column = given.get(field)
-        if column is None:
-            guess = next((plain[name] for name in known if name in plain), None)
-            if guess is None and field == "options":
-                guess = option_columns(plain)
-            if guess:
-                found[field] = guess
-        elif column != NOTHING:
-            joined = column not in names and _JOINED in column
-            found[field] = tuple(column.split(_JOINED)) if joined else column
-    used = {one for column in found.values() for one in ((column,) if isinstance(column, str) else column)}
-    return Columns(found, frozenset(given), tuple(name for name in names if name not in used))
+        guess = tuple(plain[name] for name in known if name in plain)[:1]
+        found.setdefault(field, guess or (option_columns(plain) if field == "options" else ()))
+    used = {name for columns in found.values() for name in columns}
+    fields = {field: found[field] for field in COLUMN_NAMES if found[field]}
+    return Columns(fields, tuple(name for name in names if name not in used))
 
 
 def option_columns(plain: Mapping[str, str]) -> tuple[str, ...]:

@@ -11,7 +11,7 @@ import csv
 import json
 import os
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -31,9 +31,18 @@ from video_r1.data.making.layouts import (
     guess_columns,
     layout_of,
 )
-from video_r1.data.manifests.records import FIELDS, Sample, check_manifest, read_rows
-from video_r1.data.manifests.tables import Unreadable
+from video_r1.data.manifests.records import (
+    FIELDS,
+    TABLE_EXTENSIONS,
+    Sample,
+    check_manifest,
+    local_copy,
+    not_utf8,
+    read_rows,
+)
+from video_r1.data.manifests.tables import Unreadable, name_of
 from video_r1.data.sources.media_paths import MediaPaths, media_root_of
+from video_r1.data.sources.remote import is_address
 from video_r1.errors import ManifestError, RequestError
 from video_r1.files import claimed, replace_rows
 from video_r1.settings.commands import MakeSettings
@@ -51,14 +60,8 @@ class DraftRow(NamedTuple):
     fields: dict[str, Any]
 
 
-class Table(NamedTuple):
-    """A table as it was read: its questions, the rows without any, and how it was understood."""
-
-    drafts: list[DraftRow]
-    rejected: list[dict[str, Any]]
-    rows: int
-    layout: str
-    columns: Columns | None  # None: a published layout
+Rejections = list[dict[str, Any]]
+"""Lines of OUT.refused.jsonl."""
 
 
 def run_make(settings: MakeSettings) -> int:
@@ -79,56 +82,73 @@ def run_make(settings: MakeSettings) -> int:
         raise RequestError(f"{out} exists and was not made from this table; choose another --out")
     root = media_root_of(settings.table, settings.media_root)
     places = MediaPaths(root, settings.allow_urls, settings.allowed_roots)
-    found = read_drafts(settings)
-    print(_understood(found))
+    table_rows = list(read_table(settings.table, settings.split))
+    layout, columns = _understood(settings, table_rows)
+    rejected: Rejections = []
+    drafts: list[DraftRow] = []
+    for number, row in table_rows:
+        try:
+            drafts += [DraftRow(number, draft) for draft in _drafts_of(row, layout, columns)]
+        except Rejected as error:
+            rejected.append(error.line(number))
     clips = ClipIndex(root, follow_links=bool(settings.allowed_roots))
     making = Making(clips, places, settings.problem_type, settings.subtitles)
-    numbers = settings.answers if settings.answers != "auto" else _numbers(found)
+    numbers = settings.answers if settings.answers != "auto" else _numbers(layout, drafts)
     if numbers != "text":
         print(f"numbers as answers: positions {numbers.replace('_', ' ')} (change with --answers)")
-    rows, rejected, repeated = _made_rows(found.drafts, making, numbers)
-    if repeated:
-        print(f"repeated ids that got a number appended: {repeated:,}")
-    samples, unusable = _checked(rows, settings, root)
-    rejected = sorted([*found.rejected, *rejected, *unusable], key=lambda line: line["row"])
-    bad = {line["problem_id"] for line in unusable}
-    kept = [row.fields for row in rows if row.fields["problem_id"] not in bad]
+    rows = _made_rows(drafts, making, numbers, rejected)
+    samples = _checked(rows, settings, root, rejected)
+    usable = {sample.problem_id for sample in samples}
+    kept = [row.fields for row in rows if row.fields["problem_id"] in usable]
     with claimed(out.parent):
-        replace_rows(rejected_path, rejected)
+        replace_rows(rejected_path, sorted(rejected, key=lambda line: line["row"]))
         if kept:
             replace_rows(out, kept)
-    _print_summary(samples, len(kept), rejected, found.rows, out, rejected_path, root)
-    return 1 if not kept or (rejected and settings.strict) else 0
+    counts = Counter(line["reason"] for line in rejected).most_common()
+    if counts:
+        print(table(("refused", "questions"), [(name, f"{n:,}") for name, n in counts]), end="\n\n")
+        print(*(f"{reason}: {REMEDIES[reason]}" for reason, _ in counts), sep="\n")
+        print(f"\ndetails for each row: {rejected_path}\n")
+    if not kept:
+        print(f"none of the {len(table_rows):,} rows could be used; {out} is not written")
+        return 1
+    spoken = sum(sample.subtitles is not None for sample in samples)
+    subtitles = f", {spoken:,} of them with subtitles (shown with --subtitles)" if spoken else ""
+    print(format_counts(samples), end="\n\n")
+    print(f"{out}: {len(kept):,} questions from {len(table_rows):,} rows{subtitles}")
+    print(f"to train on it: --train_manifest {out} --media_root {root}")
+    return 1 if rejected and settings.strict else 0
 
 
-def read_drafts(settings: MakeSettings) -> Table:
-    """Read the table's rows into drafts. Raises ManifestError and RequestError."""
-    assert settings.table is not None
-    numbered = list(read_table(settings.table, settings.split))
-    whole = [row for _, row in numbered if isinstance(row, dict)]
-    if not whole:
+def _understood(settings: MakeSettings, numbered: Sequence[tuple[int, Any]]) -> tuple[str, Columns | None]:
+    """Return the layout of a table's rows, and its columns if it has no published one; print them.
+
+    Raises ManifestError without any row, RequestError for wrong columns.
+    """
+    rows = [row for _, row in numbered if isinstance(row, dict)]
+    if not rows:
         reason = next((row.reason for _, row in numbered if isinstance(row, Unreadable)), "it has no rows")
         raise ManifestError(f"{settings.table}: {reason}")
-    layout = settings.layout if settings.layout != "auto" else layout_of(whole[0])
+    layout = settings.layout if settings.layout != "auto" else layout_of(rows[0])
     if settings.columns and layout != "table":
         if settings.layout != "auto":
             raise RequestError(f"columns: the layout {layout} sets its own; give --columns or --layout")
         layout = "table"
-    columns = None
-    if layout == "table":
-        names = dict.fromkeys(name for row in whole[:_COLUMN_ROWS] for name in row)
-        columns = guess_columns(names, settings.columns)
-    drafts: list[DraftRow] = []
-    rejected: list[dict[str, Any]] = []
-    clips = _clip_map(layout, settings.table)
-    for number, row in numbered:
-        try:
-            for draft in _drafts_of(row, layout, columns):
-                path = clips.get(str(draft.get("path")))
-                drafts.append(DraftRow(number, draft if path is None else {**draft, "path": path}))
-        except Rejected as error:
-            rejected.append(error.line(number))
-    return Table(drafts, rejected, len(numbered), layout, columns)
+    if layout != "table":
+        print(f"layout: {layout} ({LAYOUTS[layout].source}; change with --layout)\n")
+        return layout, None
+    columns = guess_columns(
+        dict.fromkeys(name for row in rows[:_COLUMN_ROWS] for name in row), settings.columns
+    )
+    shown = [
+        (field, "+".join(names), "given" if field in settings.columns else "guessed")
+        for field, names in columns.names.items()
+    ]
+    print(table(("field", "column", ""), shown))
+    if columns.unused:
+        print(f"kept as they are: {', '.join(columns.unused)}")
+    print("to change that: --columns problem=COLUMN,answer=COLUMN,… (none: no such column)\n")
+    return layout, columns
 
 
 def _drafts_of(row: Any, layout: str, columns: Columns | None) -> Iterator[Draft]:
@@ -149,23 +169,11 @@ def _drafts_of(row: Any, layout: str, columns: Columns | None) -> Iterator[Draft
         raise Rejected("unreadable row", f"it does not have the layout {layout} ({error})") from error
 
 
-def _clip_map(layout: str, table: str) -> dict[str, str]:
-    """Read the path of each clip from the layout's file beside the table; {} without such a file."""
-    name = LAYOUTS[layout].map_file if layout in LAYOUTS else ""
-    path = Path(table).with_name(name) if name else None
-    if path is None or not path.is_file():
-        return {}
-    try:
-        return dict(json.loads(path.read_text(encoding="utf-8")))
-    except (ValueError, TypeError) as error:
-        raise ManifestError(f"{path}: not a JSON object of clips ({error}); fix or move it") from error
-
-
-def _numbers(found: Table) -> Numbers:
-    if found.layout in LAYOUTS and (known := LAYOUTS[found.layout].numbers) is not None:
+def _numbers(layout: str, drafts: Sequence[DraftRow]) -> Numbers:
+    if layout in LAYOUTS and (known := LAYOUTS[layout].numbers) is not None:
         return known
     choices = []
-    for draft in found.drafts:
+    for draft in drafts:
         try:
             options = question_and_options(draft.fields)[1]
         except Rejected:  # reported when its row is made
@@ -176,13 +184,10 @@ def _numbers(found: Table) -> Numbers:
 
 
 def _made_rows(
-    drafts: Iterable[DraftRow], making: Making, numbers: Numbers
-) -> tuple[list[DraftRow], list[dict[str, Any]], int]:
-    """Return the rows of a manifest, lines about the rejected ones, and how many repeated ids got a number
-    appended. A question without an id gets its row's number."""
-    rows: list[DraftRow] = []
-    rejected: list[dict[str, Any]] = []
-    taken: set[str] = set()
+    drafts: Sequence[DraftRow], making: Making, numbers: Numbers, rejected: Rejections
+) -> list[DraftRow]:
+    """Return the rows of a manifest. A repeated id gets a number appended; the default is the row number."""
+    rows: dict[str, DraftRow] = {}
     repeated = 0
     for number, draft in drafts:
         name = draft.get("problem_id")
@@ -195,19 +200,20 @@ def _made_rows(
             rejected.append(error.line(number, name))
             continue
         own, count = name, 1
-        while str(own) in taken:
+        while str(own) in rows:
             count += 1
             own = f"{name}-{count}"
-        taken.add(str(own))
         repeated += own != name
-        rows.append(DraftRow(number, {"problem_id": own, **row}))
-    return rows, rejected, repeated
+        rows[str(own)] = DraftRow(number, {"problem_id": own, **row})
+    if repeated:
+        print(f"repeated ids that got a number appended: {repeated:,}")
+    return list(rows.values())
 
 
 def _checked(
-    rows: Sequence[DraftRow], settings: MakeSettings, root: str
-) -> tuple[list[Sample], list[dict[str, Any]]]:
-    """Check the rows as training would; return the usable samples, and lines about the other rows."""
+    rows: Sequence[DraftRow], settings: MakeSettings, root: str, rejected: Rejections
+) -> list[Sample]:
+    """Check the rows as training would; return the usable samples."""
     samples, numbers, problems = check_manifest(
         [row.fields for row in rows], root, settings.allow_urls, allowed_roots=settings.allowed_roots
     )
@@ -217,52 +223,10 @@ def _checked(
         result = check_media(samples, budget, settings.workers, numbers)
         found += [("media", problem) for problem in result.problems]
         samples = result.usable
-    return samples, [
-        Rejected(reason, problem.text).line(rows[problem.row - 1].number, problem.problem_id)
-        for reason, problem in found
-    ]
-
-
-def _understood(found: Table) -> str:
-    """Describe how the table was read, and how to change that."""
-    columns = found.columns
-    if columns is None:
-        return f"layout: {found.layout} ({LAYOUTS[found.layout].source}; change with --layout)\n"
-    rows = [
-        (field, name if isinstance(name, str) else "+".join(name), how)
-        for field, name in columns.names.items()
-        for how in ("given" if field in columns.given else "guessed",)
-    ]
-    lines = [table(("field", "column", ""), rows)]
-    if columns.unused:
-        lines.append(f"kept as they are: {', '.join(columns.unused)}")
-    lines.append("to change that: --columns problem=COLUMN,answer=COLUMN,… (none: no such column)")
-    return "\n".join(lines) + "\n"
-
-
-def _print_summary(
-    samples: Sequence[Sample],
-    kept: int,
-    rejected: Sequence[dict[str, Any]],
-    rows: int,
-    out: Path,
-    rejected_path: Path,
-    root: str,
-) -> None:
-    """Print what was accepted and what was rejected, with the remedies and the next command."""
-    counts = Counter(line["reason"] for line in rejected).most_common()
-    if counts:
-        print(table(("refused", "questions"), [(name, f"{n:,}") for name, n in counts]), end="\n\n")
-        print(*(f"{reason}: {REMEDIES[reason]}" for reason, _ in counts), sep="\n")
-        print(f"\ndetails for each row: {rejected_path}\n")
-    if not kept:
-        print(f"none of the {rows:,} rows could be used; {out} is not written")
-        return
-    spoken = sum(sample.subtitles is not None for sample in samples)
-    print(format_counts(samples), end="\n\n")
-    subtitles = f", {spoken:,} of them with subtitles (shown with --subtitles)" if spoken else ""
-    print(f"{out}: {kept:,} questions from {rows:,} rows{subtitles}")
-    print(f"to train on it: --train_manifest {out} --media_root {root}")
+    for reason, problem in found:
+        number = rows[problem.row - 1].number
+        rejected.append(Rejected(reason, problem.text).line(number, problem.problem_id))
+    return samples
 
 
 # --- tables that are not manifests: CSV, TSV, JSON objects ---------------------------------------
@@ -275,8 +239,11 @@ def read_table(table: str, split: str) -> Iterator[tuple[int, Any]]:
 
     Raises ManifestError if the table cannot be opened.
     """
+    if is_address(table) and name_of(table).lower().endswith((".json", *TABLE_EXTENSIONS)):
+        with local_copy(table) as copy:
+            return iter(list(read_table(str(copy), split)))
     path = Path(table)
-    if path.suffix.lower() in (".csv", ".tsv", ".tab") and path.is_file():
+    if path.suffix.lower() in TABLE_EXTENSIONS and path.is_file():
         return _csv_rows(path)
     if path.suffix.lower() == ".json" and path.is_file() and (rows := _json_object_rows(path)) is not None:
         return enumerate(rows, start=1)
@@ -294,21 +261,16 @@ def _csv_rows(path: Path) -> Iterator[tuple[int, Any]]:
             stream.seek(0)
             cells = csv.reader(stream, delimiter=delimiter)
             names = [name.strip() for name in next(cells, [])]
-            twice = sorted({name for name in names if names.count(name) > 1})
-            if twice:
+            if twice := [name for name in names if names.count(name) > 1]:
                 raise ManifestError(f"{path}: two columns are called {twice[0]!r}; rename one of them")
-            for row in cells:
-                if not any(row):
-                    continue
-                number += 1
+            for number, row in enumerate(filter(any, cells), start=1):
                 if len(row) > len(names):
-                    reason = f"it has {len(row)} cells, and the header {len(names)}"
-                    yield number, Unreadable(reason)
+                    yield number, Unreadable(f"it has {len(row)} cells, and the header {len(names)}")
                 else:
                     pairs = zip(names, row, strict=False)  # cells at the end may be missing
                     yield number, {name: cell for name, cell in pairs if cell.strip()}
-    except UnicodeDecodeError as error:
-        yield number + 1, Unreadable(f"the file is not UTF-8 text from here on ({error.reason})")
+    except UnicodeDecodeError:
+        yield number + 1, Unreadable(not_utf8(path))
     except csv.Error as error:
         yield number + 1, Unreadable(f"the file cannot be read from here on ({error})")
     except OSError as error:

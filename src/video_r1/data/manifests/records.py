@@ -17,7 +17,8 @@ import re
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TextIO, cast, get_args
 
@@ -37,7 +38,7 @@ from video_r1.data.manifests.tables import (
 )
 from video_r1.data.sources.archives import split_member
 from video_r1.data.sources.media_paths import MediaPaths, is_pattern, media_root_of, path_below
-from video_r1.data.sources.media_types import MANIFEST_EXTENSIONS, ClipRef
+from video_r1.data.sources.media_types import MANIFEST_EXTENSIONS, ClipRef, Play
 from video_r1.data.sources.remote import check_schemes, fetch, is_address, on_this_machine
 from video_r1.errors import ConfigError, ManifestError, MediaError
 from video_r1.fingerprint import digest
@@ -50,13 +51,21 @@ if TYPE_CHECKING:
 
 _READ_CHARACTERS = 1 << 20
 _NOT_A_MANIFEST = "it must be a JSON list of rows, or have one JSON row on each line"
+_BRACKET = re.compile(r"\s*(\[)\s*")
+_COMMA = re.compile(r"\s*(,|(?=]))\s*")
+_SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
+_LARGEST_FETCHED = 1 << 32  # bytes
+_DEEPEST = 100  # levels of lists and objects in a row
 _LETTER = re.compile(r"\s*\(?([A-Z])(?:[.):]|\s*$)")  # "A. text", "(A) text", "A: text", "A"
 DataType = Literal["image", "video"]
 DATA_TYPES: tuple[str, ...] = get_args(DataType)
 PROBLEM_TYPES: tuple[str, ...] = get_args(ProblemType)
 
+TABLE_EXTENSIONS = (".csv", ".tsv", ".tab")
+"""Tables that are no manifests: `data make` reads them."""
 _PROBLEMS_IN_MESSAGE = 20
-_SOLUTION = re.compile(r"\s*<answer>((?:(?!</?answer>).)*)</answer>\s*", re.DOTALL)  # one pair of tags
+# One pair of tags; the text inside, stripped, is not empty.
+_SOLUTION = re.compile(r"\s*<answer>\s*(?=\S)((?:(?!</?answer>).)+?)\s*</answer>\s*", re.DOTALL)
 _PROCESS = re.compile(r"\s*<think>.*?</think>\s*", re.DOTALL)
 _NO_EXTRA: Mapping[str, Any] = {}
 
@@ -85,12 +94,13 @@ class Sample:
     subtitles: str | None = None  # for prompts that show them
     messages: tuple[Mapping[str, str], ...] = ()  # the chat as {"role", "content"}, instead of the template
     more_paths: tuple[str, ...] = ()  # the other files of a question about several, in order
+    play: Play = "forward"  # reversed: the clip is shown backwards
 
     @property
     def answer(self) -> str:
         """Text inside the solution's tags, stripped."""
         match = _SOLUTION.fullmatch(self.solution)
-        return match.group(1).strip() if match else self.solution.strip()
+        return match[1] if match else self.solution.strip()
 
     @property
     def paths(self) -> tuple[str, ...]:
@@ -101,7 +111,9 @@ class Sample:
     def files(self) -> tuple[ClipRef, ...]:
         """Files with the window to decode; samples with equal `files` have the same frames."""
         fps = self.fps
-        return tuple(ClipRef(path, self.data_type, self.start, self.end, fps) for path in self.paths)
+        return tuple(
+            ClipRef(path, self.data_type, self.start, self.end, fps, self.play) for path in self.paths
+        )
 
     @property
     def mark(self) -> str:
@@ -111,7 +123,7 @@ class Sample:
     @property
     def fps(self) -> float | None:
         """Frame rate of a folder of frames, if the row gives one; None for files."""
-        rate = rate_of(self.extra.get("fps"))
+        rate = _rate_of(self.extra.get("fps"))
         return rate if rate and any(split_member(one) or os.path.isdir(one) for one in self.paths) else None
 
 
@@ -122,10 +134,6 @@ def question_digest(problem: str, options: Sequence[str], answer: str, paths: Se
     problem = problem.replace("<video>", "").replace("<image>", "")
     names = ["::".join(part.rstrip("/").rpartition("/")[2] for part in path.split("::")) for path in paths]
     return digest([problem, list(options), answer, names])
-
-
-FIELDS = tuple(field.name for field in fields(Sample) if field.name not in ("extra", "more_paths"))
-"""Fields of a row that have a meaning here."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -256,210 +264,176 @@ def check_manifest(
     return CheckedManifest(samples, rows, problems)
 
 
+def _is_filled(value: Any) -> bool:
+    return isinstance(value, str) and bool(value.strip())
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def _is_time(value: Any) -> bool:
+    return _is_number(value) and 0 <= value < 1e9  # false for NaN as well
+
+
+def _is_chat(value: Any) -> bool:
+    return isinstance(value, (list, tuple)) and all(
+        isinstance(turn, dict)
+        and turn.get("role") in ("system", "user", "assistant")
+        and isinstance(turn.get("content"), str)
+        and (turn["role"] == "user" or turn is not value[-1])
+        for turn in value
+    )
+
+
+_CHAT = '{"role": "system" | "user" | "assistant", "content": a text}'
+_FIELDS: dict[str, tuple[Callable[[Any], object], str]] = {
+    "problem_id": (
+        lambda value: isinstance(value, (int, str)) and value != "" and not isinstance(value, bool),
+        "it must be an integer or a string",
+    ),
+    "problem": (_is_filled, "it must be a text"),
+    "data_type": (lambda value: value in DATA_TYPES, f"known are {', '.join(DATA_TYPES)}"),
+    "problem_type": (lambda value: value in PROBLEM_TYPES, f"known are {', '.join(PROBLEM_TYPES)}"),
+    "solution": (
+        lambda value: isinstance(value, str) and _SOLUTION.fullmatch(value),
+        "it must be <answer>…</answer> with a text inside",
+    ),
+    "path": (
+        lambda value: (
+            _is_filled(value)
+            or (isinstance(value, (list, tuple)) and bool(value) and all(map(_is_filled, value)))
+        ),
+        "it must be a string, or a list with a string for each clip or image",
+    ),
+    "options": (
+        lambda value: isinstance(value, (list, tuple)) and all(isinstance(one, str) for one in value),
+        "it must be a list of strings",
+    ),
+    "process": (
+        lambda value: isinstance(value, str) and (not value or _PROCESS.fullmatch(value)),
+        "it must be <think>…</think>",
+    ),
+    "data_source": (lambda value: isinstance(value, str), "it must be a string"),
+    "start": (_is_time, "it must be a time in seconds from the beginning"),
+    "end": (_is_time, "it must be a time in seconds from the beginning"),
+    "subtitles": (lambda value: isinstance(value, str), "it must be a string"),
+    "play": (lambda value: value in ("forward", "reversed"), "it must be forward or reversed"),
+    "messages": (_is_chat, f"it must be a list of {_CHAT}, the last one the user's"),
+}
+"""For each field with a meaning here: the test of its value, and what the value must be."""
+FIELDS = tuple(_FIELDS)
+_REQUIRED = ("problem_id", "problem", "data_type", "problem_type", "solution", "path")
+
+
 def check_row(row: Any, places: MediaPaths, min_options: int) -> tuple[Sample | None, list[str]]:
-    """Return a row's sample, or None, and everything that is wrong with the row."""
+    """Return a row's sample, or None and what is wrong with the row: with its fields, or else with what they
+    say together.
+    """
     if not isinstance(row, dict):
         return None, [f"is {quoted(row)}, not an object with fields"]
     found: list[str] = []
-    problem_id = row.get("problem_id")
-    if problem_id is None:
-        found.append("problem_id is missing")
-    elif isinstance(problem_id, bool) or not isinstance(problem_id, (int, str)) or problem_id == "":
-        found.append(f"problem_id is {quoted(problem_id)}; it must be an integer or a string")
-    given = messages_field(row, found)
-    problem = text_field(row, "problem", found, required=not given) or (given[-1]["content"] if given else "")
-    data_type = one_of(row, "data_type", DATA_TYPES, found)
-    problem_type = one_of(row, "problem_type", PROBLEM_TYPES, found)
-    solution = text_field(row, "solution", found)
-    paths = path_field(row, lambda one: str(one) if isinstance(one, OwnPlace) else places.find(one), found)
-    answer = None
-    if solution:
-        match = _SOLUTION.fullmatch(solution)
-        answer = match.group(1).strip() if match else ""
-        if not answer:
-            found.append(f"solution is {quoted(solution)}; it must be <answer>…</answer> with a text inside")
-    options, letter = options_field(row, problem_type, answer, min_options, found)
-    if letter is not None:
-        solution = f"<answer>{letter}</answer>"  # in one spelling: answers are compared exactly
-    if problem_type in ("numerical", "regression") and answer and parse_number(answer) is None:
+    given: dict[str, Any] = {}
+    for name, (is_valid, wanted) in _FIELDS.items():
+        if (value := row.get(name)) is not None:
+            given[name] = value
+            if not is_valid(value):
+                found.append(f"{name} is {quoted(value)}; {wanted}")
+        elif name in _REQUIRED and not (name == "problem" and row.get("messages")):
+            found.append(f"{name} is missing")
+    if found:
+        return None, found
+    data_type, problem_type = sys.intern(given["data_type"]), sys.intern(given["problem_type"])
+    options, messages = tuple(given.get("options", ())), given.get("messages", ())
+    problem = given.get("problem") or messages[-1]["content"]
+    solution = given["solution"]
+    answer = cast("re.Match", _SOLUTION.fullmatch(solution))[1]
+    start, end = (None if name not in given else float(given[name]) for name in ("start", "end"))
+    paths = []
+    for path in [given["path"]] if isinstance(given["path"], str) else given["path"]:
+        try:
+            paths.append(str(path) if isinstance(path, OwnPlace) else places.find(path))
+            if "\\" in path and not is_address(path) and not os.path.exists(paths[-1]):
+                found.append(f"path {path!r} has backslashes; write / between folders")
+        except ValueError as error:
+            found.append(str(error))
+    if problem_type == "multiple choice":
+        try:
+            letter = _letter(options, answer, min_options)
+            solution = f"<answer>{letter}</answer>"  # in one spelling: answers are compared exactly
+        except ValueError as error:
+            found.append(str(error))
+    elif options:
+        found.append(f"options are given, but the problem is {problem_type}, not multiple choice")
+    if problem_type in ("numerical", "regression") and parse_number(answer) is None:
         found.append(
             f"the solution of a {problem_type} problem must be a finite number, not {quoted(answer)}"
         )
-    start, end = window_field(row, data_type, found)
-    if problem_type in GROUNDING_FORMS and answer:
+    if problem_type in GROUNDING_FORMS:
         window = None if end is None else end - (start or 0.0)
         found.extend(truth_problems(answer, problem_type, data_type, window))
-    process = text_field(row, "process", found, required=False)
-    if process and not _PROCESS.fullmatch(process):
-        found.append(f"process is {quoted(process)}; it must be <think>…</think>")
-    data_source = text_field(row, "data_source", found, required=False)
-    subtitles = text_field(row, "subtitles", found, required=False).strip() or None
+    if end is not None and end <= (start or 0.0):
+        found.append(f"the window ends ({end:g} s) before it starts ({start or 0.0:g} s)")
+    if data_type == "image" and (start, end) != (None, None):
+        found.append("start and end are for videos, and this is an image")
+    if data_type == "image" and given.get("play") == "reversed":
+        found.append("play is for videos, and this is an image")
     if len(paths) > 1:
-        asked = [turn["content"] for turn in given if turn["role"] == "user"]
-        text = "\n".join(asked or [problem, *options])
-        marks, has_window = text.count(f"<{data_type}>"), (start, end) != (None, None)
-        found.extend(several_problems(len(paths), data_type, problem_type, marks, has_window))
-    if row.get("fps") is not None and rate_of(row["fps"]) is None and any(map(os.path.isdir, paths)):
+        asked = [turn["content"] for turn in messages if turn["role"] == "user"]
+        marks = "\n".join(asked or [problem, *options]).count(f"<{data_type}>")
+        files = f"path names {len(paths)} {data_type}s"
+        if (start, end) != (None, None):
+            found.append(
+                f"start and end are a window of one clip, and {files}; cut the clips and name the parts"
+            )
+        if problem_type in GROUNDING_FORMS:
+            found.append(f"a {problem_type} problem is about one {data_type}, and {files}")
+        if marks not in (0, len(paths)):
+            found.append(
+                f"{files}, and its text has the mark <{data_type}> {marks} times; write it once for each, in "
+                "order, or not at all: they then precede the question"
+            )
+    if row.get("fps") is not None and _rate_of(row["fps"]) is None and any(map(os.path.isdir, paths)):
         found.append(f"fps is {quoted(row['fps'])}; a folder of frames needs a number above 0")
     if found:
         return None, found
     extra = {
         sys.intern(name): sys.intern(value) if type(value) is str and len(value) < 40 else value
         for name, value in row.items()
-        if value is not None and name not in FIELDS
+        if value is not None and name not in _FIELDS
     }
-    process, data_source, extra = process or None, sys.intern(data_source), extra or _NO_EXTRA
-    path, *more_paths = paths
     sample = Sample(
-        cast("str | int", problem_id), problem, data_type, problem_type, solution, path,
-        options, process, data_source, start, end, extra, subtitles, given, tuple(more_paths),
+        given["problem_id"], problem, cast("DataType", data_type), cast("ProblemType", problem_type),
+        solution, paths[0], options, given.get("process") or None, sys.intern(given.get("data_source", "")),
+        start, end, extra or _NO_EXTRA, given.get("subtitles", "").strip() or None,
+        tuple({"role": turn["role"], "content": turn["content"]} for turn in messages), tuple(paths[1:]),
+        given.get("play", "forward"),
     )  # fmt: skip
     return sample, []
 
 
-def text_field(row: dict[str, Any], name: str, found: list[str], required: bool = True) -> str:
-    value = row.get(name)
-    if value is None:
-        if required:
-            found.append(f"{name} is missing")
-        return ""
-    if not isinstance(value, str):
-        found.append(f"{name} is {quoted(value)}; it must be a string")
-        return ""
-    if required and not value.strip():
-        found.append(f"{name} is empty")
-        return ""
-    return value
-
-
-def path_field(row: dict[str, Any], find: Callable[[str], str], found: list[str]) -> list[str]:
-    """Return the files of a row, whose `path` is a string or a list. find: resolves one, or ValueError."""
-    given = row.get("path")
-    if isinstance(given, (list, tuple)):
-        if not given or not all(isinstance(path, str) and path.strip() for path in given):
-            found.append(f"path is {quoted(given)}; a list of paths needs a string for each clip or image")
-            return []
-    else:
-        given = [path] if (path := text_field(row, "path", found)) else []
-    paths = []
-    for path in given:
-        try:
-            paths.append(find(path))
-        except ValueError as error:
-            found.append(str(error))
-    return paths
-
-
-def several_problems(
-    count: int, data_type: str, problem_type: str, marks: int, has_window: bool
-) -> Iterator[str]:
-    """Yield what is wrong with a row of `count` clips or images. marks: placeholders in its text."""
-    files = f"path names {count} {data_type}s"
-    if has_window:
-        yield f"start and end are a window of one clip, and {files}; cut the clips and name the parts"
-    if problem_type in GROUNDING_FORMS:
-        yield f"a {problem_type} problem is about one {data_type}, and {files}"
-    if marks not in (0, count):
-        yield (
-            f"{files}, and its text has the mark <{data_type}> {marks} times; write it once for each, in "
-            "order, or not at all: they then precede the question"
-        )
-
-
-def messages_field(row: dict[str, Any], found: list[str]) -> tuple[Mapping[str, str], ...]:
-    """Return the turns of a chat; the last one must be the user's."""
-    given = row.get("messages")
-    if given is None or given in ([], ()):
-        return ()
-    if not isinstance(given, (list, tuple)) or not all(
-        isinstance(turn, dict)
-        and turn.get("role") in ("system", "user", "assistant")
-        and isinstance(turn.get("content"), str)
-        for turn in given
-    ):
-        turn = '{"role": "system" | "user" | "assistant", "content": a text}'
-        found.append(f"messages is {quoted(given)}; it must be a list of {turn}")
-        return ()
-    if given[-1]["role"] != "user":
-        found.append(f"the last of messages has the role {given[-1]['role']}; it must be the user's")
-    return tuple({"role": turn["role"], "content": turn["content"]} for turn in given)
-
-
-def one_of(row: dict[str, Any], name: str, known: tuple[str, ...], found: list[str]) -> Any:
-    value = row.get(name)
-    if value is None:
-        found.append(f"{name} is missing")
-    elif not isinstance(value, str) or value not in known:
-        near = difflib.get_close_matches(str(value).lower().replace("_", " "), [k.lower() for k in known], 1)
-        hint = f" (did you mean {next(k for k in known if k.lower() == near[0])!r}?)" if near else ""
-        found.append(f"{name} is {quoted(value)}; known are {', '.join(known)}{hint}")
-    else:
-        return sys.intern(value)
-    return ""
-
-
-def options_field(
-    row: dict[str, Any], problem_type: str, answer: str | None, min_options: int, found: list[str]
-) -> tuple[tuple[str, ...], str | None]:
-    """Return the options, and the letter of the solution if the problem is multiple choice."""
-    options = row.get("options")
-    if options is None:
-        options = []
-    if not isinstance(options, (list, tuple)) or not all(isinstance(option, str) for option in options):
-        found.append(f"options is {quoted(options)}; it must be a list of strings")
-        return (), None
-    if problem_type != "multiple choice":
-        if options and problem_type:
-            found.append(f"options are given, but the problem is {problem_type}, not multiple choice")
-        return tuple(options), None
+def _letter(options: Sequence[str], answer: str, min_options: int) -> str:
+    """Return the letter of the option that `answer` names. Raises ValueError."""
     if len(options) < min_options:
-        found.append(f"a multiple choice problem needs two options or more, found {len(options)}")
-        return tuple(options), None
-    letters = []
-    for option in options:
-        match = _LETTER.match(option)
-        if match is None:
-            found.append(f"option {quoted(option)} does not begin with its letter, as in 'A. the man sits'")
-        else:
-            letters.append(match.group(1))
-    twice = sorted({letter for letter in letters if letters.count(letter) > 1})
-    if twice:
-        found.append(f"options use the letter {', '.join(twice)} more than once")
-    if not answer or len(letters) < len(options):
-        return tuple(options), None
-    solution = _LETTER.match(answer)
-    letter = solution and solution.group(1)
-    if letter is None:
-        found.append(
-            f"the solution of a multiple choice problem must be an option's letter, not {quoted(answer)}"
-        )
-    elif letter not in letters:
-        found.append(f"the solution {letter} is not among the options {', '.join(letters)}")
-    elif letter != answer.strip("(). :") and answer != options[letters.index(letter)].strip():
-        found.append(f"the solution {quoted(answer)} is not the text of option {letter}")
-    return tuple(options), letter
+        raise ValueError(f"a multiple choice problem needs two options or more, found {len(options)}")
+    letters = [match[1] if (match := _LETTER.match(option)) else "" for option in options]
+    if "" in letters:
+        option = quoted(options[letters.index("")])
+        raise ValueError(f"option {option} does not begin with its letter, as in 'A. the man sits'")
+    if twice := sorted({letter for letter in letters if letters.count(letter) > 1}):
+        raise ValueError(f"options use the letter {', '.join(twice)} more than once")
+    if (match := _LETTER.match(answer)) is None:
+        wanted = f"an option's letter, not {quoted(answer)}"
+        raise ValueError(f"the solution of a multiple choice problem must be {wanted}")
+    if (letter := match[1]) not in letters:
+        raise ValueError(f"the solution {letter} is not among the options {', '.join(letters)}")
+    if letter != answer.strip("(). :") and answer != options[letters.index(letter)].strip():
+        raise ValueError(f"the solution {quoted(answer)} is not the text of option {letter}")
+    return letter
 
 
-def window_field(row: dict[str, Any], data_type: str, found: list[str]) -> tuple[float | None, float | None]:
-    times: list[float | None] = []
-    for name in ("start", "end"):
-        value = row.get(name)
-        is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
-        if value is not None and not (is_number and 0 <= value < 1e9):  # false for NaN as well
-            found.append(f"{name} is {quoted(value)}; it must be a time in seconds from the beginning")
-            return None, None
-        times.append(None if value is None else float(value))
-    start, end = times
-    if end is not None and end <= (start or 0.0):
-        found.append(f"the window ends ({end:g} s) before it starts ({start or 0.0:g} s)")
-    if data_type == "image" and (start is not None or end is not None):
-        found.append("start and end are for videos, and this is an image")
-    return start, end
-
-
-def rate_of(value: Any) -> float | None:
-    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    return float(value) if is_number and 0 < value < 1e6 else None
+def _rate_of(value: Any) -> float | None:
+    return float(value) if _is_number(value) and 0 < value < 1e6 else None
 
 
 def quoted(value: Any) -> str:
@@ -497,20 +471,18 @@ def kept_samples(samples: Sequence[Sample], expression: str, quiet: bool = False
         raise ConfigError(
             f"keep {expression!r}: the manifest has no pass rates; video-r1 data audit writes one that has"
         )
-    for name in sorted(keep.names.difference(there)):
-        near = difflib.get_close_matches(name, there, 1)
-        hint = f"did you mean {near[0]}? " if near else ""
+    if unknown := sorted(keep.names.difference(there)):
         raise ConfigError(
-            f"keep {expression!r}: no question has a pass rate {name!r}; {hint}There are {', '.join(there)}"
+            f"keep {expression!r}: no question has a pass rate {unknown[0]!r}; there are {', '.join(there)}"
         )
     kept = [place for place, each in enumerate(rates) if keep.keeps(each)]
     if not kept:
         raise ConfigError(f"keep {expression!r}: none of the {len(samples):,} questions is kept")
     if process_index() == 0 and not quiet:
         lacking = sum(not keep.names <= rates[place].keys() for place in kept)
-        unknown = f", {lacking:,} of them without a rate that it names" if lacking else ""
-        given = f"keep {expression!r}: {len(kept):,} of {len(samples):,} questions are trained on{unknown}"
-        print(given, file=sys.stderr)
+        some = f", {lacking:,} of them without a rate that it names" if lacking else ""
+        count = f"{len(kept):,} of {len(samples):,} questions are trained on{some}"
+        print(f"keep {expression!r}: {count}", file=sys.stderr)
     return [samples[place] for place in kept]
 
 
@@ -549,17 +521,23 @@ def read_rows(source: Any, split: str) -> Iterator[tuple[int, Any]]:
 
 
 def _rows_at(address: str, split: str) -> Iterator[tuple[int, Any]]:
-    name = name_of(address)
-    if name.endswith(ENDING):
+    if name_of(address).endswith(ENDING):
         yield from enumerate(table_rows(tables_of(address)), start=1)
         return
+    with local_copy(address) as copy:
+        yield from _local_rows(str(copy), split)
+
+
+@contextmanager
+def local_copy(address: str) -> Iterator[Path]:
+    """Yield a temporary copy of a manifest or table. Raises ManifestError."""
     with tempfile.TemporaryDirectory() as folder:
-        copy = Path(folder, name or "manifest")
+        copy = Path(folder, name_of(address) or "manifest")
         try:
-            fetch(address, copy)
+            fetch(address, copy, _LARGEST_FETCHED, "a manifest may be")
         except MediaError as error:
             raise ManifestError(str(error)) from error
-        yield from _local_rows(str(copy), split)
+        yield copy
 
 
 def _local_rows(source: str, split: str) -> Iterator[tuple[int, Any]]:
@@ -567,34 +545,59 @@ def _local_rows(source: str, split: str) -> Iterator[tuple[int, Any]]:
     path = Path(source)
     if path.suffix == ENDING and not path.is_dir() and (path.is_file() or is_pattern(source)):
         yield from enumerate(table_rows(tables_of(source)), start=1)
+    elif path.suffix.lower() in TABLE_EXTENSIONS and path.is_file():
+        raise ManifestError(f"{path}: a table, not a manifest; video-r1 data make writes one from it")
     elif path.is_file():
         yield from _file_rows(path)
     elif path.is_dir():
         yield from named_rows(str(path), split)
-    elif path.suffix in MANIFEST_EXTENSIONS or path.is_absolute():
-        lab = f"; video-r1 lab make {path.parent} makes it" if path.parent.name == "lab" else ""
-        raise ManifestError(f"{path}: no such manifest file{lab}")
-    elif "/" in source and not is_hub_id(source):
-        raise ManifestError(f"{path}: no such manifest, and not a dataset id of the hub")
     else:
+        check_source(source)
         yield from named_rows(source, split)
+
+
+def check_source(source: str) -> None:
+    """Raise ManifestError, without asking the hub, for a manifest or table that is not there."""
+    source = on_this_machine(source)
+    path = Path(source)
+    if is_address(source) or is_pattern(source) or path.exists():
+        return
+    if path.suffix.lower() in (*MANIFEST_EXTENSIONS, *TABLE_EXTENSIONS, ENDING) or path.is_absolute():
+        hint = f"; video-r1 lab make {path.parent} makes it" if path.parent.name == "lab" else ""
+        names = os.listdir(path.parent) if path.parent.is_dir() else ()
+        if near := difflib.get_close_matches(path.name, names, 1, 0.8):
+            hint = f"; did you mean {path.with_name(near[0])}?"
+        raise ManifestError(f"{path}: no such manifest or table{hint}")
+    if "/" in source and not is_hub_id(source):
+        raise ManifestError(f"{path}: no such manifest, and not a dataset id of the hub")
 
 
 def _file_rows(path: Path) -> Iterator[tuple[int, Any]]:
     number = 0
     try:
         with path.open(encoding="utf-8-sig") as stream:
-            start = stream.read(_READ_CHARACTERS)
-            while start and start.isspace():
-                start = stream.read(_READ_CHARACTERS)
+            is_list = stream.read(_READ_CHARACTERS).lstrip().startswith("[")
             stream.seek(0)
-            rows = _list_rows(stream) if start.lstrip().startswith("[") else _line_rows(stream)
-            for number, row in rows:
+            for number, row in _list_rows(stream) if is_list else _line_rows(stream):
                 yield number, row
-    except UnicodeDecodeError as error:
-        yield number + 1, Unreadable(f"the file is not UTF-8 text from here on ({error.reason})")
+    except UnicodeDecodeError:
+        yield number + 1, Unreadable(not_utf8(path))
     except OSError as error:
         raise ManifestError(f"{path}: cannot be read ({error.strerror})") from error
+
+
+def not_utf8(path: Path) -> str:
+    """Describe the first line of a file that is not UTF-8."""
+    with path.open("rb") as lines:
+        for number, line in enumerate(lines, start=1):
+            try:
+                line.decode()
+            except UnicodeDecodeError as error:
+                return (
+                    f"line {number}, column {error.start + 1} is not UTF-8, and nothing after it is read; "
+                    "save the file as UTF-8 (Excel: CSV UTF-8; iconv -f cp1252 -t utf-8 OLD > NEW)"
+                )
+    return "the file is not UTF-8"
 
 
 def _line_rows(stream: TextIO) -> Iterator[tuple[int, Any]]:
@@ -603,7 +606,7 @@ def _line_rows(stream: TextIO) -> Iterator[tuple[int, Any]]:
         if not line:
             continue
         try:
-            yield number, json.loads(line)
+            yield number, _sound(json.loads(line), line)
         except (ValueError, RecursionError) as error:
             if number == 1 and line == "{":
                 yield number, Unreadable(f"the file is one JSON object spread over lines; {_NOT_A_MANIFEST}")
@@ -614,44 +617,57 @@ def _line_rows(stream: TextIO) -> Iterator[tuple[int, Any]]:
 def _list_rows(stream: TextIO) -> Iterator[tuple[int, Any]]:
     """Yield the rows of a JSON list, parsed piece by piece: a long list is never in memory as a whole."""
     decoder = json.JSONDecoder()
-    text = stream.read(_READ_CHARACTERS)
-    place = text.index("[") + 1
-    lines = 1  # line number of text[0]
-    number, after_row = 0, False
-    size, complete = _READ_CHARACTERS, False
+    text, place, number = "", 0, 0  # place: in the text, after the last row
+    before, size, complete = 0, _READ_CHARACTERS, False  # before: characters of the file before the text
     while True:
-        while place < len(text) and (text[place].isspace() or (after_row and text[place] == ",")):
-            after_row = after_row and text[place] != ","
-            place += 1
-        failure: Exception | None = None
-        if place < len(text):
-            if text[place] == "]" and (after_row or number == 0):
-                if (text[place + 1 :] + stream.read(_READ_CHARACTERS)).strip():
+        comma = _COMMA.match(text, place) if number else _BRACKET.match(text)
+        try:
+            if comma is None:
+                raise json.JSONDecodeError("a comma or ] is missing", text, place)
+            if text.startswith("]", comma.end()):
+                if comma[1] == ",":
+                    at = comma.start(1)
+                    raise json.JSONDecodeError("remove the comma before the end of the list", text, at)
+                if (text[comma.end() + 1 :] + stream.read(_READ_CHARACTERS)).strip():
                     yield number + 1, Unreadable("there is text after the end of the list")
                 return
-            if after_row:
-                failure = ValueError("a comma is missing")
-                complete = True
-            else:
-                try:
-                    row, end = decoder.raw_decode(text, place)
-                    if end < len(text) or complete:  # a number at the end of a piece may continue
-                        number, after_row, place = number + 1, True, end
-                        size = _READ_CHARACTERS
-                        yield number, row
-                        continue
-                except (ValueError, RecursionError) as error:
-                    failure = error
-        if complete:
-            line = lines + text.count("\n", 0, getattr(failure, "pos", place))
-            reason = getattr(failure, "msg", str(failure)) if failure else "the list is not closed"
-            yield (
-                number + 1,
-                Unreadable(f"the JSON is broken near line {line}: {reason}; nothing after it was read"),
-            )
-            return
-        more = stream.read(size)
-        size *= 2  # a long row is parsed again with each piece: growing pieces keep the work linear
-        complete = not more
-        lines += text.count("\n", 0, place)
-        text, place = text[place:] + more, 0
+            row, end = decoder.raw_decode(text, comma.end())
+            if end == len(text) and not complete:
+                raise ValueError("a number at the end of a piece may continue")
+        except (ValueError, RecursionError) as error:
+            if complete:
+                yield number + 1, Unreadable(_broken(stream, before + getattr(error, "pos", place), error))
+                return
+            more = stream.read(size)
+            size *= 2  # a long row is parsed again with each piece: growing pieces keep the work linear
+            complete = not more
+            text, before, place = text[place:] + more, before + place, 0
+            continue
+        number, place, size = number + 1, end, _READ_CHARACTERS
+        yield number, _sound(row, text[comma.end() : end])
+
+
+def _sound(row: Any, text: str) -> Any:
+    """Return the row parsed from `text`, or `Unreadable` if other programs could not read or write it."""
+    if text.count("[") + text.count("{") > _DEEPEST:
+        level = [row]
+        for _ in range(_DEEPEST):
+            inner = [value for value in level if isinstance(value, (list, dict))]
+            level = [one for each in inner for one in (each.values() if isinstance(each, dict) else each)]
+        if level:
+            return Unreadable(f"it is nested deeper than {_DEEPEST} levels")
+    if "\\u" in text and _SURROGATE.search(text):
+        try:
+            json.dumps(row, ensure_ascii=False).encode()
+        except UnicodeEncodeError:
+            return Unreadable("it has half a character (a lone surrogate, \\ud800 to \\udfff)")
+    return row
+
+
+def _broken(stream: TextIO, place: int, error: Exception) -> str:
+    """Describe an error at a character of the file."""
+    stream.seek(0)
+    text = stream.read(place)
+    where = f"line {text.count(chr(10)) + 1}, column {place - text.rfind(chr(10))}"
+    reason = getattr(error, "msg", str(error))
+    return f"the JSON is broken at {where}: {reason}; nothing after it was read"

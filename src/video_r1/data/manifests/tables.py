@@ -35,7 +35,10 @@ if TYPE_CHECKING:
 ENDING = ".parquet"
 MEDIA_KINDS = ("image", "video")
 _TABLES_AT_A_TIME = 8
-_ROWS_PER_BATCH = 1000
+_ROWS_PER_BATCH = 1000  # of a dataset in memory
+# Of Parquet files. Rows are limited to so many times the file's bytes; fewer are always read.
+_LARGEST_RATIO, _LEAST_LIMIT, _ROW_BYTES = 100, 1 << 28, 200
+_BATCH_BYTES, _LEAST_ROWS, _MOST_ROWS = 1 << 29, 4, 64  # of a batch, in which each cell may be a whole column
 _TAR = re.compile(r"\.(tar|tgz)(\.|$)")
 _BYTES = ("binary", "large_binary", "binary_view")
 
@@ -196,14 +199,23 @@ def _light_rows(file: BinaryIO, name: str, footer: Any, features: Mapping[str, A
     import datasets
     import pyarrow.parquet as pq
 
+    limit = max(_LEAST_LIMIT, _LARGEST_RATIO * file.seek(0, os.SEEK_END))
     table = pq.ParquetFile(file, metadata=footer, pre_buffer=True)  # reads near columns as one range
     own: datasets.Features = datasets.Features.from_arrow_schema(table.schema_arrow)
     names = table.schema_arrow.names
     held = held_files({column: features.get(column, own[column]) for column in names})
     light = [column for column in names if column not in held]
-    columns = table.read(light, use_threads=False).to_pydict() if light else {}
+    columns: dict[str, list[Any]] = {column: [] for column in light}
+    for batch in _batches(table, light, limit, name):
+        for column, values in batch.to_pydict().items():
+            columns[column] += values
     columns = datasets.Features({column: own[column] for column in light}).decode_batch(columns)
-    lengths = _lengths(table, [column for column, (_, alone) in held.items() if not alone])
+    lengths: dict[str, list[int]] = {}  # files in each cell of a column of lists
+    leaves = [table.schema.column(number).path for number in range(len(table.schema))]
+    for column in (column for column, (_, alone) in held.items() if not alone):
+        if beside := [leaf for leaf in leaves if leaf.startswith(f"{column}.") and leaf.endswith(".path")]:
+            cells = (batch.column(column) for batch in _batches(table, beside[:1], limit, name))
+            lengths[column] = [len(files or ()) for cell in cells for files in cell.to_pylist()]
 
     def places(column: str, row: int) -> tuple[str, ...] | None:
         if held[column][1]:
@@ -219,16 +231,25 @@ def _light_rows(file: BinaryIO, name: str, footer: Any, features: Mapping[str, A
     ]
 
 
-def _lengths(table: Any, columns: Iterable[str]) -> dict[str, list[int]]:
-    """Count the files per cell in columns of lists, by the names stored beside the bytes."""
-    names = [table.schema.column(number).path for number in range(len(table.schema))]
-    found = {}
-    for column in columns:
-        beside = [name for name in names if name.startswith(f"{column}.") and name.endswith(".path")]
-        if beside:
-            lists = table.read(beside[:1], use_threads=False).column(column).to_pylist()
-            found[column] = [len(files or ()) for files in lists]
-    return found
+def _batches(table: Any, columns: Sequence[str], limit: int, name: str) -> Iterator[Any]:
+    """Yield the rows of columns, few at a time: some hundred bytes of a file may stand for gigabytes.
+
+    Raises MediaError if they unpack to more than `limit` bytes, by the footer or as they come.
+    """
+    groups = map(table.metadata.row_group, range(table.metadata.num_row_groups))
+    chunks = [group.column(number) for group in groups for number in range(group.num_columns)]
+    tops = {column.partition(".")[0] for column in columns}
+    sizes = [one.total_uncompressed_size for one in chunks if one.path_in_schema.partition(".")[0] in tops]
+    rows = min(_MOST_ROWS, max(_LEAST_ROWS, _BATCH_BYTES // max(sizes, default=1)))
+    too_large = MediaError(name, f"its rows unpack to over {limit / 1e9:.2g} GB; write them as JSON lines")
+    if sum(sizes) > limit:
+        raise too_large
+    unpacked = 0
+    for batch in table.iter_batches(rows, columns=columns, use_threads=False):
+        unpacked += batch.nbytes + _ROW_BYTES * batch.num_rows
+        if unpacked > limit:
+            raise too_large
+        yield batch
 
 
 def named_rows(name: str, split: str) -> Iterator[tuple[int, Any]]:

@@ -17,8 +17,7 @@ from typing import Any
 
 from PIL import Image
 
-from video_r1.data.manifests.records import Problem, Sample
-from video_r1.errors import ManifestError
+from video_r1.data.manifests.records import CheckedManifest, Problem, Sample
 from video_r1.files import draft_of
 
 PROMPT = "prompt"
@@ -38,19 +37,18 @@ def is_trl_table(questions: Any) -> bool:
 
 def trl_samples(questions: Any, folder: Path) -> list[Sample]:
     """Return the samples of a table; write its pictures to `folder`. Raises ManifestError."""
-    samples, problems = [], []
+    checked = CheckedManifest([], [], [])
     for name, feature in (getattr(questions, "features", None) or {}).items():
         if type(feature).__name__ == "Image":  # the file's bytes, not a decoded picture
             questions = questions.cast_column(name, type(feature)(decode=False))
     for number, row in enumerate(questions, start=1):
         try:
-            samples.append(_sample(number, row, folder))
+            checked.samples.append(_sample(number, row, folder))
         except ValueError as error:
-            problems.append(Problem(number, row.get("problem_id"), str(error)))
-    if problems or not samples:
-        shown = "; ".join(map(str, problems[:20])) or "it has no rows"
-        raise ManifestError(f"a table with prompts: {len(problems)} problems: {shown}", tuple(problems))
-    return samples
+            checked.problems.append(Problem(number, row.get("problem_id"), str(error)))
+    if not checked.samples and not checked.problems:
+        checked.problems.append(Problem(0, None, "it has no rows"))
+    return checked.without_problems("a table with prompts")
 
 
 def _sample(number: int, row: Mapping[str, Any], folder: Path) -> Sample:
@@ -78,22 +76,18 @@ def _turns(prompt: Any, pictures: int) -> tuple[Mapping[str, str], ...]:
     said = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
     if not isinstance(said, Sequence) or not all(isinstance(turn, Mapping) for turn in said):
         raise ValueError(f"its prompt is a {type(prompt).__name__}; it must be a text or a list of messages")
+    if not said or said[-1].get("role") != "user":
+        raise ValueError("its prompt does not end with a user message")
     contents = [turn.get("content") for turn in said]
     parts = [[{"text": one}] if isinstance(one, str) else one or [] for one in contents]
-    roles = [
-        turn.get("role")
-        for turn, content in zip(said, parts, strict=True)
-        for part in content
-        if part.get("type") == "image"
-    ]
+    turns = list(zip((str(turn.get("role")) for turn in said), parts, strict=True))
+    roles = [role for role, content in turns for part in content if part.get("type") == "image"]
     mark = "<image>" if roles == ["user"] * pictures and pictures > 1 else ""
-    turns = []
-    for turn, content in zip(said, parts, strict=True):
-        texts = [part.get("text") or mark * (part.get("type") == "image") for part in content]
-        turns.append({"role": str(turn.get("role")), "content": "\n".join(filter(None, texts))})
-    if not turns or turns[-1]["role"] != "user":
-        raise ValueError("its prompt does not end with a user message")
-    return tuple(turns)
+    texts = [[part.get("text") or mark * (part.get("type") == "image") for part in each] for each in parts]
+    return tuple(
+        {"role": role, "content": "\n".join(filter(None, each))}
+        for (role, _), each in zip(turns, texts, strict=True)
+    )
 
 
 def _pictures(row: Mapping[str, Any]) -> list[Any]:
@@ -106,18 +100,15 @@ def _pictures(row: Mapping[str, Any]) -> list[Any]:
 
 def _file_of(picture: Any, folder: Path) -> Path:
     """Return the file of a picture; write it if it does not exist yet."""
-    if isinstance(picture, (str, Path)):
-        return Path(picture).resolve()
     if isinstance(picture, Image.Image):
         file = BytesIO()
         picture.save(file, "PNG")
-        content = file.getvalue()
-    elif isinstance(picture, Mapping) and picture.get("bytes"):
-        content = picture["bytes"]
-    elif isinstance(picture, Mapping) and picture.get("path"):
-        return Path(picture["path"]).resolve()
-    else:
-        raise ValueError(f"its picture is a {type(picture).__name__}; use a file, a PIL image or bytes")
+        picture = {"bytes": file.getvalue()}
+    given = picture if isinstance(picture, Mapping) else {"path": picture}
+    if not (content := given.get("bytes")):
+        if not isinstance(given.get("path"), (str, Path)):
+            raise ValueError(f"its picture is a {type(picture).__name__}; use a file, a PIL image or bytes")
+        return Path(given["path"]).resolve()
     path = folder / f"{hashlib.sha256(content).hexdigest()[:24]}.png"
     if not path.exists():
         folder.mkdir(parents=True, exist_ok=True)

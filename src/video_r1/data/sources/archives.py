@@ -1,24 +1,24 @@
 """Files inside other files: members of tar archives (WebDataset's shards), cells of Parquet tables.
 
-    tar://0001.mp4::shards/000.tar ─► {"0001.mp4": (offset, size), …} ─► Part ─► read like any file
+    tar://0001.mp4::shards/000.tar ─► {"0001.mp4": (offset, size), …} ─► Part
     parquet://video/17::data/train-0.parquet ─► column `video`, row 17 from 0 ─► its bytes
 
 The notation of archives is fsspec's. Nothing is unpacked, and names inside an archive are never used as
-paths. A cell holds bytes, as `datasets` writes images and videos, or a struct with `bytes` in it, or a list
-of these: 17.2 is the third item in row 17. Parquet is read by groups of rows: a reader gets a group's cells.
+paths. A cell holds bytes, as `datasets` writes images and videos, or a struct with `bytes`, or a list of
+these: 17.2 is the third item in row 17. Parquet is read by row groups.
 """
 
-import io
 import os
 import posixpath
 import re
+import stat
 from collections.abc import Iterator
 from typing import Any, BinaryIO, NamedTuple
 
 from video_r1.data.sources.media_types import in_order
 
 Members = dict[str, tuple[int, int]]
-"""(first byte, bytes) of each file in an archive, by its name; (-1, 0) of what is no plain file."""
+"""(first byte, bytes) of each name in an archive; (-1, 0) for anything but a plain file."""
 TAR = "tar://"
 TABLE = "parquet://"
 _PACKED = ((b"\x1f\x8b", "gzip"), (b"BZh", "bzip2"), (b"\xfd7zXZ", "xz"), (b"\x28\xb5\x2f\xfd", "zstd"))
@@ -27,68 +27,52 @@ _BLOCK = 512
 _DIGITS = b"0123456789"
 _ABOUT_THE_NEXT = (b"L", b"K", b"x", b"X", b"g")  # GNU's long names and links; PAX fields
 _PLAIN = (b"0", b"\0", b"7")  # kinds of members that are files
-_WITHOUT_CONTENT = (b"1", b"2", b"3", b"4", b"5", b"6")  # links, devices, folders, pipes: their size is void
+_WITHOUT_CONTENT = (b"1", b"2", b"3", b"4", b"5", b"6")  # links, devices, folders, pipes: size means nothing
 _LONGEST_HEADER = 1 << 20
-_INDEX_BYTES, _ENTRY_BYTES = 4 << 30, 256  # most memory of an index; of an entry without its name
-_BATCH_BYTES = 64 << 20  # of cells that are read at once
+_INDEX_BYTES, _ENTRY_BYTES = 4 << 30, 256  # limit of an index; memory of an entry without its name
+_BATCH_BYTES = 64 << 20  # of cells read at once
 _UNPACKED = 100  # most bytes of a column for each compressed byte
-MOST_FRAMES = 5000  # of a folder in an archive: their places go to another process in one message
+MOST_FRAMES = 5000  # of a folder in an archive
 
 
 class Part(NamedTuple):
-    """A range of bytes of a file that is itself a media file."""
+    """A media file: a range of bytes of a file. size: -1 for all to its end."""
 
     path: str
     offset: int
     size: int
     name: str = ""
 
-    def open(self) -> BinaryIO:
-        return io.BufferedReader(_Window(self))
+    @property
+    def url(self) -> str:
+        """Return what FFmpeg opens."""
+        end = self.offset + self.size
+        return f"subfile,,start,{self.offset},end,{end},,:{self.path}" if self.offset else self.path
+
+    def read(self, most: int = 1 << 30) -> bytes:
+        """Return the first `most` bytes."""
+        with open(self.path, "rb") as file:
+            file.seek(self.offset)
+            return file.read(most if self.size < 0 else min(most, self.size))
 
 
-def open_file(file: str | Part) -> BinaryIO:
-    return open(file, "rb") if isinstance(file, str) else file.open()
-
-
-class _Window(io.RawIOBase):
-    def __init__(self, part: Part) -> None:
-        self._file = open(part.path, "rb", buffering=0)  # noqa: SIM115
-        self._begin, self._size, self._at = part.offset, part.size, 0
-        self.name = part.name
-
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
-
-    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
-        base = {os.SEEK_SET: 0, os.SEEK_CUR: self._at, os.SEEK_END: self._size}[whence]
-        if base + offset < 0:
-            raise ValueError(f"byte {base + offset} is before the first one")
-        self._at = base + offset
-        return self._at
-
-    def tell(self) -> int:
-        return self._at
-
-    def readinto(self, buffer: object) -> int:
-        view = memoryview(buffer)[: max(0, self._size - self._at)]  # type: ignore[arg-type]
-        self._file.seek(self._begin + self._at)
-        count = self._file.readinto(view) if view else 0
-        self._at += count
-        return count
-
-    def close(self) -> None:
-        self._file.close()
-        super().close()
+def whole_file(path: str) -> Part:
+    """Return a file as a Part. Raise ValueError, in words, if it is missing, empty or not a plain file."""
+    try:
+        facts = os.stat(path)
+    except FileNotFoundError:
+        raise ValueError("there is no such file") from None
+    if stat.S_ISDIR(facts.st_mode):
+        raise ValueError("is a folder, not a media file")
+    if not stat.S_ISREG(facts.st_mode):
+        raise ValueError("is not a regular file")
+    if facts.st_size == 0:
+        raise ValueError("the file is empty (0 bytes)")
+    return Part(path, 0, facts.st_size)
 
 
 def split_member(path: object) -> tuple[str, str] | None:
-    """Return (`tar://member`, archive) of `tar://member::archive`, likewise for a table cell; None for other
-    paths.
-    """
+    """Split `tar://member::archive`, or the path of a table cell, at the `::`; None for other paths."""
     if not (isinstance(path, str) and path.startswith((TAR, TABLE)) and "::" in path):
         return None
     begin, _, archive = path.partition("::")
@@ -104,9 +88,7 @@ def members_of(file: BinaryIO) -> Members:
     head = file.read(6)
     packed = next((name for magic, name in _PACKED if head.startswith(magic)), None)
     if packed is not None:
-        raise ValueError(
-            f"the archive is compressed ({packed}), so that no member can be found; decompress it"
-        )
+        raise ValueError(f"the archive is compressed ({packed}); decompress it")
     end = file.seek(0, os.SEEK_END)
     found: Members = {}
     room, place = _INDEX_BYTES, 0
@@ -139,13 +121,10 @@ def members_of(file: BinaryIO) -> Members:
         name = fields.get("path") or _name(header)
         if "size" in fields:
             size = _number(fields["size"].encode(), place, 10)
-        sparse = kind == b"S" or any(key.startswith("GNU.sparse.") for key in fields)
-        more = kind == b"S" and header[482] != 0
-        while more:  # blocks that list further pieces of a sparse file
-            block = file.read(_BLOCK)
-            more, place = len(block) == _BLOCK and block[504] != 0, place + _BLOCK
+        if kind == b"S" or any(key.startswith("GNU.sparse.") for key in fields):
+            raise ValueError("the archive has sparse files; pack it without --sparse")
         folder = kind == b"\0" and name.endswith("/")
-        plain = kind in _PLAIN and not folder and not sparse
+        plain = kind in _PLAIN and not folder
         room -= len(name) + _ENTRY_BYTES
         if room < 0:
             raise ValueError(f"the archive has too many files: {len(found):,} take {_INDEX_BYTES:,} bytes")
@@ -159,20 +138,19 @@ def members_of(file: BinaryIO) -> Members:
 
 
 def _header_size(header: bytes, place: int) -> int | None:
-    """Return the size that a header declares; None for bytes that are no header (by their checksum)."""
+    """Return the size that a header declares; None if its checksum is wrong."""
     if len(header) < _BLOCK:
         return None
-    bytes_sum = sum(header) - sum(header[148:156]) + 8 * ord(" ")
-    signed = bytes_sum - 256 * sum(byte > 127 for byte in header[:148] + header[156:])
     try:
         checksum = _number(header[148:156], place)
     except ValueError:
         return None
-    return _number(header[124:136], place) if checksum in (bytes_sum, signed) else None
+    is_header = checksum == sum(header) - sum(header[148:156]) + 8 * ord(" ")
+    return _number(header[124:136], place) if is_header else None
 
 
 def _number(field: bytes, place: int, base: int = 8) -> int:
-    """Read a number: octal digits, or base 256 where the first bit is set; decimal digits in PAX."""
+    """Parse a number: octal digits, or base 256 if the first bit is set; decimal digits in PAX."""
     if base == 8 and field[0] in (0x80, 0xFF):
         number = int.from_bytes(field[1:]) if field[0] == 0x80 else -1
     else:
@@ -186,8 +164,7 @@ def _number(field: bytes, place: int, base: int = 8) -> int:
 def _require_inside(place: int, size: int, end: int) -> None:
     if place + size > end:
         raise ValueError(
-            f"the archive is no tar, or cut short (unexpected end of data: {size:,} bytes at byte {place:,}, "
-            f"of {end:,})"
+            f"the archive is no tar, or cut short: of {size:,} bytes at {place:,} it has {end - place:,}"
         )
 
 
@@ -222,6 +199,8 @@ def member_of(found: Members, member: str) -> tuple[int, int]:
         raise ValueError(f"there is no such file in the archive, which has {len(found):,}")
     if place == _NO_FILE:
         raise ValueError("is a folder, a link or another thing in the archive, no plain file")
+    if place[1] == 0:
+        raise ValueError("the file is empty (0 bytes)")
     return place
 
 
@@ -233,13 +212,11 @@ def part_of(found: Members, member: str, archive: str) -> Part | list[Part]:
         inside = {one[len(begin) :]: place for one, place in found.items() if one.startswith(begin)}
         frames = {one: place for one, place in inside.items() if not one.startswith(".")}
         if len(frames) > MOST_FRAMES:
-            raise ValueError(
-                f"is a folder of {len(frames):,} files; at most {MOST_FRAMES:,} are read as frames"
-            )
+            raise ValueError(f"is a folder of {len(frames):,} files; at most {MOST_FRAMES:,} frames are read")
+        for one, place in frames.items():
+            if place == _NO_FILE:
+                raise ValueError(f"is a folder with {one!r} in it, a link or a folder; keep frames alone")
         if frames:
-            for one, place in frames.items():
-                if place == _NO_FILE:
-                    raise ValueError(f"is a folder with {one!r} in it, a link or a folder; keep frames alone")
             return [Part(archive, *frames[one], one) for one in in_order(list(frames))]
     return Part(archive, *member_of(found, member), member)
 

@@ -1,15 +1,16 @@
-"""A folder of files that many processes share, of at most so many bytes: the least recently used go.
+"""A folder of files of bounded size that many processes share: the least recently used are deleted.
 
-    <folder>/ab/ab12….<suffix>   an entry; `.partial` in its name: a draft, which does not count
+    <folder>/ab/ab12….<suffix>   an entry; with `.partial` in its name: a draft, which does not count
     <folder>/.size               bytes of all entries; its lock is held while an entry comes or goes
 
-An entry is written beside its place and moved there, so that a reader sees all of it or nothing. One that a
-reader holds by a shared lock (`flock`) is not removed.
+An entry is written as a draft and renamed, so that a reader sees all of it or nothing. An entry that a reader
+holds by a shared lock (`flock`) is not removed.
 """
 
 import fcntl
 import logging
 import os
+import threading
 import time
 from pathlib import Path
 from typing import BinaryIO
@@ -20,11 +21,11 @@ from video_r1.files import lock
 logger = logging.getLogger(__name__)
 PARTIAL = ".partial"
 _KEEP = 0.9  # of the limit, once room has to be made
-_STALE_SECONDS = 3600  # a draft that nobody has written to for so long has no writer any more
+_STALE_SECONDS = 3600  # a draft that has not changed for so long has no writer any more
 
 
 class BoundedFolder:
-    """Entries of at most `limit` bytes together; `setting` is what messages call it. Thread-safe.
+    """Entries of at most `limit` bytes together; `setting` is its name in messages. Thread-safe.
 
     Raises ConfigError when the folder cannot be made or written to.
     """
@@ -45,9 +46,9 @@ class BoundedFolder:
         return self.folder / name[:2] / name
 
     def admit(self, draft: Path, entry: Path) -> bool:
-        """Move a finished draft to its place; remove the least recently used entries to make room.
+        """Rename a finished draft to its entry; remove the least recently used entries to make room.
 
-        False: it stays where it is, since it is larger than the limit or all others are in use. Raises
+        Return whether there was room: the draft may exceed the limit, or all others be in use. Raises
         OSError.
         """
         size = draft.stat().st_size
@@ -68,14 +69,30 @@ class BoundedFolder:
             file.write(str(total))
         return True
 
+    def store(self, entry: Path, content: bytes) -> None:
+        """Write an entry. A failure gives one warning: the entry is only a copy."""
+        draft = self.draft_of(entry)
+        try:
+            entry.parent.mkdir(exist_ok=True)
+            draft.write_bytes(content)
+            self.admit(draft, entry)
+        except OSError as error:
+            self.warn_once("an entry cannot be written (%s)", error)
+        finally:
+            draft.unlink(missing_ok=True)
+
+    def draft_of(self, entry: Path) -> Path:
+        """Return this thread's draft of an entry, with the same extension."""
+        return entry.with_suffix(f".{os.getpid()}-{threading.get_ident()}{PARTIAL}{entry.suffix}")
+
     def warn_once(self, message: str, *values: object) -> None:
         if message not in self.warned:
             self.warned.add(message)
             logger.warning(f"{self.setting} {self.folder}: {message}", *values)
 
     def _make_room(self, room: float) -> int:
-        """Measure the folder. If it holds more than `room` bytes, remove the least recently used entries.
-        Return the bytes that are left.
+        """Remove the least recently used entries if there are more than `room` bytes; return the bytes
+        left.
         """
         entries = []
         for path in self.folder.glob("??/*"):
@@ -111,7 +128,7 @@ def _remove_unused(path: Path) -> bool:
 
 
 def locked(path: Path, how: int) -> BinaryIO | None:
-    """Return the open file under that lock, which ends when it is closed; None without a file."""
+    """Return the open file, locked until it is closed; None if it does not exist."""
     try:
         file = path.open("rb" if how == fcntl.LOCK_SH else "r+b")
     except FileNotFoundError:
@@ -122,5 +139,5 @@ def locked(path: Path, how: int) -> BinaryIO | None:
             return file
     except FileNotFoundError:
         pass
-    file.close()  # it was removed while this process waited for it
+    file.close()  # it was removed meanwhile
     return None

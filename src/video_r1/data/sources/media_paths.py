@@ -15,6 +15,8 @@ from video_r1.data.sources.remote import (
     below,
     check_schemes,
     folder_of,
+    from_rows,
+    hosts_of,
     is_address,
     on_this_machine,
     relative_to,
@@ -23,8 +25,8 @@ from video_r1.errors import ManifestError
 
 
 def data_type_of(path: str) -> Literal["image", "video"]:
-    """Tell image from video by the name of a file, or by the column of a table cell. Unknown extensions and
-    GIF are videos.
+    """Tell image from video by the extension, or by the name of a table's column. Others, and GIF, are
+    videos.
     """
     if path.startswith(TABLE):
         return "image" if re.search("image|img|picture|photo", path.partition("::")[0].lower()) else "video"
@@ -40,9 +42,10 @@ def is_pattern(source: str) -> bool:
 
 
 def media_root_of(source: object, media_root: str | Path | None) -> str:
-    """The media root of a manifest, links followed, or its address. By default it is the folder of the
-    manifest's file (of a pattern the deepest that all are in), the folder or data set of the hub that is the
-    manifest, or else the current folder.
+    """Return the media root of a manifest, links followed, or its address.
+
+    Default: the folder of the manifest's file (of a pattern: the deepest folder that contains all), the
+    manifest itself if it is a folder or a hub dataset, or else the current folder.
     """
     source = on_this_machine(str(source)) if isinstance(source, (str, Path)) else ""
     if media_root is None:
@@ -74,8 +77,7 @@ def _inside(root: str) -> str:
 
 
 class MediaPaths:
-    """Resolver of the paths of rows to files below the media root or an allowed one. Folders are resolved
-    once.
+    """Resolver of rows' paths to files below the media root or an allowed root.
 
     Raises ManifestError for an allowed root that is no folder.
     """
@@ -91,8 +93,8 @@ class MediaPaths:
         self._real = functools.cache(os.path.realpath)
 
     def find(self, path: str) -> str:
-        """Return the absolute file of `path`, links followed; for a member of an archive, the archive is
-        resolved. Raise ValueError with the reason in words.
+        """Return the absolute path of a row's file, links followed; of a member, its archive is resolved.
+        Raise ValueError with the reason in words.
         """
         if (inside := split_member(path)) and relative_to(path, self.root) is None:
             return f"{inside[0]}::{self.find(inside[1])}"
@@ -105,7 +107,7 @@ class MediaPaths:
             raise ValueError(f"path {path!r} contains a null character")
         if os.path.isabs(path) and self.allowed:
             return self._checked(os.path.realpath(path), path)
-        if os.path.isabs(path) or PureWindowsPath(path).anchor or PureWindowsPath(path).drive:
+        if os.path.isabs(path) or PureWindowsPath(path).anchor:
             raise ValueError(
                 f"path {path!r} is absolute; it must be relative to the media root, "
                 "or lie in a folder that allowed_roots names"
@@ -127,7 +129,7 @@ class MediaPaths:
         return found
 
     def _address(self, address: str) -> str:
-        """Check an address. Addresses below the media root are the user's own; others may be anywhere."""
+        """Check an address outside the media root; those below it are the user's own."""
         if relative_to(address, self.root) is None:
             try:
                 check_schemes(address, may_be_local=False)
@@ -135,4 +137,5 @@ class MediaPaths:
                 raise ValueError(f"path {address!r} {error}") from None
             if not self.allow_urls:
                 raise ValueError(f"path {address!r} is a URL; these are refused unless allow_urls is set")
+            from_rows.update(hosts_of(address) - hosts_of(self.root))
         return address

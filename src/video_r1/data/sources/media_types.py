@@ -14,13 +14,17 @@ IMAGE_EXTENSIONS = (
 )  # fmt: skip
 VIDEO_EXTENSIONS = (
     ".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".gif", ".mpg", ".mpeg", ".ts", ".m2ts", ".mts", ".flv",
-    ".wmv", ".3gp", ".ogv", ".vob", ".asf", ".mxf",
+    ".wmv", ".3gp", ".ogv", ".vob", ".asf",
 )  # fmt: skip
 MANIFEST_EXTENSIONS = (".json", ".jsonl", ".ndjson", ".parquet")
 
 FOLDER_FPS = 2.0
 """Frames a second of a folder whose row says nothing: the rate at which frames are sampled here and in the
 Video-R1 code, and what Qwen's own reader (qwen-vl-utils, `sample_fps`) takes a list of frames to have."""
+
+
+Play = Literal["forward", "reversed"]
+"""reversed: the last frame comes first; times count on as for any clip."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,6 +36,7 @@ class ClipRef:
     start: float | None = None  # seconds from the first frame; None: from the beginning
     end: float | None = None  # None: to the end
     fps: float | None = None  # frames a second of a folder of frames; None: FOLDER_FPS
+    play: Play = "forward"
 
     @property
     def files(self) -> tuple["ClipRef", ...]:

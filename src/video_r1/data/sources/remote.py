@@ -2,23 +2,24 @@
 
     address ─► RemoteCache.file ─► fetch ─► <folder>/ab/ab12….mp4 ─► decoders.py, as any file
 
-An address stands for one file for good: a file that was fetched is not fetched again. Processes and threads
-that share the folder fetch a file once; while it is read it stays (bounded_folder.py). It is fetched into a
-draft, so that a transfer that breaks off leaves nothing behind. Credentials are those of the libraries:
-environment variables and their own files.
+An address names the same file for good: a file is fetched once, by all processes and threads that share the
+folder, and stays while it is read (bounded_folder.py). It is fetched into a draft, so that an interrupted
+transfer leaves nothing behind. Credentials are those of the libraries: environment variables and their files.
 
-Of a tar archive (archives.py) only the headers and the members that are asked for are fetched; its index is
-kept in the same folder, also that of an archive on this machine, whose members are read where they are. One
-that is replaced, like a Parquet table, has other files: its state is part of their names.
+Of a tar archive (archives.py) only the headers and the wanted members are fetched. Its index is kept in the
+same folder, also that of a local archive, whose members are read in place. A replaced archive or Parquet
+table has other files: its version stamp is part of their names.
 """
 
 import errno
 import fcntl
 import functools
+import ipaddress
 import json
 import os
 import posixpath
 import re
+import socket
 import stat
 import threading
 import time
@@ -27,7 +28,8 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any, TypeVar
-from urllib.parse import unquote
+from urllib.parse import unquote, urlsplit
+from urllib.request import getproxies
 
 from fsspec.callbacks import Callback
 from fsspec.core import url_to_fs
@@ -56,23 +58,25 @@ ATTEMPTS = 3
 PAUSE = 1.0  # seconds before the second attempt, twice as many before the third
 HTTP_SECONDS = {"total": 600.0, "sock_connect": 30.0, "sock_read": 30.0}  # of a file, a connection, a silence
 _ADDRESS = re.compile(r"[A-Za-z][\w+.-]*:(//|:)")
-# What reads files of this machine: a manifest's rows may not, but for those below the media root.
+# Schemes that read local files: rows may not use them outside the media root.
 _LOCAL = {"file", "local", "asynclocal", "reference", "git", "dvc", "generic"}
-_OTHER_ANSWERS = (408, 425, 429)  # statuses below 500 after which a server may still give the file
+_RETRIED = (408, 425, 429)  # statuses below 500 that may pass
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 _STAMPS = (
     "size", "ETag", "etag", "Content-MD5", "Digest", "content_hash", "md5Hash", "blob_id", "xet_hash", "CRC",
     "generation", "Last-Modified", "LastModified", "last_modified", "modified", "mtime", "updated", "created",
     "date_time",
 )  # fmt: skip
+_HOSTS = {"http", "https", "ftp", "sftp", "ssh", "smb", "webhdfs"}  # schemes whose addresses name a host
 Found = TypeVar("Found")
-_archives = threading.Lock()  # a file system inside another one's file has one place where it reads
+from_rows: set[str] = set()  # hosts that rows of a manifest name, and not the user
+_archives = threading.Lock()  # a file system inside another one's file shares one file position
 MEMBERS = 1_000_000  # of archives whose indexes are in memory, some 250 MB
-OUTAGE = 10  # files in a row without an answer, after which a place counts as out of reach
-SILENCE = 10.0  # seconds without the state of a container, after which its place is not asked for others'
-_MEDIA_BYTES = 8 << 20  # of other cells that are kept, where a table is smaller than that
+OUTAGE = 10  # files in a row without an answer, after which a host counts as out of reach
+SILENCE = 10.0  # seconds without a stamp, after which the host is not asked for others
+_MEDIA_BYTES = 8 << 20  # of a row group's other cells that are kept, if the table is smaller than that
 _HEADERS = 1 << 16  # bytes that are read of an archive around each header
-_OF_A_COMMIT = re.compile(r"hf://[^:]*@[0-9a-f]{40}/[^:]*")  # of which nothing changes
+_OF_A_COMMIT = re.compile(r"hf://[^:]*@[0-9a-f]{40}/[^:]*")  # never changes
 
 
 class NoAnswer(MediaError):
@@ -85,27 +89,21 @@ def is_address(path: object) -> bool:
 
 
 def local_file(path: str) -> str | None:
-    """Return the file of this machine that holds a sample's path, which may be an archive; None for an
-    address.
-    """
+    """Return the local file, perhaps an archive, that holds a sample's path; None for an address."""
     inside = split_member(path)
     file = inside[1] if inside else path
     return None if is_address(file) else file
 
 
 def on_this_machine(path: str) -> str:
-    """Return the plain path of a file:// address (for a member of an archive: the archive); other paths
-    unchanged.
-    """
+    """Return the plain path of a file:// address, also inside the path of a member; others unchanged."""
     if inside := split_member(path):
         return f"{inside[0]}::{on_this_machine(inside[1])}"
     return url_to_fs(path)[1] if path.startswith(("file://", "local://")) else path
 
 
 def check_schemes(address: str, may_be_local: bool = True) -> None:
-    """Raise ValueError, in words, for schemes that fsspec does not know or may not read, and ConfigError if a
-    package is missing.
-    """
+    """Raise ValueError, in words, for an unknown or forbidden scheme, ConfigError for a missing package."""
     for scheme in _schemes(address):
         try:
             get_filesystem_class(scheme)
@@ -115,6 +113,32 @@ def check_schemes(address: str, may_be_local: bool = True) -> None:
             raise ValueError(f"has an unknown scheme, {scheme}://") from None
         if scheme in _LOCAL and not may_be_local:
             raise ValueError("reads files of this machine; name them relative to the media root")
+
+
+def hosts_of(address: str) -> set[str]:
+    """Return the hosts that an address names, without those of clouds and buckets."""
+    parts = [urlsplit(part) for part in address.split("::")]
+    return {part.hostname for part in parts if part.scheme.lower() in _HOSTS and part.hostname}
+
+
+def require_public(ip: str) -> None:
+    """Raise MediaError for a loopback, link-local or private IP address."""
+    found = ipaddress.ip_address(ip.partition("%")[0])
+    if not (getattr(found, "ipv4_mapped", None) or found).is_global:
+        reason = "leads to this machine or its network; name its host in media_root if you trust the rows"
+        raise MediaError("", reason)
+
+
+def _public_socket(found: tuple[Any, ...]) -> socket.socket:
+    require_public(found[4][0])
+    return socket.socket(*found[:3])
+
+
+async def _public_client(**settings: Any) -> Any:
+    """Return an HTTP client that connects to public addresses only, also after redirects and DNS."""
+    from aiohttp import ClientSession, TCPConnector
+
+    return ClientSession(connector=TCPConnector(socket_factory=_public_socket), **settings)
 
 
 def folder_of(address: str) -> str:
@@ -129,7 +153,8 @@ def below(root: str, path: str) -> str:
     """Return the address of a path relative to the folder `root`. Raise ValueError if it leads out of it."""
     if _leads_out(path):
         raise ValueError(f"path {path!r} leads out of the media root")
-    return _begin(root)[0] + posixpath.normpath(path) + _begin(root)[1]
+    begin, end = _begin(root)
+    return begin + posixpath.normpath(path) + end
 
 
 def relative_to(address: str, root: str) -> str | None:
@@ -156,35 +181,15 @@ def _schemes(address: str) -> list[str]:
     return [part.partition("://")[0] for part in address.split("::")]
 
 
-class _Counted(Callback):
-    """Progress of a download that raises MediaError beyond `limit` bytes."""
+def fetch(address: str, target: Path, limit: int, setting: str = "remote_cache_gb") -> None:
+    """Copy a file to `target`. Raise as `at_address`, and MediaError beyond `limit` bytes."""
 
-    def __init__(self, address: str, limit: int) -> None:
-        super().__init__()
-        self.address, self.limit = address, limit
-
-    def set_size(self, size: int | None) -> None:
-        super().set_size(size)
-        self._check(size or 0)
-
-    def call(self, *_: object, **__: object) -> None:
-        self._check(self.value)
-
-    def _check(self, size: int) -> None:
-        if size > self.limit:
-            raise MediaError(
-                self.address,
-                f"is larger than remote_cache_gb allows ({self.limit / 1e9:g} GB)",
-            )
-
-
-def fetch(address: str, target: Path, limit: int = 1 << 62) -> None:
-    """Copy a file to `target`. Raise as `at_address`, MediaError beyond `limit` bytes, and VideoR1Error when
-    the disk takes no more.
-    """
+    def refuse_large(size: int | None, received: int, **_: object) -> None:
+        if max(size or 0, received) > limit:
+            raise MediaError(address, f"is larger than {setting} ({limit / 1e9:g} GB)")
 
     def copy(system: Any, path: str) -> None:
-        system.get_file(path, str(target), callback=_Counted(address, limit))
+        system.get_file(path, str(target), callback=Callback(hooks={"limit": refuse_large}))
         if target.is_dir():
             target.rmdir()
             raise IsADirectoryError("a folder")
@@ -193,9 +198,7 @@ def fetch(address: str, target: Path, limit: int = 1 << 62) -> None:
 
 
 def stamps_at(address: str) -> dict[str, str]:
-    """Return version stamps of a file (size, ETag, modification time, …) without reading it. Raise as
-    `at_address`.
-    """
+    """Return size, ETag, modification time and the like of a file. Raise as `at_address`."""
 
     def told(system: Any, path: str) -> dict[str, str]:
         info = system.info(path)
@@ -208,10 +211,10 @@ def at_address(address: str, act: Callable[[Any, str], Found]) -> Found:
     """Return `act(file system, path)`, in up to three attempts.
 
     Raises:
-        MediaError: there is no such file, or it is refused, or fsspec does not know the scheme.
-        NoAnswer: none of the attempts brought it, for another reason.
-        ConfigError: its scheme needs a package that is not installed.
-        VideoR1Error: the disk takes no more.
+        MediaError: there is no such file, it is refused, or the scheme is unknown.
+        NoAnswer: all attempts failed for another reason.
+        ConfigError: the scheme needs a package that is not installed.
+        VideoR1Error: the disk is full.
     """
     try:
         check_schemes(address)
@@ -219,15 +222,20 @@ def at_address(address: str, act: Callable[[Any, str], Found]) -> Found:
         raise MediaError(address, str(error)) from error
     if "hf" in _schemes(address):
         ask_the_hub()
+    guarded = hosts_of(address) & from_rows
     failure: Exception | None = None
     for attempt in range(ATTEMPTS):
         time.sleep(PAUSE * attempt)
         try:
-            system, path = url_to_fs(address, **_http_options(address))
+            for host in guarded:
+                with suppress(socket.gaierror):
+                    for *_, place in socket.getaddrinfo(host, None):
+                        require_public(str(place[0]))
+            system, path = url_to_fs(address, **_http_options(address, bool(guarded)))
             with _archives if "::" in address else nullcontext():
                 return act(system, path)
-        except MediaError:
-            raise
+        except MediaError as error:
+            raise type(error)(address, error.reason) from error
         except Exception as error:  # each file system has errors of its own, without a common base
             if isinstance(error, OSError) and error.errno in _FULL:
                 raise VideoR1Error(f"{address} cannot be kept on this machine ({error.strerror})") from error
@@ -235,12 +243,12 @@ def at_address(address: str, act: Callable[[Any, str], Found]) -> Found:
         if reason := _refusal(failure):
             raise MediaError(address, reason) from failure
     assert failure is not None
-    said = dict.fromkeys((type(failure).__name__, first_line(failure)))  # some say nothing but their name
+    said = dict.fromkeys((type(failure).__name__, first_line(failure)))  # some have no message
     raise NoAnswer(address, f"cannot be fetched ({': '.join(said)}; {ATTEMPTS} attempts)") from failure
 
 
 def _refusal(error: Exception) -> str:
-    """Return the reason of a final refusal; empty if another attempt may succeed."""
+    """Return the reason of a final refusal; "" if another attempt may succeed."""
     status = getattr(error, "status", None) or getattr(getattr(error, "response", None), "status_code", None)
     if isinstance(error, FileNotFoundError) or status in (404, 410):
         return "there is no such file"
@@ -248,19 +256,23 @@ def _refusal(error: Exception) -> str:
         return "is a folder, not a media file"
     if isinstance(error, PermissionError) or status in (401, 403):
         return f"may not be read ({first_line(error)})"
-    if isinstance(status, int) and 400 <= status < 500 and status not in _OTHER_ANSWERS:
+    if isinstance(status, int) and 400 <= status < 500 and status not in _RETRIED:
         return f"is refused ({first_line(error)})"
     return ""
 
 
-def _http_options(address: str) -> dict[str, dict]:
+def _http_options(address: str, guarded: bool) -> dict[str, dict[str, Any]]:
     schemes = {"http", "https"} & set(_schemes(address))
     if not schemes:
         return {}
     from aiohttp import ClientTimeout  # only where it is used
 
-    client = {"timeout": ClientTimeout(**HTTP_SECONDS), "trust_env": True}  # proxies, netrc
-    return {scheme: {"client_kwargs": client} for scheme in schemes}
+    options: dict[str, Any] = {
+        "client_kwargs": {"timeout": ClientTimeout(**HTTP_SECONDS), "trust_env": True}  # proxies, netrc
+    }
+    if guarded and not getproxies().keys() & {"http", "https", "all"}:  # a proxy connects by its own rules
+        options["get_client"] = _public_client
+    return dict.fromkeys(schemes, options)
 
 
 class RemoteCache(BoundedFolder):
@@ -271,18 +283,18 @@ class RemoteCache(BoundedFolder):
 
     def __init__(self, folder: str | Path, limit: int) -> None:
         super().__init__(folder, limit, "remote_cache")
-        self.unanswered: Counter[str] = Counter()  # files in a row, by the place that they are in
+        self.unanswered: Counter[str] = Counter()  # files in a row, by host or bucket
         self._indexes: dict[tuple[object, ...], Members] = {}  # of archives
         self._indexing = threading.Lock()
         self._states: dict[str, tuple[str, ...]] = {}  # of archives and tables at addresses
         self._asking = threading.Lock()
-        self._silent: set[str] = set()  # places that did not tell a state
+        self._silent: set[str] = set()  # hosts that did not answer
 
     @contextmanager
     def file(self, address: str) -> Iterator[str]:
-        """Yield the path of the local copy, fetched if needed; it is kept inside the block.
+        """Yield the path of the local copy, fetched if needed; it stays inside the block.
 
-        Raises what `fetch` does, and VideoR1Error when its place gives nothing at all any more.
+        Raises as `fetch`, and VideoR1Error when its host has failed for `OUTAGE` files in a row.
         """
         name = self._name(address)
         entry = self.place(name + _suffix(address))
@@ -291,11 +303,9 @@ class RemoteCache(BoundedFolder):
             if held is None:
                 entry.parent.mkdir(exist_ok=True)
                 with self._alone(name):
-                    held = locked(entry, fcntl.LOCK_SH)  # somebody else may have fetched it meanwhile
+                    held = locked(entry, fcntl.LOCK_SH)  # another process may have fetched it meanwhile
                     if held is None:
-                        path = self.place(
-                            f"{name}.{os.getpid()}-{threading.get_ident()}{PARTIAL}{entry.suffix}"
-                        )
+                        path = self.draft_of(entry)
                         stack.callback(path.unlink, missing_ok=True)
                         self._fetch(address, path)
                         held = path.open("rb")
@@ -307,23 +317,19 @@ class RemoteCache(BoundedFolder):
                 yield str(path)
 
     def part(self, path: str) -> Part | list[Part]:
-        """Return the place of an archive member on this machine, or the frames of a folder in it. Raise
-        MediaError.
-        """
-        inside = split_member(path)
-        assert inside is not None
-        member, archive = inside[0].removeprefix(TAR), inside[1]
+        """Return a member of a local archive, or the frames of a folder in it. Raise MediaError."""
+        begin, _, archive = path.partition("::")
+
+        def read() -> Members:
+            with open(archive, "rb") as file:
+                return members_of(file)
+
         try:
             facts = os.stat(archive)
             if not stat.S_ISREG(facts.st_mode):
                 raise ValueError("the archive is no plain file")
-
-            def read() -> Members:
-                with open(archive, "rb") as file:
-                    return members_of(file)
-
             found = self._members(archive, (facts.st_size, facts.st_mtime_ns), read)
-            return part_of(found, member, archive)
+            return part_of(found, begin.removeprefix(TAR), archive)
         except FileNotFoundError as error:
             raise MediaError(path, "there is no such archive") from error
         except OSError as error:
@@ -333,10 +339,10 @@ class RemoteCache(BoundedFolder):
 
     def state(self, container: str) -> tuple[int | str, ...]:
         """Return the version stamp of a table or archive: size and modification time, or a digest of its
-        ETag; () if unknown.
+        ETag and the like; () if unknown.
 
-        At an address it is asked once a process; one that does not answer, and what else lies in its place,
-        has the state of the last time.
+        An address is asked once per process. If its host does not answer, the last known stamps of the
+        files there are used.
         """
         if not is_address(container):
             facts = os.stat(container) if os.path.exists(container) else None
@@ -344,7 +350,7 @@ class RemoteCache(BoundedFolder):
         if _OF_A_COMMIT.fullmatch(container):
             return ()
         if (found := self._states.get(container)) is not None:
-            return found  # nobody waits for what is known
+            return found  # without waiting for the lock
         with self._asking:
             if container not in self._states:
                 self._states[container] = self._asked(container)
@@ -366,11 +372,11 @@ class RemoteCache(BoundedFolder):
                 self._silent.add(_place_of(container))
             return known
         if state != known:
-            self._keep(entry, json.dumps(*state).encode())
+            self.store(entry, json.dumps(*state).encode())
         return state
 
     def _members(self, archive: str, stamp: tuple[int | str, ...], read: Callable[[], Members]) -> Members:
-        """Return the index of an archive: from memory, from the folder, or read and stored in both."""
+        """Return the index of an archive from memory, from the folder, or newly read and stored in both."""
         key = (archive, *stamp)
         with self._indexing:
             found = self._indexes.pop(key, None)
@@ -381,23 +387,12 @@ class RemoteCache(BoundedFolder):
                     _used_now(entry)
                 except (OSError, ValueError, AttributeError, TypeError):
                     found = read()
-                    self._keep(entry, json.dumps(found).encode())
+                    self.store(entry, json.dumps(found).encode())
                 room = MEMBERS - len(found)
                 while self._indexes and sum(map(len, self._indexes.values())) > room:
                     self._indexes.pop(next(iter(self._indexes)))
             self._indexes[key] = found  # the last one used
             return found
-
-    def _keep(self, entry: Path, content: bytes) -> None:
-        draft = entry.with_suffix(f".{os.getpid()}-{threading.get_ident()}{PARTIAL}")
-        try:
-            entry.parent.mkdir(exist_ok=True)
-            draft.write_bytes(content)
-            self.admit(draft, entry)
-        except OSError as error:
-            self.warn_once("an entry cannot be kept (%s)", error)
-        finally:
-            draft.unlink(missing_ok=True)
 
     @contextmanager
     def _alone(self, name: str) -> Iterator[None]:
@@ -405,7 +400,7 @@ class RemoteCache(BoundedFolder):
         path = self.place(name + PARTIAL)
         path.parent.mkdir(exist_ok=True)
         path.touch()
-        while (held := locked(path, fcntl.LOCK_EX)) is None:  # whoever had it has removed it
+        while (held := locked(path, fcntl.LOCK_EX)) is None:  # its last holder has removed it
             path.touch()
         with held:
             try:
@@ -428,7 +423,7 @@ class RemoteCache(BoundedFolder):
                     f"{error}. Start the same command again when it answers"
                 ) from error
             raise
-        except MediaError:  # an answer as well
+        except MediaError:  # the host has answered
             self.unanswered.pop(place, None)
             raise
         self.unanswered.pop(place, None)
@@ -468,25 +463,25 @@ class RemoteCache(BoundedFolder):
         """Write a cell to `draft`; other cells of its group become entries too."""
         column, row, item = cell_of(begin)
         with self._alone(digest(["table", table], size=20)):
-            with suppress(FileNotFoundError):  # it was read with another one meanwhile
+            with suppress(FileNotFoundError):  # it came with another cell meanwhile
                 draft.write_bytes(self.place(self._name(f"{begin}::{table}")).read_bytes())
                 return
-            with system.open(path, "rb", cache_type="none") as file:  # no byte of another group of rows
+            with system.open(path, "rb", cache_type="none") as file:  # no read-ahead into other row groups
                 found, room = None, max(file.seek(0, os.SEEK_END), _MEDIA_BYTES)
                 for (number, part), content in cells_beside(file, column, row):
                     entry = self.place(self._name(cell_path(column, number, table, part)))
                     if (number, part) == (row, item):
                         found = content
                     elif content is not None and not entry.exists():
-                        room -= len(content)  # a small table may unpack to any number of bytes
+                        room -= len(content)  # a small table may unpack to very many bytes
                         if room >= 0:
-                            self._keep(entry, content)
+                            self.store(entry, content)
             if found is None:
                 raise ValueError("there are no bytes in that cell")
             draft.write_bytes(found)
 
     def _name(self, address: str) -> str:
-        """Return the name of an entry: a digest of the address and of the state of its table or archive."""
+        """Return the name of an entry: a digest of the address and of its container's version stamp."""
         inside = split_member(address)
         state = self.state(inside[1]) if inside else ()
         return digest([address, *state] if state else address, size=20)
@@ -498,7 +493,7 @@ def _place_of(address: str) -> str:
 
 
 def _used_now(path: Path) -> None:
-    with suppress(PermissionError):  # another's
+    with suppress(PermissionError):  # another user's
         os.utime(path)
 
 

@@ -58,6 +58,13 @@ class Questions(NamedTuple):
     benchmark: Benchmark | None
 
 
+def check_benchmark(name: str) -> None:
+    """Raise RequestError for the name of neither a benchmark nor a manifest file."""
+    if name not in BENCHMARKS and not Path(name).is_file():
+        known = ", ".join(BENCHMARKS)
+        raise RequestError(f"bench: {name!r} is neither a benchmark nor a manifest file; benchmarks: {known}")
+
+
 def load_questions(
     name: str,
     media_root: str | Path | None,
@@ -72,32 +79,35 @@ def load_questions(
     manifest its folder. annotation: the kind to read if both exist, by default the published one. The
     converted manifest is written to `manifest_folder`/manifest.json.
 
-    Raises RequestError when there is no annotation, and, unless `allow_missing`, when media are missing or
-    the number of questions or options is not the published one; the message names their source. Raises
+    Raises RequestError when there is no annotation, and, unless `allow_missing`, when media are missing (the
+    message names their source) or the number of questions or options is not the published one. Raises
     ManifestError for rows that are no questions.
     """
-    benchmark = BENCHMARKS.get(name)
+    benchmark, problems = BENCHMARKS.get(name), []
     if benchmark is None:
-        return _own_manifest(Path(name), media_root, allow_missing)
-    root = Path(media_root or BENCHMARK_ROOT)
-    kind, rows = _rows(benchmark, root, annotation)
-    manifest_folder.mkdir(parents=True, exist_ok=True)
-    manifest = manifest_folder / "manifest.json"
-    replace_json(manifest, list(rows))
-    checked = check_manifest(manifest, root, min_options=min(2, benchmark.options[0]))
-    samples = checked.without_problems(manifest)
+        check_benchmark(name)
+        samples, source = load_manifest(name, media_root), ""
+        name = title = Path(name).stem
+        kind, published = None, None
+    else:
+        root, title, published = Path(media_root or BENCHMARK_ROOT), benchmark.title, benchmark.questions
+        kind, rows = _rows(benchmark, root, annotation)
+        manifest_folder.mkdir(parents=True, exist_ok=True)
+        manifest = manifest_folder / "manifest.json"
+        replace_json(manifest, list(rows))
+        checked = check_manifest(manifest, root, min_options=min(2, benchmark.options[0]))
+        samples, source = checked.without_problems(manifest), f"; download: {where_to_get(benchmark)}"
+        problems = _count_problems(benchmark, samples)
     present, missing = _split_by_media(samples)
-    problems = _count_problems(benchmark, samples)
     if missing:
-        problems.append(f"{_listed(missing)}; download: {where_to_get(benchmark)}")
-    if not present:
-        raise RequestError(f"{benchmark.title}: {problems[-1]}")
-    if problems and not allow_missing:
-        raise RequestError(
-            f"{benchmark.title} in {root}: {'; '.join(problems)}. Pass --allow_missing to evaluate the rest"
-        )
-    coverage = Coverage(len(present), len(samples), benchmark.questions, missing)
-    return Questions(name, benchmark.title, by_clip(present), coverage, kind, benchmark)
+        more = f" and {len(missing) - _SHOWN:,} more" if len(missing) > _SHOWN else ""
+        listed = ", ".join(missing[:_SHOWN]) + more + source
+        problems.append(f"{len(missing):,} media files are missing: {listed}")
+    if problems and not (present and allow_missing):
+        rest = ". Pass --allow_missing to evaluate the rest" if present else ""
+        raise RequestError(f"{title}: {'; '.join(problems)}{rest}")
+    coverage = Coverage(len(present), len(samples), published, missing)
+    return Questions(name, title, by_clip(present), coverage, kind, benchmark)
 
 
 def where_to_get(benchmark: Benchmark, root: Path | str = "DIR") -> str:
@@ -110,24 +120,9 @@ def where_to_get(benchmark: Benchmark, root: Path | str = "DIR") -> str:
 
 def by_clip(samples: Iterable[Sample]) -> tuple[Sample, ...]:
     """Group the samples by clip, in the order of each clip's first question."""
-    clips: dict[tuple[object, ...], list[Sample]] = {}
-    for sample in samples:
-        clips.setdefault(sample.files, []).append(sample)
-    return tuple(sample for questions in clips.values() for sample in questions)
-
-
-def _own_manifest(path: Path, media_root: str | Path | None, allow_missing: bool) -> Questions:
-    if not path.is_file():
-        raise RequestError(
-            f"bench: {str(path)!r} is neither a benchmark nor a manifest file; "
-            f"benchmarks: {', '.join(BENCHMARKS)}"
-        )
-    samples = load_manifest(path, media_root)
-    present, missing = _split_by_media(samples)
-    if not present or (missing and not allow_missing):
-        raise RequestError(f"{path}: {_listed(missing)}. Pass --allow_missing to evaluate the rest")
-    coverage = Coverage(len(present), len(samples), None, missing)
-    return Questions(path.stem, path.stem, by_clip(present), coverage, None, None)
+    first: dict[tuple[object, ...], int] = {}
+    placed = [(first.setdefault(sample.files, len(first)), sample) for sample in samples]
+    return tuple(sample for _, sample in sorted(placed, key=lambda pair: pair[0]))
 
 
 def _rows(benchmark: Benchmark, root: Path, wanted: Annotation | None) -> tuple[Annotation, Iterable[dict]]:
@@ -167,9 +162,3 @@ def _count_problems(benchmark: Benchmark, samples: Sequence[Sample]) -> list[str
         said = ", ".join(f"{number} with {options}" for options, number in sorted(odd.items()))
         problems.append(f"questions have {fewest} to {most} options, but here are {said}")
     return problems
-
-
-def _listed(missing: Sequence[str]) -> str:
-    shown = ", ".join(missing[:_SHOWN])
-    more = f" and {len(missing) - _SHOWN:,} more" if len(missing) > _SHOWN else ""
-    return f"{len(missing):,} media files are missing: {shown}{more}"

@@ -12,7 +12,7 @@ Their rows name the sets of questions that are right only as a whole.
 import csv
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -31,20 +31,23 @@ def read_tempcompass(path: Path) -> Iterator[Row]:
     form = path.stem if path.stem in FORMS else path.parent.name
     if form not in FORMS:
         return
-    rows = _nested(path) if path.stem in FORMS else json_or_parquet(path)
+    rows: Iterable[Row] = json_or_parquet(path)
+    if path.stem in FORMS:
+        rows = (
+            {**question, "video_id": clip, "dim": aspect}
+            for clip, aspects in _json_object(path).items()
+            for aspect, questions in aspects.items()
+            for question in questions
+        )
     for row in rows:
         yield {**row, **as_choice(form, row), "data_source": f"TempCompass/{form}"}
 
 
-def _nested(path: Path) -> Iterator[Row]:
+def _json_object(path: Path) -> dict[str, Any]:
     try:
-        clips = json.loads(path.read_text(encoding="utf-8"))
+        return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise ManifestError(f"{path}: cannot be read as JSON ({error})") from error
-    for clip, aspects in clips.items():
-        for aspect, questions in aspects.items():
-            for question in questions:
-                yield {**question, "video_id": clip, "dim": aspect}
 
 
 def as_choice(form: str, row: Row) -> Row:
@@ -76,11 +79,13 @@ def read_vinoground(path: Path) -> Iterator[Row]:
     """Read `vinoground_textscore.json` (which caption fits a clip) or `vinoground_videoscore.json` (which of
     two clips in one file fits a caption).
 
-    `idx` is `<counterpart>_pos` or `_neg`. `vinoground.csv` has categories, a major one and any number of
-    minor ones, which the authors' get_score_all.py counts alike.
+    `idx` is `<counterpart>_pos` or `_neg`. `vinoground.csv` has the major category of each counterpart.
     """
-    kind = "text" if "textscore" in path.stem else "video"
-    found = _categories(path)
+    kind, majors = "text" if "textscore" in path.stem else "video", {}
+    for table in (path.parent / "vinoground.csv", path.parent.parent / "vinoground.csv"):
+        if table.is_file():
+            with table.open(encoding="utf-8", newline="") as file:
+                majors |= {row["index"]: row["major"].strip() for row in csv.DictReader(file)}
     for row in json_or_parquet(path):
         counterpart = str(row["idx"]).rpartition("_")[0]
         question, options = split_options(str(row["question"]))
@@ -89,27 +94,8 @@ def read_vinoground(path: Path) -> Iterator[Row]:
                 f"{path}: question {row['idx']} has {len(options)} options, not two lines A. and B."
             )
         sets = {"id": f"{row['idx']}-{kind}", "counterpart": counterpart, f"{kind}_set": counterpart}
-        categories = found.get(counterpart, [])
-        major = categories[0] if categories else kind
-        yield {
-            **row,
-            **sets,
-            "question": question,
-            "options": options,
-            "major": major,
-            "categories": categories,
-        }
-
-
-def _categories(path: Path) -> dict[str, list[str]]:
-    """Return the categories of each counterpart, the major one first."""
-    for folder in (path.parent, path.parent.parent):
-        if (folder / "vinoground.csv").is_file():
-            with (folder / "vinoground.csv").open(encoding="utf-8", newline="") as file:
-                rows = list(csv.DictReader(file))
-            both = {row["index"]: f"{row['major']};{row['minor'] or ''}".split(";") for row in rows}
-            return {index: [kind.strip() for kind in kinds if kind.strip()] for index, kinds in both.items()}
-    return {}
+        asked = {"question": question, "options": options, "major": majors.get(counterpart) or kind}
+        yield {**row, **sets, **asked}
 
 
 def read_mvp(path: Path) -> Iterator[Row]:
@@ -143,13 +129,10 @@ _PICTURED = tuple("ABCD")
 _ABOVE = ("", "video/", "data0613/", "video/data0613/")
 
 
-def discipline(question_id: str, tables: Tables) -> str:
-    """Return the discipline: `validation_Art_Theory_12` → `Art`."""
-    return tables["disciplines"].get("_".join(question_id.split("_")[1:-1]), "")
-
-
 def videommmu_places(row: Row, tables: Tables) -> list[Place]:
-    return [Place(f"{discipline(row['id'], tables)}/{row['id']}.mp4"), Place(f"{row['id']}.mp4")]
+    """Return the clip's path in the folder of its discipline (`validation_Art_Theory_12`: Art), and alone."""
+    discipline = tables["disciplines"].get("_".join(row["id"].split("_")[1:-1]), "")
+    return [Place(f"{discipline}/{row['id']}.mp4"), Place(f"{row['id']}.mp4")]
 
 
 def videommmu_task(row: Row, tables: Tables) -> str:
@@ -168,10 +151,8 @@ def read_videommmu(path: Path) -> Iterator[Row]:
                 row = {**row, "options": [f"{letter}. " for letter in _PICTURED]}
             elif answer.startswith("["):
                 spellings = [each.strip(" []'\"") for each in answer.split(",")]
-                row = {
-                    **row,
-                    "answer": next((each for each in spellings if parse_number(each) is not None), answer),
-                }
+                number = next((each for each in spellings if parse_number(each) is not None), answer)
+                row = {**row, "answer": number}
         yield row
 
 
@@ -212,11 +193,7 @@ def mvbench_task(row: Row, tables: Tables) -> str:
 def read_tomato(path: Path) -> Iterator[Row]:
     """Read `data/<kind of reasoning>.json`: questions by number, the answer as an index from 0."""
     kind = path.stem.replace("&", "_")
-    try:
-        questions = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ManifestError(f"{path}: cannot be read as JSON ({error})") from error
-    for number, row in questions.items():
+    for number, row in _json_object(path).items():
         yield {**row, "id": f"{kind}-{number}", "task": kind, "letter": LETTERS[row["answer"]]}
 
 

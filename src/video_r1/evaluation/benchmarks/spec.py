@@ -83,11 +83,8 @@ class Benchmark:
         return "free-form" if parse_number(str(row[self.answer])) is None else "numerical"
 
     def sets_of(self, row: Row) -> Row:
-        """Return the question's field `pairs`: {metric: [set, its questions, perhaps its categories]}."""
-        kinds = [row["categories"]] if row.get("categories") else []
-        sets = {
-            name: [filled(pair["by"], row), pair["questions"], *kinds] for name, pair in self.pairs.items()
-        }
+        """Return the question's field `pairs`: {metric: [set, its questions]}."""
+        sets = {name: [filled(pair["by"], row), pair["questions"]] for name, pair in self.pairs.items()}
         return {"pairs": {name: each for name, each in sets.items() if each[0]}} if sets else {}
 
     def places_of(self, row: Row) -> list[Place]:
@@ -170,9 +167,7 @@ def reference_rows(benchmark: Benchmark, file: Path) -> Iterator[Row]:
         yield {
             "problem_id": f"{benchmark.name}-{row['problem_id']}",
             "problem": row["problem"],
-            "data_type": "image"
-            if row["data_type"] == "image"
-            else "video",  # or "frame", of folders of frames
+            "data_type": "image" if row["data_type"] == "image" else "video",  # "frame": a folder of frames
             "problem_type": row["problem_type"],
             "options": row.get("options") or [],
             "solution": row["solution"],
@@ -189,11 +184,9 @@ def first_existing(folder: Path, places: Sequence[Place]) -> Place:
 
 
 def seconds_of(row: Row, names: tuple[str, str] | None, place: Place) -> Row:
-    """Return `start` and `end` of the question's window in seconds, or `cut` if the file is the window; and
-    `fps`, the rate of a folder of frames, if the row has one.
-    """
+    """Return the window in seconds, unless the file is cut to it, and `fps` of a folder of frames."""
     if place.is_window:
-        return {"cut": True}
+        return {}
     rate = {} if row.get("fps") is None else {"fps": row["fps"]}
     if names is None or any(row.get(name) is None for name in names):
         return rate

@@ -13,10 +13,12 @@ import gc
 import math
 import os
 import random
+import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import wraps
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import numpy
 import torch
@@ -27,14 +29,13 @@ from video_r1.data.rollouts import Rollout
 from video_r1.errors import ConfigError, VideoR1Error
 from video_r1.models.group_forward import vision_language_model
 from video_r1.processes import gather_lists, process_count, process_index
-from video_r1.rollout.engine import RolloutEngine, SamplingSettings
-from video_r1.rollout.transformers import stop_token_ids
+from video_r1.rollout.engine import MAX_SEQUENCES, RolloutEngine, SamplingSettings, stop_token_ids
 from video_r1.rollout.vllm.mrope import use_transformers_positions
 from video_r1.rollout.vllm.requests import engine_input, prompt_requests, rollout_of
-from video_r1.rollout.vllm.serve import CPU_VARIABLES, EXTENSION, OPTIONS, cpu_options
+from video_r1.rollout.vllm.serve import CPU_VARIABLES, OPTIONS, cpu_options
 from video_r1.rollout.vllm.weight_sync import checkpoint_weights
 from video_r1.settings.frames import FrameBudget
-from video_r1.settings.vllm import VLLMSettings
+from video_r1.settings.vllm import MAX_BATCHED_TOKENS, VLLMSettings
 
 # vLLM reads these when it is imported; values that the user has set stay.
 ENVIRONMENT = {
@@ -45,6 +46,20 @@ ENVIRONMENT = {
 }
 
 
+Method = TypeVar("Method", bound=Callable[..., Any])
+
+
+def without_autocast(method: Method) -> Method:
+    """Let vLLM compute in its own number format, also within the trainer's autocast."""
+
+    @wraps(method)
+    def plain(*args: Any, **kwargs: Any) -> Any:
+        with torch.autocast("cuda" if torch.cuda.is_available() else "cpu", enabled=False):
+            return method(*args, **kwargs)
+
+    return cast(Method, plain)
+
+
 class VLLMEngine(RolloutEngine):
     """Samples with vLLM, which has its own copy of the weights (`update_weights` replaces it).
 
@@ -53,13 +68,15 @@ class VLLMEngine(RolloutEngine):
     processor: builds the prompts.
     dtype: "auto" is that of the model or the checkpoint.
     max_model_len: most tokens of prompt and completion together, if the model allows as many.
-    max_sequences: completions decoded at once.
+    max_sequences: completions decoded at once; vLLM records CUDA graphs for as many.
     settings: share of the GPU's memory; whether `rest` frees it (GPU only); number of neighbouring ranks that
         share one vLLM: all of them have to make the same calls (their prompts may differ).
     frames: the largest visuals to reserve memory for (default: the largest that the model takes).
 
     Raises ConfigError when vLLM is not installed or refuses the model.
     """
+
+    has_own_weights = True
 
     def __init__(
         self,
@@ -68,7 +85,7 @@ class VLLMEngine(RolloutEngine):
         *,
         dtype: str = "auto",
         max_model_len: int | None = None,
-        max_sequences: int = 256,
+        max_sequences: int = MAX_SEQUENCES,
         settings: VLLMSettings | None = None,
         frames: FrameBudget | None = None,
     ) -> None:
@@ -80,7 +97,6 @@ class VLLMEngine(RolloutEngine):
         self._asleep = False
         self._neighbours = neighbours(settings.vllm_tensor_parallel_size)
         in_memory = not isinstance(model, (str, Path))
-        self._has_weights = not in_memory
         source = self._describe(model) if in_memory else str(model)
         if in_memory and dtype == "auto":
             dtype = str(vision_language_model(model).dtype).removeprefix("torch.")
@@ -97,14 +113,16 @@ class VLLMEngine(RolloutEngine):
             "tensor_parallel_size": settings.vllm_tensor_parallel_size,
             # One worker in each process that the launcher has started.
             **({"distributed_executor_backend": "external_launcher"} if process_count() > 1 else {}),
-            "worker_extension_cls": EXTENSION,
             **OPTIONS,
         }
         if torch.cuda.is_available():
             arguments["gpu_memory_utilization"] = settings.vllm_gpu_memory_utilization
             arguments["enable_sleep_mode"] = self._sleep
+            arguments["max_num_batched_tokens"] = MAX_BATCHED_TOKENS
         else:
             arguments |= cpu_options(config, dtype)
+        if process_index() == 0:
+            print("vLLM starts, which takes one to three minutes on a GPU", file=sys.stderr, flush=True)
         self.llm = _start(arguments)
         self.max_model_len: int = self.llm.model_config.max_model_len
         self._dtype: torch.dtype = self.llm.model_config.dtype
@@ -123,15 +141,15 @@ class VLLMEngine(RolloutEngine):
         self.processor.save_pretrained(self._folder.name)
         return self._folder.name
 
+    @without_autocast
     def update_weights(self, model: Any) -> None:
         """Copy the weights to vLLM in memory, adapters merged, and empty the caches of old ones."""
         if self._asleep:
             self.llm.wake_up(["weights"])
-        self.llm.collective_rpc("take_weights", kwargs={"weights_iterator": checkpoint_weights(model)})
+        self.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": checkpoint_weights(model)})
         if self._asleep:  # only now: the copies of the weights need memory as well
             self.llm.wake_up(["kv_cache"])
             self._asleep = False
-        self._has_weights = True
         self.reset_caches()
         self.stop_ids = stop_token_ids(vision_language_model(model).generation_config, self.tokenizer)
 
@@ -143,17 +161,16 @@ class VLLMEngine(RolloutEngine):
         if not self.llm.reset_prefix_cache():
             raise VideoR1Error("vLLM could not empty its prefix cache; requests are still running")
 
+    @without_autocast
     def generate(
         self, prompts: Sequence[Prompt], sampling: SamplingSettings, counts: Sequence[int] | None = None
     ) -> list[list[Rollout]]:
         """Sample as `RolloutEngine.generate` says. A prompt is prefilled once.
 
-        Raises RequestError for a prompt that leaves no room for `sampling.max_tokens`, and VideoR1Error if
-        `update_weights` has not been called since the engine was built or has rested.
+        Raises RequestError for a prompt that leaves no room for `sampling.max_tokens`. An engine of a model
+        in memory, or one that has rested, needs `update_weights` first.
         """
         asked = prompt_requests(prompts, sampling, counts, self.max_model_len, self.stop_ids)
-        if not self._has_weights:
-            raise VideoR1Error("vLLM has no weights; call update_weights first")
         requests = [(engine_input(prompts[each.index], self._dtype), each.parameters) for each in asked]
         own = slice(None)
         if self._neighbours is not None:
@@ -187,7 +204,7 @@ class VLLMEngine(RolloutEngine):
         """Free the memory of weights and caches, if the settings say so. The weights are not kept."""
         if self._sleep and not self._asleep:
             self.llm.sleep(level=2)
-            self._asleep, self._has_weights = True, False
+            self._asleep = True
 
     def close(self) -> None:
         """Free vLLM's memory."""
@@ -201,9 +218,8 @@ class VLLMEngine(RolloutEngine):
 def neighbours(size: int) -> Any:
     """Return the torch group of the `size` ranks that share a vLLM with this one; None for a size of 1.
 
-    All of them must send the same requests to vLLM in the same order: each gathers the others' requests,
-    generates for all, and keeps its own completions. Every rank of the run has to call this. Raises
-    ConfigError when `size` does not divide their number.
+    Each gathers the others' requests, generates for all, and keeps its own completions. Every rank of the run
+    has to call this. Raises ConfigError when `size` does not divide their number.
     """
     processes = process_count()
     if processes % size:
@@ -217,10 +233,7 @@ def neighbours(size: int) -> Any:
 
 
 def largest_visuals(frames: FrameBudget) -> dict[str, dict[str, int]]:
-    """Return one square image and one square video of the budget, for vLLM's `limit_mm_per_prompt`.
-
-    vLLM runs the model on them to measure how much memory is left for its caches.
-    """
+    """Return the largest image and video for vLLM's `limit_mm_per_prompt`; it measures its memory on them."""
 
     def side(pixels: int) -> int:  # rounding to whole squares may make a frame a little larger
         return math.ceil(math.sqrt(1.05 * pixels) / frames.size_multiple) * frames.size_multiple

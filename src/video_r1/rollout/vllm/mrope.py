@@ -14,17 +14,12 @@ is started with VIDEO_R1_POSITIONS=transformers, `serve.plugin` calls it (entry 
 
 from __future__ import annotations
 
-import logging
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from video_r1.models.families import find_family
-from video_r1.settings.training_record import RECORD, read_record
-
-logger = logging.getLogger(__name__)
 
 POSITIONS_VARIABLE = "VIDEO_R1_POSITIONS"
 
@@ -33,23 +28,6 @@ def rule_of_training(config: Any) -> str | None:
     """Return the rule that a model is trained with here, by its config; None where all rules agree."""
     family = find_family(config)
     return None if family is None or family.timestamp_tokens else "transformers"
-
-
-def recorded_rule(checkpoint: str | Path | None) -> str | None:
-    """Return the rule that a checkpoint folder was trained with, if recorded. Raises ConfigError."""
-    record = Path(checkpoint or "") / RECORD
-    return read_record(record).get("positions") if checkpoint and record.is_file() else None
-
-
-def warn_of_positions(checkpoint: str | Path | None, rule: str | None, who: str) -> None:
-    """Warn when a checkpoint was trained with another rule than that of the engine `who` (None: unknown)."""
-    trained = recorded_rule(checkpoint)
-    if trained not in (None, rule):
-        logger.warning(
-            "%s was trained with the positions of %s after a video; %s %s, and may answer as another "
-            "policy: serve it with video-r1 serve (see docs/vllm.md)",
-            checkpoint, trained, who, f"has those of {rule}" if rule else "does not say which it has",
-        )  # fmt: skip
 
 
 def use_transformers_positions() -> None:

@@ -32,7 +32,6 @@ def sampling_parameters(
         "n": count if sampling.temperature > 0 else 1,
         "temperature": sampling.temperature,
         "top_p": sampling.top_p,
-        "top_k": sampling.top_k,
         "max_tokens": sampling.max_tokens,
         "seed": prompt_seed(seed, 0),  # far from those of other prompts: vLLM adds the completion's number
         "logprobs": 0,  # of the sampled token alone

@@ -1,40 +1,28 @@
-"""Starts a vLLM server (`video-r1 serve`), and extends vLLM in the server's processes.
-
-A server's engine runs in its own processes. When it dies, vLLM answers the requests in flight with "see stack
-trace (above)" and ends; the trainer, perhaps on another machine, cannot look above. So the engine's processes
-write their last exception to a file (`LastError`), and the server's answers quote it (`say_why`).
-"""
+"""Starts a vLLM server (`video-r1 serve`), and extends vLLM in the server's processes."""
 
 from __future__ import annotations
 
-import atexit
 import json
-import logging
 import os
+import secrets
 import shlex
 import sys
-import tempfile
 from collections.abc import Mapping, Sequence
 from importlib import metadata, util
-from pathlib import Path
 from typing import Any
 
-from video_r1.errors import ConfigError
+from video_r1.errors import ConfigError, without_secrets
 from video_r1.models.families import find_family
-from video_r1.recipe_files import MadeFor, checkpoint_behind, counterpart, launcher
 from video_r1.rollout.vllm.mrope import (
     POSITIONS_VARIABLE,
     prompt_positions,
     rule_of_training,
     use_transformers_positions,
-    warn_of_positions,
 )
 from video_r1.settings.vllm import ServeSettings
 
 EXTENSION = "video_r1.rollout.vllm.serve.WorkerExtension"
-MIDDLEWARE = "video_r1.rollout.vllm.serve.say_why"
-LAST_ERROR_VARIABLE = "VIDEO_R1_LAST_ERROR"  # the file; set by the first process, inherited by the others
-CONSEQUENCE = "EngineDeadError"  # logged by processes that wait for the engine; never the cause
+MIDDLEWARE = "video_r1.rollout.vllm.serve.ask_for_key"
 
 OPTIONS: Mapping[str, Any] = {
     "generation_config": "vllm",  # ignores the checkpoint's own temperature and the like
@@ -73,10 +61,7 @@ def cpu_options(config: Any, dtype: str) -> dict[str, Any]:
 def server_command(
     settings: ServeSettings, options_of_cpu: Mapping[str, Any] | None = None
 ) -> tuple[list[str], dict[str, str]]:
-    """Return the command that serves the model, accepting token ids and weights, and its environment.
-
-    options_of_cpu: result of `cpu_options`, if there is no GPU.
-    """
+    """Return the command that serves the model, and its environment. options_of_cpu: None on a GPU."""
     options: dict[str, Any] = {
         "host": settings.host,
         "port": settings.port,
@@ -124,10 +109,7 @@ def runnable(command: Sequence[str]) -> list[str]:
 
 
 def run_serve(settings: ServeSettings) -> None:
-    """Print the server's command and become its process.
-
-    Raises ConfigError if vLLM or the checkpoint is missing.
-    """
+    """Print the server's command and become its process. Raises ConfigError."""
     import torch
     from transformers import AutoConfig
 
@@ -141,33 +123,8 @@ def run_serve(settings: ServeSettings) -> None:
     command, environment = server_command(settings, options)
     words = runnable(command)
     shown = " ".join(f"{name}={value}" for name, value in environment.items())
-    print(f"{shown} {shlex.join(command)}", file=sys.stderr, flush=True)
-    print(*while_served(settings, torch.cuda.is_available()), sep="\n", file=sys.stderr, flush=True)
-    environment |= os.environ
-    rule = "transformers" if environment[POSITIONS_VARIABLE] == "transformers" else "vllm"
-    warn_of_positions(settings.model, rule, "this server")
-    os.execve(words[0], words, environment)
-
-
-def while_served(settings: ServeSettings, on_gpu: bool) -> list[str]:
-    """Return the commands that use the server, from another shell; training takes the GPUs it leaves free."""
-    model, host = str(settings.model), settings.host.replace("0.0.0.0", "127.0.0.1")
-    url = f"http://{host}:{settings.port}"
-    made_for = MadeFor(gpus=8, gpu_memory="80GB", sharding="fsdp2")
-    recipe = counterpart("rl", checkpoint_behind(model), made_for) or "RECIPE"
-    train = ["rl", recipe, "--model_name_or_path", model, "--use_vllm", "true", "--vllm_mode", "server"]
-    train += ["--vllm_server_base_url", url]
-    if on_gpu:
-        free = f"CUDA_VISIBLE_DEVICES=FREE {shlex.join([*launcher(made_for, 'COUNT'), *train])}"
-        training = [f"  {free}", "  (FREE: the GPUs that the server leaves, such as 1,2,3; COUNT: how many)"]
-    else:
-        training = [f"  {shlex.join(['video-r1', *train])}"]
-    ask = ["video-r1", "eval", model, "--bench", "mvbench", "--engine", url]
-    return [
-        "once it listens, in another shell (Ctrl-C ends it here; the same command starts it again):",
-        *training,
-        f"  {shlex.join(ask)}",
-    ]
+    print(without_secrets(f"{shown} {shlex.join(command)}"), file=sys.stderr, flush=True)
+    os.execve(words[0], words, environment | os.environ)
 
 
 def shape(architecture: str, config: Any) -> dict[str, Any]:
@@ -179,18 +136,6 @@ def shape(architecture: str, config: Any) -> dict[str, Any]:
 
 class WorkerExtension:
     """Methods that vLLM adds to its workers; a client calls them by name over `/collective_rpc`."""
-
-    def take_weights(self: Any, **given: Any) -> None:
-        """Call vLLM's `reload_weights`.
-
-        On a CPU, vLLM (0.32) packs experts at the first loading only, and takes later ones as packed. A
-        layer whose kernel is removed is packed again.
-        """
-        for layer in self.get_model().modules() if self.device.type == "cpu" else ():
-            method: Any = getattr(layer, "quant_method", None)
-            if hasattr(method, "moe_kernel"):
-                method.moe_kernel = None
-        self.reload_weights(**given)
 
     def served_model(self: Any) -> dict[str, Any]:
         """Return what a trainer has to match, and the weight transfer besides a folder."""
@@ -216,42 +161,17 @@ def plugin() -> None:
     """Extend vLLM in each of a server's processes, which call it; only if the environment asks for it."""
     if os.environ.get(POSITIONS_VARIABLE) == "transformers":
         use_transformers_positions()
-        keep_last_error()
 
 
-# ---- The error that ended a server
-
-
-class LastError(logging.Handler):
-    """Writes the last logged exception to the file, except those that only repeat it."""
-
-    def emit(self, record: logging.LogRecord) -> None:
-        error = record.exc_info and record.exc_info[1]
-        if not error or type(error).__name__ == CONSEQUENCE:
-            return
-        file, found = Path(os.environ[LAST_ERROR_VARIABLE]), f"{type(error).__name__}: {error}"
-        kept = file.read_text(encoding="utf-8")
-        if not kept or kept.partition(": ")[2] not in found:
-            file.write_text(found, encoding="utf-8")
-
-
-def keep_last_error() -> None:
-    """Record logged exceptions from now on, in this process of a server and those that it starts."""
-    if LAST_ERROR_VARIABLE not in os.environ:
-        handle, os.environ[LAST_ERROR_VARIABLE] = tempfile.mkstemp(prefix="video-r1-serve-")
-        os.close(handle)
-        atexit.register(Path(os.environ[LAST_ERROR_VARIABLE]).unlink, missing_ok=True)
-    logging.getLogger("vllm").addHandler(LastError(logging.ERROR))
-
-
-async def say_why(request: Any, call_next: Any) -> Any:
-    """Put the last error into the server's answers of status 500, as its middleware."""
-    answer = await call_next(request)
-    if answer.status_code != 500 or LAST_ERROR_VARIABLE not in os.environ:
-        return answer
-    reason = Path(os.environ[LAST_ERROR_VARIABLE]).read_text(encoding="utf-8")
-    if not reason:
-        return answer
+async def ask_for_key(request: Any, call_next: Any) -> Any:
+    """Refuse a request without the server's key, as its middleware: vLLM leaves its development routes open,
+    those for weights among them. `/health` stays open, for whoever watches the server.
+    """
+    keys = [key for key in request.app.state.args.api_key or [os.environ.get("VLLM_API_KEY")] if key]
+    given = request.headers.get("authorization", "").encode()
+    known = any(secrets.compare_digest(given, f"Bearer {key}".encode()) for key in keys)
+    if not keys or known or request.url.path == "/health":
+        return await call_next(request)
     from starlette.responses import JSONResponse  # vLLM's
 
-    return JSONResponse({"error": {"message": f"the server's last error was {reason}"}}, answer.status_code)
+    return JSONResponse({"error": {"message": "the server's key is missing or wrong"}}, 401)

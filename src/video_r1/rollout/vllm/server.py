@@ -10,7 +10,6 @@ are used.
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import tempfile
@@ -28,22 +27,13 @@ from typing import Any, TypeVar
 import torch
 from transformers import GenerationConfig
 
-from video_r1.chat_client import (
-    Failover,
-    ServerFailure,
-    ServerRefusal,
-    get,
-    post,
-    request,
-    wait_for,
-)
+from video_r1.chat_client import Failover, ServerFailure, ServerRefusal, get, post
 from video_r1.data.prompts import Prompt
 from video_r1.data.rollouts import Rollout
 from video_r1.errors import ConfigError, VideoR1Error
 from video_r1.models.group_forward import vision_language_model
 from video_r1.processes import gather, process_count, process_index, wait_for_everyone
-from video_r1.rollout.engine import RolloutEngine, SamplingSettings
-from video_r1.rollout.transformers import stop_token_ids
+from video_r1.rollout.engine import RolloutEngine, SamplingSettings, stop_token_ids
 from video_r1.rollout.vllm.requests import PromptRequest, prompt_requests, rollout_of, server_request
 from video_r1.rollout.vllm.serve import WANTED, shape
 from video_r1.rollout.vllm.weight_sync import FolderSync, NCCLSync, WeightSync, checkpoint_weights
@@ -71,6 +61,8 @@ class ServerEngine(RolloutEngine):
     A server's key is read from VLLM_API_KEY. Raises ConfigError when nothing answers at an address within
     `wait`, or the server there serves another model or was started in another way.
     """
+
+    has_own_weights = True
 
     def __init__(
         self,
@@ -138,11 +130,8 @@ class ServerEngine(RolloutEngine):
     def update_weights(self, model: Any) -> None:
         """Send the model's weights to the server, adapters merged. Every rank calls it; rank 0 sends.
 
-        Raises ConfigError when the server has another model or there are several, and VideoR1Error when it
-        does not take the weights.
+        Raises ConfigError when the server has another model, and VideoR1Error when it does not take them.
         """
-        if len(self.urls) > 1:
-            raise ConfigError(f"{self.url}: training samples on one server; name one")
         wait_for_everyone()  # no rank is still sampling
         inner = vision_language_model(model)
         self._stop_ids = stop_token_ids(inner.generation_config, self.tokenizer)
@@ -211,23 +200,14 @@ class ServerEngine(RolloutEngine):
         prompts: Sequence[Prompt],
         sampling: SamplingSettings,
         counts: Sequence[int] | None = None,
-        on_token: Callable[[int, int, int], object] | None = None,
     ) -> list[list[Rollout]]:
-        """Sample as VLLMEngine.generate does. Raises VideoR1Error when the server stays away or fails.
-
-        on_token: is called with the indices of prompt and completion and each token as it is sampled; then
-        failures are not retried.
-        """
+        """Sample as VLLMEngine.generate does. Raises VideoR1Error when the server stays away or fails."""
         requests = prompt_requests(prompts, sampling, counts, self.max_model_len, self._stop_ids)
 
         def answer(request: PromptRequest) -> list[Rollout]:
             dtype = getattr(torch, self.served["dtype"])
             body = server_request(prompts[request.index], request.parameters, dtype)
-            count = request.parameters["n"]
-            if on_token is None:
-                choices = self._completions(body, count)
-            else:
-                choices = self._streamed(body, count, partial(on_token, request.index))
+            choices = self._completions(body, request.parameters["n"])
             choices.sort(key=lambda choice: choice["index"])
             return request.filled([self._rollout(choice) for choice in choices])
 
@@ -248,7 +228,7 @@ class ServerEngine(RolloutEngine):
             recoveries = self._recoveries
             try:
                 with self._failover.asking() as address:
-                    if address.failures:
+                    if address.failed:
                         self._max_length(address.url)  # still the same model
                     url = f"{address.url}/inference/v1/generate"
                     choices = post(url, self._key, body, self.timeout)["choices"]
@@ -263,21 +243,6 @@ class ServerEngine(RolloutEngine):
             except ServerRefusal as refusal:
                 raise VideoR1Error(f"{self.url} refused a request: {refusal}") from refusal
         raise VideoR1Error(f"{self.url} failed {ATTEMPTS} times at one request: {failure}")
-
-    def _streamed(
-        self, body: dict[str, Any], count: int, on_token: Callable[[int, int], object]
-    ) -> list[dict[str, Any]]:
-        """Return the answer to one request, streamed: tokens cannot be taken back, so nothing is retried."""
-        streamed, encoded = StreamedTokens(on_token), json.dumps({**body, "stream": True}).encode()
-        try:
-            with self._failover.asking() as address:
-                url = f"{address.url}/inference/v1/generate"
-                answer = request("POST", url, self._key, self.timeout, encoded, on_event=streamed.take)
-                wait_for(answer)
-                self._check(choices := streamed.choices(), count)
-        except (ServerFailure, ServerRefusal) as failure:
-            raise VideoR1Error(f"{self.url} failed: {failure}") from failure
-        return choices
 
     def _check(self, choices: Sequence[dict[str, Any]], count: int) -> None:
         """Raise ServerFailure for an answer that is incomplete or comes from other weights."""
@@ -378,33 +343,3 @@ class ServerEngine(RolloutEngine):
 def describe(url: str, key: str | None, timeout: float) -> dict[str, Any]:
     """Return WorkerExtension's description. Raises ServerRefusal if there is none, ServerFailure."""
     return post(f"{url}/collective_rpc", key, {"method": "served_model"}, timeout)["results"][0]
-
-
-class StreamedTokens:
-    """Completions of vLLM's token endpoint, assembled from streamed pieces.
-
-    on_token: is called with the index of a completion and each of its tokens.
-    """
-
-    def __init__(self, on_token: Callable[[int, int], object]) -> None:
-        self._on_token = on_token
-        self._choices: dict[int, dict[str, Any]] = {}
-
-    def take(self, event: Any) -> None:
-        """Add an event. Raises ServerFailure for one that is no piece of such an answer."""
-        try:
-            for piece in event["choices"]:
-                blank = {"index": piece["index"], "token_ids": [], "logprobs": {"content": []}}
-                so_far = self._choices.setdefault(piece["index"], blank)
-                so_far["token_ids"] += piece["token_ids"] or []
-                so_far["logprobs"]["content"] += (piece["logprobs"] or {"content": []})["content"]
-                for name in ("finish_reason", "weight_versions"):
-                    so_far[name] = piece.get(name) or so_far.get(name)
-        except (KeyError, TypeError) as error:
-            raise ServerFailure(f"its answer has no tokens: {json.dumps(event)[:200]}") from error
-        for piece in event["choices"]:
-            for token in piece["token_ids"] or []:
-                self._on_token(piece["index"], token)
-
-    def choices(self) -> list[dict[str, Any]]:
-        return list(self._choices.values())

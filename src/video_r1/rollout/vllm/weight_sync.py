@@ -83,20 +83,32 @@ def _without_wrappers(name: str) -> str:
 
 
 class Copies:
-    """Copies of weights in main memory, whose memory later copies reuse; pinned where a GPU fills it."""
+    """Copies of weights in one block of main memory, which later copies reuse; pinned where a GPU fills it.
+
+    torch pins memory by powers of two, up to twice what is needed: the block is registered with CUDA instead.
+    """
 
     def __init__(self) -> None:
-        self.memory: dict[str, Tensor] = {}
+        self.copies: dict[str, Tensor] = {}
 
     def take(self, weights: Iterable[tuple[str, Tensor]], dtype: torch.dtype) -> dict[str, Tensor]:
         """Copy the weights, contiguous and as `dtype`, over those of the call before."""
+        if not self.copies:
+            first = {name: tensor.to("cpu", dtype) for name, tensor in weights}
+            sizes = [tensor.numel() for tensor in first.values()]
+            block = torch.empty(sum(sizes), dtype=dtype)
+            if torch.cuda.is_available():
+                cuda, address = torch.cuda.cudart(), block.data_ptr()
+                torch.cuda.check_error(cuda.cudaHostRegister(address, block.nbytes, 0))
+                weakref.finalize(self, cuda.cudaHostUnregister, address)
+            parts = zip(first.items(), block.split(sizes), strict=True)
+            self.copies = {name: part.view(tensor.shape) for (name, tensor), part in parts}
+            weights = first.items()
         for name, tensor in weights:
-            if name not in self.memory:
-                self.memory[name] = torch.empty(tensor.shape, dtype=dtype, pin_memory=tensor.is_cuda)
-            self.memory[name].copy_(tensor.to(dtype), non_blocking=True)
+            self.copies[name].copy_(tensor.to(dtype), non_blocking=True)
         if torch.cuda.is_available():
             torch.cuda.synchronize()
-        return dict(self.memory)
+        return dict(self.copies)
 
 
 class FolderSync:
@@ -123,7 +135,7 @@ class FolderSync:
 
         Raises ServerFailure and ServerRefusal.
         """
-        call("/collective_rpc", {"method": "take_weights", "kwargs": {"weights_path": str(self.current)}})
+        call("/collective_rpc", {"method": "reload_weights", "kwargs": {"weights_path": str(self.current)}})
 
 
 class NCCLSync:

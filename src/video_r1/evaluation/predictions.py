@@ -1,0 +1,150 @@
+"""Predictions: an engine asked all questions of a manifest, each output scored, and the figures over them.
+
+questions ─► question_loop.py ─► score_output ─► predictions-<frames>.jsonl ─► summary.json
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar, NamedTuple
+
+from video_r1.data.answers import extract_answer, parse_number, read_answer
+from video_r1.data.manifests.records import Sample, question_digest
+from video_r1.data.prompts import Prompt, TextPrompts
+from video_r1.data.rollouts import Rollout
+from video_r1.evaluation import paper
+from video_r1.evaluation.metrics import mean_relative_accuracy
+from video_r1.evaluation.question_loop import Answers, QuestionLoop, asked_with
+from video_r1.evaluation.summary import NEEDED, check_pairs, summarise
+from video_r1.files import replace_json
+from video_r1.processes import decided_by_first
+from video_r1.rewards.scoring import correctness, format_reward, overlaps
+from video_r1.rollout.engine import RolloutEngine, SamplingSettings
+from video_r1.settings.decoding import Answer, EvalSettings, Protocol
+from video_r1.settings.frames import FrameBudget
+
+
+def evaluate(
+    samples: Sequence[Sample],
+    engine: RolloutEngine,
+    prompt_builder: TextPrompts,
+    budget: FrameBudget,
+    settings: EvalSettings,
+    folder: Path,
+) -> dict[str, Any]:
+    """Evaluate `engine` on `samples`; return the summary, which is also written to `summary.json`.
+
+    budget: frame sizes and rate; its `max_frames` is replaced by each of the settings' frame counts.
+    settings: frame counts and orders (images are asked once, in order), sampling, questions of one engine
+    call, and the protocol, which replaces the prompt template, the size of small frames and the scores.
+
+    Files in `folder`: see `QuestionLoop`. Started again with the same settings, it continues, and its figures
+    cover all samples. Every rank calls it, with its own engine, and returns the summary. Raises what
+    `QuestionLoop.run` raises, and RequestError for malformed `pairs`.
+    """
+    if settings.protocol == "reference":
+        samples = [paper.as_asked(sample) for sample in samples]
+        prompt_builder = prompt_builder.with_template(paper.TEMPLATE)
+        budget = paper.as_sized(budget)
+    for sample in samples:
+        check_pairs(sample.problem_id, sample.extra.get("pairs", {}))
+    sampling = SamplingSettings.of(settings)
+    made_with = asked_with(samples, prompt_builder, budget, settings, sampling)
+    loop = _Evaluation(
+        samples, engine, prompt_builder, budget, settings, folder, sampling,
+        settings.order, settings.frame_counts, settings.answer,
+    )  # fmt: skip
+    loop.run(made_with)
+    return decided_by_first(lambda: loop.summary(made_with))
+
+
+@dataclass(frozen=True)
+class _Evaluation(QuestionLoop):
+    what: ClassVar = "an evaluation"
+    doing: ClassVar = "evaluating"
+    answers: ClassVar = "predictions"
+    settings_file: ClassVar = "evaluation.json"
+    needed: ClassVar = NEEDED
+    settings: EvalSettings
+
+    def record(
+        self, sample: Sample, prompt: Prompt, rollouts: Sequence[Rollout], frames: int
+    ) -> dict[str, Any]:
+        (rollout,) = rollouts
+        scored = score_output(sample, rollout.text, self.settings.protocol)
+        overlap = overlaps(sample.problem_type, scored.prediction, sample.answer)
+        return {
+            "problem_id": sample.problem_id,
+            "question": question_digest(sample.problem, sample.options, sample.answer, sample.paths),
+            "order": prompt.order,
+            "output": rollout.text,
+            **scored._asdict(),
+            **({"overlaps": overlap} if overlap else {}),
+            "answer": sample.answer,
+            "frames": frames,
+            "tokens": len(rollout.token_ids),
+            "finish_reason": rollout.finish_reason,
+            "problem_type": sample.problem_type,
+            "data_type": sample.data_type,
+            "data_source": sample.data_source,
+            "task_type": sample.extra.get("task_type", sample.extra.get("family", "")),
+            **({"pairs": sample.extra["pairs"]} if "pairs" in sample.extra else {}),
+        }
+
+    def summary(self, made_with: Mapping[str, Any]) -> dict[str, Any]:
+        """On rank 0: merge the files of all ranks and write the summary."""
+        merged = self.merge()
+        summary = {
+            "questions": len(self.samples),
+            "answer": list(self.ways),
+            "settings": made_with,
+            "frames": {
+                str(count): self.figures({way: merged[count, way] for way in self.ways})
+                for count in self.counts
+            },
+        }
+        replace_json(self.folder / "summary.json", summary)
+        return summary
+
+    def figures(self, answered: Mapping[Answer, Answers]) -> dict[str, Any]:
+        """Return the figures over all samples and the orders of this run, whichever run answered them."""
+        wanted = self.keys(self.samples)
+        clips = {sample.problem_id: {"clip": sample.files} for sample in self.samples}
+        records = {
+            way: [found[key] | clips[key[0]] for key in wanted if key in found]
+            for way, found in answered.items()
+        }
+        complete = [key for key in wanted if all(key in found for found in answered.values())]
+        figures = summarise(records.get("reasoned", []), records.get("direct", []))
+        return figures | {"skipped": self.skipped(complete)}
+
+
+class Scored(NamedTuple):
+    prediction: str  # the answer, "" for none
+    score: float  # of that answer
+    strict_score: float  # of the text in the answer tags alone
+    format: float  # 1 when the whole output has the answer format
+
+
+def score_output(sample: Sample, output: str, by: Protocol | None = None) -> Scored:
+    """Score one output tolerantly and strictly: regression by MRA, all else by the training reward.
+
+    by: the protocol that replaces the tolerant reading and its score.
+    """
+    kind, truth = sample.problem_type, sample.answer
+    if by == "reference":
+        prediction = paper.read_answer(output)
+        score = paper.score(kind, prediction, truth)
+    else:
+        prediction = read_answer(output, kind, sample.options)
+        score = _score(kind, prediction, truth)
+    strict = _score(kind, extract_answer(output), truth)
+    return Scored(prediction, score, strict, format_reward(output, kind))
+
+
+def _score(problem_type: str, prediction: str, truth: str) -> float:
+    if problem_type != "regression":
+        return correctness(problem_type, prediction, truth)
+    numbers = [parse_number(text) for text in (prediction, truth)]
+    predicted, expected = (float("nan") if number is None else number for number in numbers)
+    return float(mean_relative_accuracy([predicted], [expected])[0])

@@ -1,0 +1,82 @@
+"""Values from files that somebody else wrote, each in its expected type: a page never trusts a file."""
+
+import json
+import math
+from collections.abc import Iterator
+from typing import Any, TypeGuard
+
+import yaml
+
+SECRET_ENDINGS = ("token", "api_key", "password", "secret")
+MAX_DEPTH = 50  # of nested settings
+_LOADER: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+
+
+def parse(line: str | bytes) -> dict[str, Any] | None:
+    """Return the JSON object of a line, None if there is none."""
+    try:
+        record = json.loads(line)
+    except (ValueError, RecursionError):  # no JSON, no UTF-8, or a thousand nested brackets
+        return None
+    return record if isinstance(record, dict) else None
+
+
+def parse_object(written: str) -> dict[str, Any]:
+    """Return the object in a YAML or JSON text, {} for another value. Raises ValueError.
+
+    YAML aliases are refused: a few lines of them can stand for more than a machine's memory.
+    """
+    if (record := parse(written)) is not None:
+        return record
+    try:
+        if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(written, _LOADER)):
+            raise ValueError("it has YAML aliases")
+        return as_table(yaml.load(written, _LOADER))
+    except (yaml.YAMLError, RecursionError) as error:
+        raise ValueError(str(error) or "it is nested too deep") from error
+
+
+def flat(tree: dict[Any, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
+    """Yield settings, nested names joined by dots. Values that look like credentials are not shown."""
+    for key, value in tree.items():
+        name = f"{prefix}{key}"
+        if isinstance(value, dict) and value and name.count(".") < MAX_DEPTH:
+            yield from flat(value, f"{name}.")
+        elif name.lower().endswith(SECRET_ENDINGS) and value:
+            yield name, "(not shown)"
+        else:
+            shown = text(value)[:500]
+            yield name, f"…/{short_path(shown)}" if shown.startswith("/") else shown
+
+
+def text(value: Any) -> str:
+    try:
+        return value if isinstance(value, str) else json.dumps(value, default=str, ensure_ascii=False)
+    except RecursionError:
+        return "(nested too deep)"
+
+
+def short_path(path: str) -> str:
+    """Return a file's name and folder: a page that is passed on need not show the writer's disk."""
+    return "/".join(path.replace("\\", "/").split("/")[-2:])
+
+
+def is_number(value: Any) -> TypeGuard[int | float]:
+    """Return whether a JSON value is a number that a float can hold, NaN and infinity included."""
+    return isinstance(value, float) or (type(value) is int and abs(value) < 1e300)
+
+
+def finite(value: Any, otherwise: float | None = None) -> float | None:
+    return float(value) if is_number(value) and math.isfinite(value) else otherwise
+
+
+def whole(value: Any) -> int:
+    return int(finite(value) or 0)
+
+
+def as_table(value: Any) -> dict[str, Any]:
+    return value if isinstance(value, dict) else {}
+
+
+def as_list(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else []
