@@ -270,7 +270,8 @@ def test_secrets_are_neither_printed_nor_written(
     assert "http://***@127.0.0.1:9/v1" in said and "max_tokens: 64" in said
     recipe = read_request("rl", words[1:])
     save_resolved(recipe, "run")
-    config = video_r1.TGRPOConfig(**recipe.arguments_for(video_r1.TGRPOConfig) | {"use_cpu": True})
+    settings: dict[str, Any] = recipe.arguments_for(video_r1.TGRPOConfig) | {"use_cpu": True}
+    config = video_r1.TGRPOConfig(**settings)
     monkeypatch.setattr("video_r1.cli.carry_out", lambda recipe: signal.raise_signal(signal.SIGINT))
     assert main(words) == 130
     row = {"problem_id": 1, "problem": "Why?", "data_type": "image", "problem_type": "free-form"}

@@ -151,6 +151,8 @@ def test_a_frozen_tower_sees_a_clip_twice(
 class Elsewhere:
     """An engine that is none of ours, whose log-probs are rounded."""
 
+    has_own_weights = False
+
     def __init__(self, engine: TransformersEngine) -> None:
         self.engine = engine
         self.update_weights, self.rest, self.close = engine.update_weights, engine.rest, engine.close

@@ -112,12 +112,12 @@ def test_without_a_compiler(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogC
     prompts, completions = ROWS[0]
     layout = row_layout(prompts, completions, torch.device("cpu"))
     on_gpu = replace(layout, block_mask=block_mask(prompts, completions, torch.device("cpu")))
-    states = [
+    states = q, k, v = [
         torch.randn(1, heads, layout.groups[-1].ends[-1], 16, requires_grad=True) for heads in (4, 2, 2)
     ]
     found = []
     for each in (layout, on_gpu, on_gpu):
-        out, _ = groups_attention_forward(torch.nn.Module(), *states, None, group_layout=each)
+        out, _ = groups_attention_forward(torch.nn.Module(), q, k, v, None, group_layout=each)
         found.append([out, *torch.autograd.grad(out.square().sum(), states)])
     for one, two in zip(found[0], found[1], strict=True):
         torch.testing.assert_close(two, one, atol=1e-5, rtol=1e-4)

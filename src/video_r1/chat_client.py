@@ -141,8 +141,8 @@ async def request(
         raise _status_error(error) from error
     except openai.APIConnectionError as error:  # httpx only says that all attempts failed
         first: BaseException = error
-        while getattr(first, "errno", None) is None and (first.__cause__ or first.__context__):
-            first = first.__cause__ or first.__context__
+        while getattr(first, "errno", None) is None and (cause := first.__cause__ or first.__context__):
+            first = cause
         raise NoConnection(f"{type(first).__name__}: {first}") from error
     # Half an answer, or no JSON.
     except (openai.OpenAIError, httpx2.HTTPError, httpx2.InvalidURL, ValueError) as error:
@@ -424,7 +424,7 @@ async def models_of(endpoint: Endpoint, wait: float) -> Any:
 
     Raises ServerFailure when no address answers within `wait` seconds.
     """
-    deadline, warned = time.monotonic() + wait, False
+    deadline, warned, failure = time.monotonic() + wait, False, ServerFailure("no address")
     while True:
         for url in endpoint.urls:
             try:
@@ -487,8 +487,9 @@ def served_model(endpoint: Endpoint, wanted: str | None, prefix: str = "") -> tu
         raise ConfigError(f"{url}: no endpoint answered within {endpoint.wait:g} s ({failure})") from failure
     if isinstance(listed, ServerRefusal) and listed.status == 404 and wanted is not None:
         return wanted, False
+    answer: Any = listed
     try:
-        owners = {str(entry["id"]): entry.get("owned_by") for entry in listed["data"]}
+        owners = {str(entry["id"]): entry.get("owned_by") for entry in answer["data"]}
     except (KeyError, TypeError, AttributeError) as error:  # or it is a refusal
         said = (
             listed if isinstance(listed, ServerRefusal) else f"no list of models: {json.dumps(listed)[:200]}"

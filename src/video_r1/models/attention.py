@@ -283,7 +283,8 @@ def _by_spans(
     query: Tensor, key: Tensor, value: Tensor, layout: RowLayout, scale: float, module: nn.Module
 ) -> Tensor:
     """Attend completion by completion behind a copy of its prompt's keys, which needs no compiler."""
-    attend, found = partial(scaled_dot_product_attention, scale=scale, enable_gqa=True), []
+    attend: Any = partial(scaled_dot_product_attention, scale=scale, enable_gqa=True)
+    found: list[Tensor] = []
     for start, ends in layout.groups:
         first = slice(start, ends[:2][-1])  # prompt and first completion are one causal sequence
         found.append(attend(*(x[:, :, first] for x in (query, key, value)), is_causal=True))

@@ -16,6 +16,7 @@ import math
 import operator
 from collections.abc import Callable, Mapping
 from functools import lru_cache
+from typing import Any
 
 from video_r1.errors import ConfigError
 
@@ -25,7 +26,7 @@ LONGEST = 500  # characters, so that nothing is nested too deeply
 ROUNDING = 1e-9  # 4/10 − 3/10 is not above 0.1, whatever binary fractions make of it
 FALSE, UNKNOWN, TRUE = 0.0, 0.5, 1.0  # so that and, or and not are min, max and 1 − x
 
-_ARITHMETIC: dict[type, Callable[..., float]] = {
+_ARITHMETIC: dict[type, Callable[..., Any]] = {
     ast.Add: operator.add,
     ast.Sub: operator.sub,
     ast.Mult: operator.mul,

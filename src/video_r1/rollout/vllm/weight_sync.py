@@ -98,7 +98,8 @@ class Copies:
             sizes = [tensor.numel() for tensor in first.values()]
             block = torch.empty(sum(sizes), dtype=dtype)
             if torch.cuda.is_available():
-                cuda, address = torch.cuda.cudart(), block.data_ptr()
+                cuda: Any = torch.cuda.cudart()
+                address = block.data_ptr()
                 torch.cuda.check_error(cuda.cudaHostRegister(address, block.nbytes, 0))
                 weakref.finalize(self, cuda.cudaHostUnregister, address)
             parts = zip(first.items(), block.split(sizes), strict=True)
