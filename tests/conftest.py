@@ -119,6 +119,19 @@ def vllm_engine() -> Iterator[Any]:
     engine.close()
 
 
+@pytest.fixture
+def process_group() -> Iterator[None]:
+    """A gloo group of this process alone; if a vLLM engine of other tests runs in it, the engine's."""
+    from torch import distributed
+
+    if own := not distributed.is_initialized():
+        store = distributed.HashStore()  # pyright: ignore[reportPrivateImportUsage]
+        distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+    yield
+    if own:
+        distributed.destroy_process_group()
+
+
 @pytest.fixture(scope="session")
 def chromium() -> Iterator[Any]:
     """The browser of all tests."""

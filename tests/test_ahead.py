@@ -25,6 +25,8 @@ QUESTIONS, BATCH = 8, 2  # four steps an epoch
 class Copying:
     """Fake server that samples with a copy of the weights and records which weights it copied."""
 
+    has_own_weights = True
+
     def __init__(self, tokenizer: Any) -> None:
         self.tokenizer = tokenizer
         self.model: Any = None

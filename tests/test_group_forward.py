@@ -185,13 +185,12 @@ def test_a_sampled_placeholder_is_an_ordinary_token() -> None:
     torch.testing.assert_close(result[9:], expected, atol=1e-5, rtol=0)
 
 
+@pytest.mark.usefixtures("process_group")
 def test_through_a_distributed_wrapper() -> None:
     """DDP reduces gradients only after a forward pass of its own, so scoring has to go through it."""
     model = build("qwen2_5_vl")
     prompts, completions = one_batch("qwen2_5_vl")
     expected = gradients(model, group_logprobs(model, prompts, completions).logprobs, torch.ones(30))
-    store = torch.distributed.HashStore()  # pyright: ignore[reportPrivateImportUsage]
-    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
     reduced = []
 
     def halve(state, bucket):  # DDP compares annotations with its own types, so there are none
@@ -200,13 +199,10 @@ def test_through_a_distributed_wrapper() -> None:
         done.set_result(bucket.buffer() / 2)
         return done
 
-    try:
-        wrapped = torch.nn.parallel.DistributedDataParallel(model)
-        wrapped.register_comm_hook(None, halve)
-        result = group_logprobs(wrapped, prompts, completions).logprobs
-        halved = gradients(model, result, torch.ones(30))
-    finally:
-        torch.distributed.destroy_process_group()
+    wrapped = torch.nn.parallel.DistributedDataParallel(model)
+    wrapped.register_comm_hook(None, halve)
+    result = group_logprobs(wrapped, prompts, completions).logprobs
+    halved = gradients(model, result, torch.ones(30))
     assert reduced
     assert_same_gradients({name: 2 * grad for name, grad in halved.items()}, expected, relative=1e-6)
     assert type(model).forward is type(build("qwen2_5_vl")).forward and "forward" not in model.__dict__

@@ -93,7 +93,7 @@ def test_slots_do_not_depend_on_what_was_read_before(tmp_path: Path) -> None:
 
 
 def test_nothing_usable() -> None:
-    with pytest.raises(VideoR1Error, match=r"10 in the manifest\); the last one: .*is damaged"):
+    with pytest.raises(VideoR1Error, match=r"none of 10 questions could be used; the last one: .*is damaged"):
         source(bad=tuple(range(10))).ready(Slot(0, 0))
 
 

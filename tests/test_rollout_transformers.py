@@ -350,6 +350,7 @@ def test_a_step_can_be_repeated() -> None:
     assert bool(keys[10][1][:, :, :11].abs().sum(-1).all()) and not bool(keys[10][1][:, :, 11:].any())
 
 
+@pytest.mark.usefixtures("process_group")
 def test_fsdp_runs_no_hooks_while_it_samples(monkeypatch: pytest.MonkeyPatch) -> None:
     """They fork streams, and a decoding step with such a fork cannot be recorded as a CUDA graph."""
     prompts, settings = build_prompts("qwen2_5_vl"), SamplingSettings(n=2, max_tokens=6, seed=1)
@@ -358,23 +359,18 @@ def test_fsdp_runs_no_hooks_while_it_samples(monkeypatch: pytest.MonkeyPatch) ->
     calls: list[int] = []
     before = FSDPState._pre_forward
     monkeypatch.setattr(FSDPState, "_pre_forward", lambda *given: calls.append(1) or before(*given))
-    store = torch.distributed.HashStore()  # pyright: ignore[reportPrivateImportUsage]
-    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
-    try:
-        mesh = init_device_mesh("cpu", (1,))
-        for part in (*model.model.language_model.layers, model):
-            fully_shard(part, mesh=mesh)
-        accelerator: Any = None  # FSDP2 needs none
-        for _ in range(2):
-            with whole_weights(model, accelerator):
-                calls.clear()
-                engine = TransformersEngine(model, PROCESSORS["qwen2_5_vl"])
-                assert_same(engine.generate(prompts, settings), expected)
-                assert calls == []
-            model(**reference_inputs(prompts[0])).logits.sum().backward()
-            assert len(calls) == 3
-    finally:
-        torch.distributed.destroy_process_group()
+    mesh = init_device_mesh("cpu", (1,))
+    for part in (*model.model.language_model.layers, model):
+        fully_shard(part, mesh=mesh)
+    accelerator: Any = None  # FSDP2 needs none
+    for _ in range(2):
+        with whole_weights(model, accelerator):
+            calls.clear()
+            engine = TransformersEngine(model, PROCESSORS["qwen2_5_vl"])
+            assert_same(engine.generate(prompts, settings), expected)
+            assert calls == []
+        model(**reference_inputs(prompts[0])).logits.sum().backward()
+        assert len(calls) == 3
 
 
 def test_keys_are_kept_in_the_number_format_that_computes(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -92,7 +92,7 @@ def test_unreadable_lines_are_skipped_and_counted(runs: Path, monkeypatch: pytes
         + "x" * 4500 + '", "loss": 3}\n\xff\n{"step": 4, "loss": NaN}\n{"step": 5, "loss": 1e999}\n'
     )  # fmt: skip
     with studio_client(runs) as client:
-        read = get(client, "/api/curves", run="rl")
+        read = get(client, "/api/curves", run="rl", stamp="old")  # the first answer reads one block
     assert read["points"]["steps"] == [1, 2, 3, 4, 5]
     assert read["points"]["series"]["loss"] == [1, 2, 3, None, None] and read["points"]["bad"] == {"loss": 2}
     assert read["notes"] == [

@@ -320,7 +320,7 @@ def test_weighted_tokens_in_the_gradient(checkpoint: Path, manifest: Path, tmp_p
                     model, replace(each, prompt=each.shuffled_prompt), rollout.token_ids, 0.7
                 )
                 drops = (scored - behind).detach().float()
-                torch.testing.assert_close(cast(Any, each.token_drops)[place], drops, rtol=0, atol=2e-5)
+                torch.testing.assert_close(cast(Any, each.token_drops)[place], drops, rtol=0, atol=5e-5)
                 weights[(scored - behind).abs().topk(-(-len(scored) // 5)).indices] = 5.0
                 weights = weights / weights.mean()
                 torch.testing.assert_close(cast(Any, each.token_weights)[place], weights)

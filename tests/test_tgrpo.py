@@ -304,7 +304,10 @@ def test_settings_of_the_objective_reach_it(
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"repetition_penalty": 1.1}, "repetition_penalty is 1.1.*not those of the trained policy"),
+        (
+            {"repetition_penalty": 1.1},
+            "repetition_penalty is 1.1; the sampled policy must be the one that is trained",
+        ),
         # a weight of a reward that the settings turn off would be ignored
         (
             {"rewards": None, "reward_weights": {"length": 0.5}},

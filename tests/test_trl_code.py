@@ -189,7 +189,7 @@ def test_a_row_may_be_a_chat_of_several_turns(checkpoint: Path, manifest: Path) 
     [
         ({}, r"messages is \{\}; it must be a list"),
         ("hello", "messages is 'hello'"),
-        (CHAT[:3], "the last of messages has the role assistant"),
+        (CHAT[:3], "the last one the user's"),
         ([{"role": "user", "content": 3}], "content"),
         ([{"role": "judge", "content": "Hm"}], "role"),
     ],

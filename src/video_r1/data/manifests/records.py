@@ -100,7 +100,7 @@ class Sample:
     def answer(self) -> str:
         """Text inside the solution's tags, stripped."""
         match = _SOLUTION.fullmatch(self.solution)
-        return match[1] if match else self.solution.strip()
+        return match[1] if match else self.solution.removeprefix("<answer>").removesuffix("</answer>").strip()
 
     @property
     def paths(self) -> tuple[str, ...]:
