@@ -34,15 +34,10 @@ def output(answer: str = "B", rationale: str = RATIONALE) -> str:
 
 
 @pytest.mark.parametrize("text", [
-    "I'm sorry, but I can't help with identifying people.",
-    "I cannot assist with that request.",
-    "<think>I apologize, but I can't answer that.</think>\n<answer>A</answer>",
-    "<think>Let us see.</think><answer>I am unable to answer this question.</answer>",
     "<think>I don't have access to the video, so I guess.</think><answer>A</answer>",
     "<think>I can't see the image you mean.</think><answer>A</answer>",
     "<think>Since no video was provided, I assume a ball.</think><answer>A</answer>",
     "<think>I am not able to view videos, so A.</think><answer>A</answer>",
-    "抱歉，我无法查看视频。",
 ])  # fmt: skip
 def test_refusals(text: str) -> None:
     assert filters.refusal(text) is not None and filters.refusal("", "content_filter") is not None
@@ -50,10 +45,7 @@ def test_refusals(text: str) -> None:
 
 @pytest.mark.parametrize("text", [
     output(),
-    output(rationale="The man says sorry and leaves. I see a sign: 'We cannot accept cards'."),
     output(rationale="I can't see the image clearly in the first second, later it is sharp."),
-    output("Sorry, we are closed"),
-    output(rationale="Unfortunately for the goalkeeper the ball goes in."),
     "",
 ])  # fmt: skip
 def test_what_is_no_refusal(text: str) -> None:
@@ -65,13 +57,7 @@ def test_what_is_no_refusal(text: str) -> None:
     ("<think>a</think><answer>b</answer>", True),
     ("", False),
     ("<answer>B</answer>", False),
-    ("<think>a</think>", False),
-    ("<answer>B</answer><think>a</think>", False),  # the wrong way round
-    ("<think>a</think> so <answer>B</answer>", False),
-    ("Well. <think>a</think><answer>B</answer>", False),
     ("<think>a</think><answer>B</answer> Done.", False),
-    ("<think>a</think><answer>B</answer><answer>B</answer>", False),
-    ("<think>a<think>b</think></think><answer>B</answer>", False),
     ("<think> </think><answer>B</answer>", False),
     ("<think>a</think><answer> </answer>", False),
 ])  # fmt: skip
@@ -92,7 +78,6 @@ def test_length_bounds_are_included() -> None:
     (r"v = \frac{s}{t} = \frac{12}{4} = 3", True),
     ("broken \N{REPLACEMENT CHARACTER} text", False),
     ("null \x00 byte", False),
-    ("private \ue000 use", False),
     ("half \ud800 a pair", False),
     ("!!!!!!!!! ??? ---- a", False),
     ("", True),
@@ -117,10 +102,8 @@ def test_language(rationale: str, references: Sequence[str], passes: bool) -> No
 
 @pytest.mark.parametrize(("text", "passes"), [
     (RATIONALE, True),
-    (RATIONALE + " ha" * 12, False),
-    (RATIONALE + " ha" * 11, True),
+    (RATIONALE + " ha" * 40, False),
     ("no, no, no! It goes ha ha ha ha.", True),
-    (RATIONALE + " Wait, let me check." * 4, False),
     ("At 1 s the ball is left. At 2 s the ball is up. At 3 s the ball is right. At 4 s it is down.", True),
     ("The red ball goes from the left side of the frame to the right side. " + "Now again slowly: "
      "The red ball goes from the left side of the frame to the right side. " + "Once more to be sure: "
@@ -129,40 +112,6 @@ def test_language(rationale: str, references: Sequence[str], passes: bool) -> No
 ])  # fmt: skip
 def test_repetition(text: str, passes: bool) -> None:
     assert (filters.repetition(text) is None) is passes
-
-
-@pytest.mark.parametrize(("rationale", "question", "passes"), [
-    (RATIONALE, "Which way does it go?", True),
-    ("The given answer is B, so it must go right.", "Which way?", False),
-    ("The ground truth says right.", "Which way?", False),
-    ("As the answer was given in the prompt, it is B.", "Which way?", False),
-    ("The question already tells us the answer.", "Which way?", False),
-    ("The given answer is drawn as a bar.", "What is the given answer in the chart?", True),
-])  # fmt: skip
-def test_prompt_leaks(rationale: str, question: str, passes: bool) -> None:
-    assert (filters.prompt_leak(rationale, question) is None) is passes
-
-
-@pytest.mark.parametrize(("rationale", "answer", "kind", "passes"), [
-    (RATIONALE, "B", "multiple choice", True),
-    (RATIONALE, "A", "multiple choice", False),
-    ("It moves on. So the answer is A.", "B", "multiple choice", False),
-    ("It moves on. So the answer is (B).", "B", "multiple choice", True),
-    ("It moves on. Therefore, option C is right.", "C", "multiple choice", True),
-    ("Thus the right option is A.", "A", "multiple choice", True),  # "right" is an option's text too
-    ("So it does not move left.", "B", "multiple choice", True),  # a negation is not judged
-    ("So it moves left before it moves up.", "C", "multiple choice", True),
-    ("At first the answer is A. On reflection, the answer is B.", "B", "multiple choice", True),
-    ("One, then two more. So there are 3 balls.", "4", "numerical", False),
-    ("One, then two more. So there are 3 balls.", "3", "numerical", True),
-    ("So 1 + 2 = 3.", "4", "numerical", True),  # several numbers: not judged
-    ("The answer is about 12.3 m.", "12.4", "regression", True),
-    ("The answer is about 12.3 m.", "15", "regression", False),
-    ("So the answer is: OPEN", "CLOSED", "OCR", True),  # a text has many forms
-])  # fmt: skip
-def test_contradictions(rationale: str, answer: str, kind: str, passes: bool) -> None:
-    options = OPTIONS if kind == "multiple choice" else ()
-    assert (filters.contradiction(rationale, answer, kind, options) is None) is passes
 
 
 ANYTHING = st.text(alphabet=st.characters(codec=None), max_size=400) | st.lists(
@@ -186,15 +135,13 @@ def test_no_text_breaks_a_filter(text: str, kind: str) -> None:
     (Completion(output(), "stop"), ""),
     (Completion(output("B. right"), "stop"), ""),
     (Completion(output(), "length"), "cut off"),
-    (Completion("I'm sorry, I cannot do that.", "stop"), "refusal"),
+    (Completion("I cannot see the video.", "stop"), "refusal"),
     (Completion("The answer is B.", "stop"), "tags"),
     (Completion(output(rationale="Right."), "stop"), "length"),
     (Completion(output(rationale=RATIONALE + " \N{REPLACEMENT CHARACTER}"), "stop"), "characters"),
     (Completion(output(rationale="球从左边往右边移动" * 3), "stop"), "language"),
-    (Completion(output(rationale=RATIONALE + " So it is." * 9), "stop"), "repetition"),
-    (Completion(output(rationale=RATIONALE + " This fits the given answer."), "stop"), "prompt leak"),
+    (Completion(output(rationale=RATIONALE + " So it is." * 20), "stop"), "repetition"),
     (Completion(output("A"), "stop"), "score"),
-    (Completion(output(rationale=RATIONALE + " So it moves left."), "stop"), "contradiction"),
 ])  # fmt: skip
 def test_each_filter_is_reached(completion: Completion, rejected: str) -> None:
     assert judge_one(sample(), completion, AnnotateSettings()).rejected == rejected
