@@ -1,11 +1,8 @@
 """Requests to OpenAI-compatible endpoints and vLLM servers, by the `openai` package.
 
-    items ─► build, send ───────────► wait for the answer ─► completions
-             at most `held` at once   up to `concurrency` at once
-
-`openai` sends a request, authorises it and reads errors. Retries are made here, because a retry goes to
-another address at once (`Failover`), and because a body is freed when it is sent and built again for a retry:
-thousands of requests wait on one event loop while the frames of a few are in memory.
+Retries are made here, because a retry goes to another address at once (`Failover`), and because a body is
+freed when it is sent and built again for a retry: thousands of requests wait on one event loop while the
+frames of a few are in memory.
 """
 
 from __future__ import annotations
@@ -48,15 +45,12 @@ FramesAs = Literal["images", "video"]
 
 @dataclass(frozen=True, slots=True)
 class Endpoint:
-    """Addresses (…/v1) of one model, and their key.
-
-    timeout: seconds for one request. wait: seconds to wait for an endpoint that does not answer.
-    """
+    """Addresses (…/v1) of one model, and their key."""
 
     urls: tuple[str, ...]
     key: str | None = None
-    timeout: float = 600.0
-    wait: float = 240.0
+    timeout: float = 600.0  # seconds for one request
+    wait: float = 240.0  # seconds to wait for an endpoint that does not answer
 
     @property
     def url(self) -> str:
@@ -114,9 +108,8 @@ async def request(
 ) -> Any:
     """Send one request from the event loop and return its JSON answer; None for an empty one.
 
-    timeout: seconds for the whole answer: a slow trickle of bytes cannot outlast it. body: JSON to post, None
-    for a GET; the bytes of an iterator, `size` in all, are freed once they are sent. Raises ServerFailure and
-    ServerRefusal.
+    timeout: seconds for the whole answer. body: JSON to post, None for a GET; the bytes of an iterator,
+    `size` in all, are freed once they are sent. Raises ServerFailure and ServerRefusal.
     """
     import httpx2  # here: importing both takes a second
     import openai
@@ -150,7 +143,6 @@ async def request(
 
 
 def _status_error(error: Any) -> ServerFailure | ServerRefusal:
-    """Convert openai's APIStatusError; the message has the new address, or what the server says."""
     reply, body = error.response, error.body if isinstance(error.body, dict) else {}
     said = str(reply.headers.get("Location") or body.get("message") or reply.text)
     message = f"HTTP {reply.status_code} at {reply.url.path}: {said[:300]}"
@@ -175,21 +167,18 @@ def wait_for(coroutine: Coroutine[Any, Any, Any]) -> Any:
         future.cancel()
 
 
+_loops: list[asyncio.AbstractEventLoop] = []
 _starting = threading.Lock()
 
 
 def event_loop() -> asyncio.AbstractEventLoop:
     """Return the event loop on which all requests of this process run."""
     with _starting:
-        return _started_loop()
-
-
-@functools.cache
-def _started_loop() -> asyncio.AbstractEventLoop:
-    loop = asyncio.new_event_loop()
-    # A daemon: requests that still wait when the run is interrupted must not keep the process alive.
-    threading.Thread(target=loop.run_forever, name="http", daemon=True).start()
-    return loop
+        if not _loops:
+            _loops.append(asyncio.new_event_loop())
+            # A daemon: requests that wait when the run is interrupted must not keep the process alive.
+            threading.Thread(target=_loops[0].run_forever, name="http", daemon=True).start()
+        return _loops[0]
 
 
 # ---- Several addresses
@@ -211,8 +200,8 @@ class Address:
 class Failover:
     """Chooses the address for each request: the least busy one that works. Thread-safe.
 
-    A failed address is skipped for `SKIP` seconds, or as long as it asks for. When all are skipped, the one
-    whose time ends first is asked.
+    A failed address is skipped for `SKIP` seconds, or as long as it asks for. When all are skipped, the next
+    one is asked.
     """
 
     def __init__(self, urls: Sequence[str]) -> None:
@@ -227,11 +216,10 @@ class Failover:
         """Yield the address for one request. A ServerFailure inside counts against it, a refusal does not."""
         with self._lock:
             ready = [address for address in self._all.values() if address.is_ready]
-            address = (
-                min(ready, key=lambda address: address.in_flight)
-                if ready
-                else min(self._all.values(), key=lambda address: address.skipped_until)
-            )
+            if ready:
+                address = min(ready, key=lambda address: address.in_flight)
+            else:
+                address = min(self._all.values(), key=lambda address: address.skipped_until)
             address.in_flight += 1
         try:
             yield address
@@ -250,7 +238,7 @@ class Failover:
                 address.in_flight -= 1
 
     def is_back(self, url: str) -> None:
-        """Stop skipping the address at `url`, which has answered."""
+        """Stop skipping an address, which has answered."""
         self._all[url].failed, self._all[url].skipped_until = False, 0.0
 
 
@@ -260,8 +248,8 @@ class Failover:
 class ChatClient:
     """Requests completions from an endpoint, up to `concurrency` requests at once; `held` are built at once.
 
-    Temporary failures (no connection, 5xx, 429, 408, timeouts, unusable answers) are retried: at once if
-    another address works, else after growing pauses, or the pause that the endpoint asks for.
+    Failures are retried: at once if another address works, else after growing pauses, or the pause that the
+    endpoint asks for.
     """
 
     def __init__(self, endpoint: Endpoint, concurrency: int, held: int = 8) -> None:
@@ -302,14 +290,11 @@ class ChatClient:
                 future.cancel()
 
     def close(self) -> None:
-        """Wait for requests that are being built; those in flight are abandoned."""
+        """Wait for requests that are being built; abandon those in flight."""
         self._builders.shutdown(cancel_futures=True)
 
     async def draw(
-        self,
-        count: int,
-        build: Callable[[int, int], dict[str, Any]],
-        read: Callable[[Any], list[T]],
+        self, count: int, build: Callable[[int, int], dict[str, Any]], read: Callable[[Any], list[T]]
     ) -> list[T]:
         """Return `count` completions, by as many requests as it takes: some endpoints give one at a time.
 
@@ -352,7 +337,7 @@ class ChatClient:
                 ) from failure
 
     async def _once(self, build: Callable[[], dict[str, Any]]) -> Any:
-        """Send one request and return its answer. While it waits, it holds a socket but no body."""
+        """Send one request and return its answer. While it waits, it holds no body."""
 
         def encoded() -> bytes:
             return json.dumps({name: value for name, value in build().items() if value is not None}).encode()
@@ -366,19 +351,16 @@ class ChatClient:
             holding.callback(self._held.release)
             body = [await event_loop().run_in_executor(self._builders, encoded)]
             with self._failover.asking() as address:
-                url, size = f"{address.url}/chat/completions", len(body[0])
-                key, timeout = self.endpoint.key, self.endpoint.timeout
-                return await request(url, key, timeout, sent_once(), size)
+                url, asked = f"{address.url}/chat/completions", self.endpoint
+                return await request(url, asked.key, asked.timeout, sent_once(), len(body[0]))
 
 
 def allow_open_files(requests: int) -> None:
     """Raise this process's limit of open files for so many requests: many systems start with 1,024."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    wanted = requests + OTHER_FILES
-    if hard != resource.RLIM_INFINITY:
-        wanted = min(wanted, hard)
-    if soft != resource.RLIM_INFINITY and soft < wanted:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+    limits = [limit for limit in (requests + OTHER_FILES, hard) if limit != resource.RLIM_INFINITY]
+    if soft != resource.RLIM_INFINITY:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, min(limits)), hard))
 
 
 # ---- Reading answers
@@ -447,8 +429,7 @@ def open_endpoint(
     """Return the name of the model to ask for and the form of its clips. Waits for addresses that start.
 
     frames_as: "auto" is "video" if all addresses are vLLM and take the frames' times, else "images". Raises
-    ConfigError as `served_model` does, when two addresses serve different models, and for "video" where an
-    address takes none.
+    ConfigError as `served_model` does, for two models, and for "video" where an address takes none.
     """
     found = [(one, *served_model(one, wanted)) for one in endpoint.each()]
     model = found[0][1]
@@ -485,15 +466,13 @@ def served_model(endpoint: Endpoint, wanted: str | None, prefix: str = "") -> tu
         listed = wait_for(models_of(endpoint, endpoint.wait))
     except ServerFailure as failure:
         raise ConfigError(f"{url}: no endpoint answered within {endpoint.wait:g} s ({failure})") from failure
-    if isinstance(listed, ServerRefusal) and listed.status == 404 and wanted is not None:
+    status = getattr(listed, "status", None)  # of a refusal
+    if status == 404 and wanted is not None:
         return wanted, False
-    answer: Any = listed
     try:
-        owners = {str(entry["id"]): entry.get("owned_by") for entry in answer["data"]}
+        owners = {str(entry["id"]): entry.get("owned_by") for entry in listed["data"]}
     except (KeyError, TypeError, AttributeError) as error:  # or it is a refusal
-        said = (
-            listed if isinstance(listed, ServerRefusal) else f"no list of models: {json.dumps(listed)[:200]}"
-        )
+        said = listed if status else f"no list of models: {json.dumps(listed)[:200]}"
         raise ConfigError(
             f"{url}: {said}; give the address of an OpenAI-compatible endpoint, which mostly ends in /v1, "
             f"the model's name with --{prefix}model, and the key in the environment (--{prefix}key_variable)"
