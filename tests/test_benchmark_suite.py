@@ -13,7 +13,7 @@ from benchmark_fixtures import lab_clips, write_benchmarks
 
 from video_r1.cli import main
 from video_r1.data.decoding.decoders import read_media_at
-from video_r1.evaluation.figures import difference_page
+from video_r1.evaluation.figures import gap_page
 from video_r1.evaluation.paper import (
     compare_with_paper,
     comparison_table,
@@ -88,7 +88,6 @@ def test_direct_and_reasoned_answers_in_one_run(
     before, printed = predictions(tmp_path), capsys.readouterr().out
     assert "VSI-Bench, mean over task types (part)" in printed and "direct answers" not in printed
     assert "VSI-Bench: 6 of 5,130 questions." in (tmp_path / "temporal-gap.html").read_text()
-    assert not (tmp_path / "reasoning.html").exists()
     assert main(command(root, tmp_path, *wanted, "--answer", "direct,reasoned")) == 0
     assert predictions(tmp_path) == before
     printed = capsys.readouterr().out
@@ -107,8 +106,6 @@ def test_direct_and_reasoned_answers_in_one_run(
             )
     assert main(command(root, tmp_path, *wanted, "--answer", "direct")) == 0
     assert "VSI-Bench, mean over questions, direct answers (part)" in capsys.readouterr().out
-    page = (tmp_path / "reasoning.html").read_text()
-    assert "VSI-Bench" in page and "TempCompass: 4 of 7,540 questions." in page
 
 
 def figure(mean: float, low: float, high: float) -> dict[str, Any]:
@@ -162,17 +159,12 @@ def gap(mean: float, low: float, high: float, contrast: str = "shuffled") -> dic
     return {"temporal_gap": figure} if contrast == "shuffled" else {"temporal_gaps": {contrast: figure}}
 
 
-def gain(mean: float) -> dict[str, Any]:
-    means = {"gain": mean, "reasoned": 0.5 + mean, "direct": 0.5, "interval95": [mean - 0.03, mean + 0.03]}
-    return {"ordered": {**means, "questions": 50, "tokens": {"reasoned": 149.2, "direct": 7.6}}}
-
-
 BY_TASK = {
-    "first_frames": {**gap(0.02, -0.03, 0.07), **gap(0.4, 0.37, 0.43, "blind"), "reasoning_gains": gain(0.2)},
-    "action_order": {**gap(0.21, 0.12, 0.30), "reasoning_gains": gain(-0.1)},
+    "first_frames": {**gap(0.02, -0.03, 0.07), **gap(0.4, 0.37, 0.43, "blind")},
+    "action_order": gap(0.21, 0.12, 0.30),
     "object_<shuffle>": gap(-0.04, -0.12, 0.04),
 }
-FRAMES = {"16": {**gap(0.05, 0.01, 0.09), "by_task": BY_TASK, "reasoning_gains": gain(0.02)}}
+FRAMES = {"16": {**gap(0.05, 0.01, 0.09), "by_task": BY_TASK}}
 RESULTS: dict[str, Any] = {
     "a": {"title": "MVBench", "coverage": "6 of 40 questions", "complete": False, "frames": FRAMES},
     "b": {
@@ -185,7 +177,7 @@ RESULTS: dict[str, Any] = {
 
 
 def test_figures() -> None:
-    """Rows are sorted by the gap of shuffled frames, and by the gain; every text is escaped."""
+    """Rows are sorted by the gap of shuffled frames; every text is escaped."""
 
     def rows(page: str) -> list[str]:
         texts = re.findall(r">([^<>]*)</text>", page)
@@ -193,13 +185,10 @@ def test_figures() -> None:
             text for text in texts if re.fullmatch(r"MVBench|Video-MME|[a-z]+ (frames|order|&lt;.*)", text)
         ]
 
-    page = difference_page(RESULTS, "runs/rl & more", "gap")
-    assert page == difference_page(RESULTS, "runs/rl & more", "gap")  # byte for byte
+    page = gap_page(RESULTS, "runs/rl & more")
+    assert page == gap_page(RESULTS, "runs/rl & more")  # byte for byte
     assert rows(page) == ["MVBench", "action order", "first frames", "object &lt;shuffle&gt;", "Video-MME"]
     assert "<shuffle>" not in page and "runs/rl &amp; more" in page and ">blind<" in page
     assert "MVBench: 6 of 40 questions." in page and "all 9" not in page
     assert "60.0 − 55.0 = +5.0 [+1.0, +9.0]  (200)" in page and "60.0 − 20.0 = +40.0" in page
-    assert "No question was asked both ways" in difference_page({}, "m", "gap")
-    page = difference_page(RESULTS, "m", "gain")
-    assert rows(page) == ["MVBench", "first frames", "action order"]
-    assert "40.0 − 50.0 = −10.0 [−13.0, −7.0]  (50; 149 − 8 tokens)" in page
+    assert "No question was asked both ways" in gap_page({}, "m")

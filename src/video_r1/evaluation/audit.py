@@ -25,7 +25,6 @@ from video_r1.data.manifests.records import Sample, load_manifest, placed_rows
 from video_r1.data.prompts import Prompt
 from video_r1.data.rollouts import Rollout
 from video_r1.data.sources.media_paths import media_root_of
-from video_r1.data.sources.remote import is_address
 from video_r1.errors import RequestError, VideoR1Error, writing_to
 from video_r1.evaluation.figures import SHOWN, audit_page, percent
 from video_r1.evaluation.metrics import mean_figure, paired_difference
@@ -74,7 +73,11 @@ def run_audit(settings: AuditSettings) -> dict[str, Any]:
         if summary["skipped"]:
             print(f"{summary['skipped']:,} questions skipped; the reasons: {folder / 'quarantine.jsonl'}")
         print(f"\nmanifest with pass rates: {out}; the figure: {folder / 'audit.html'}")
-        print(f"to train on the questions that need the order: {_training_options(settings, out)}")
+        root = media_root_of(manifest, settings.media_root)
+        elsewhere = ["--media_root", root] if root != media_root_of(out, None) else []
+        keep = f"ordered - {settings.temporal_contrast} > 0.1"
+        words = shlex.join(["--train_manifest", str(out), *elsewhere, "--keep", keep])
+        print(f"to train on the questions that need the order: {words}")
     return {"manifest": str(out), **summary}
 
 
@@ -91,25 +94,8 @@ def _audited_path(settings: AuditSettings) -> Path:
 
 def _check_out(out: Path) -> None:
     """Raise RequestError when OUT would replace a file that no audit has written."""
-    folder = out.with_suffix("")
-    if out.exists() and not (folder / SETTINGS_FILE).is_file():
+    if out.exists() and not (out.with_suffix("") / SETTINGS_FILE).is_file():
         raise RequestError(f"{out} exists and was not written by an audit; choose another --out")
-    if folder.exists() and not folder.is_dir():
-        raise RequestError(
-            f"{folder} is a file, and the audit's answers go to a folder of that name; see --out"
-        )
-
-
-def _training_options(settings: AuditSettings, out: Path) -> str:
-    """Return the options with which `rl` and `sft` train on the audited manifest."""
-    assert settings.manifest is not None
-    root = media_root_of(settings.manifest, settings.media_root)
-    elsewhere = ["--media_root", root] if root != media_root_of(out, None) else []
-    elsewhere += ["--allowed_roots", *settings.allowed_roots] if settings.allowed_roots else []
-    own = root.startswith("hf://") and not is_address(settings.manifest)  # cells of a table on the hub
-    elsewhere += ["--allow_urls"] if settings.allow_urls or own else []
-    keep = f"ordered - {settings.temporal_contrast} > 0.1"
-    return shlex.join(["--train_manifest", str(out), *elsewhere, "--keep", keep])
 
 
 def _audit(samples: Sequence[Sample], settings: AuditSettings, out: Path) -> dict[str, Any]:
@@ -142,7 +128,7 @@ def _audit(samples: Sequence[Sample], settings: AuditSettings, out: Path) -> dic
                 "settings": {**made_with, "max_frames": settings.max_frames},
                 "no_answer": sum(not text for text in texts) / len(texts),
                 "cut_off": sum(record["cut_off"] for record in answers.values()) / len(texts),
-                **audit_figures(audited, settings.temporal_contrast, settings.samples),
+                **audit_figures(audited, settings.temporal_contrast),
             }
             replace_json(loop.folder / "audit.json", summary)
             page = audit_page(summary, audit_rows(summary), audit_sentences(summary), str(settings.model))
@@ -206,23 +192,23 @@ def _audited_rows(
     longer has these rows.
     """
     manifest, waiting = settings.manifest, deque(samples)
-    changed = "since the audit began; start it again with another --out"
-    for number, row in placed_rows(manifest, "train", media_root_of(manifest, settings.media_root)):
+    for _, row in placed_rows(manifest, "train", media_root_of(manifest, settings.media_root)):
         name = row.get("problem_id") if isinstance(row, dict) else None
         if waiting and repr(name) == repr(waiting[0].problem_id):  # repr: True is not 1
             found = rates.get(waiting.popleft().problem_id)
             plain = {field: value for field, value in row.items() if field != PASS_RATES}
             yield {**plain, PASS_RATES: found} if found else plain
-        elif settings.bad_rows == "stop":
-            raise RequestError(f"{manifest}, row {number} has changed {changed}")
     if waiting:
-        raise RequestError(f"{manifest}: the row of question {waiting[0].problem_id!r} has gone {changed}")
+        raise RequestError(
+            f"{manifest}: the row of question {waiting[0].problem_id!r} has changed or gone since the audit "
+            "began; start it again with another --out"
+        )
 
 
 # ---- Figures
 
 
-def audit_figures(audited: Audited, contrast: Contrast, samples: int) -> dict[str, Any]:
+def audit_figures(audited: Audited, contrast: Contrast) -> dict[str, Any]:
     """Return the figures over all questions, and over each modality, problem type and source:
 
         {"constant_answers": sentences about letters that are right much too often,
@@ -231,8 +217,7 @@ def audit_figures(audited: Audited, contrast: Contrast, samples: int) -> dict[st
                  "needs_order": {"share", "interval95", "questions", "other_way"},
                  "temporal_gap": {"gap", "interval95", "questions"},
                  "never_right", "always_right"},
-         "by_modality": {name: as "all"}, "by_type": …, "by_source": …,
-         "pairs": [K + 1][K + 1] questions by right answers with the contrast (row) and in order (column)}
+         "by_modality": {name: as "all"}, "by_type": …, "by_source": …}
 
     chance: share of questions that the best constant answers get right, a letter for each number of options.
     needs_order: share of questions that are answered in order and not with the contrast clip; other_way: the
@@ -246,18 +231,11 @@ def audit_figures(audited: Audited, contrast: Contrast, samples: int) -> dict[st
             groups.setdefault(getattr(sample, field) or "(no source)", []).append((sample, rates))
         ranked = sorted(groups.items(), key=lambda group: (-len(group[1]), group[0]))
         figures[name] = {group: _figures(members, contrast) for group, members in ranked}
-    pairs = [[0] * (samples + 1) for _ in range(samples + 1)]
-    for _, rates in _with_both(audited, contrast):
-        pairs[round(rates[contrast] * samples)][round(rates["ordered"] * samples)] += 1
-    return figures | {"pairs": pairs}
+    return figures
 
 
 def _constant(audited: Audited) -> list[ConstantAnswer]:
     return constant_answers((len(sample.options), sample.answer) for sample, _ in audited)
-
-
-def _with_both(audited: Audited, contrast: Contrast) -> Audited:
-    return [(sample, rates) for sample, rates in audited if {contrast, "ordered"} <= rates.keys()]
 
 
 def _figures(audited: Audited, contrast: Contrast) -> dict[str, Any]:
@@ -271,7 +249,7 @@ def _figures(audited: Audited, contrast: Contrast) -> dict[str, Any]:
             clips, values = zip(*asked, strict=True)
             answered = mean_figure([value > ANSWERED for value in values], clips).as_json("share")
             figures["views"][view] = mean_figure(values, clips).as_json("rate") | {"answered": answered}
-    if paired := _with_both(audited, contrast):
+    if paired := [each for each in audited if {contrast, "ordered"} <= each[1].keys()]:
         clips = [sample.files for sample, _ in paired]
         both = [(rates["ordered"], rates[contrast]) for _, rates in paired]
         needs = mean_figure([ordered > ANSWERED >= other for ordered, other in both], clips).as_json("share")

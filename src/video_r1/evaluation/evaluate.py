@@ -4,7 +4,6 @@ questions ─► predictions.py ─► <out>/<benchmark>/predictions-<frames>.js
 
 <out>/summary.json        every benchmark's figures, how complete they are, and the comparison
 <out>/temporal-gap.html   where questions were asked in both orders, or with all controls
-<out>/reasoning.html      where they were answered with reasoning and directly
 
 torch and the model's code are imported when the questions are read, so that wrong requests fail at once.
 """
@@ -21,7 +20,7 @@ from video_r1.data.manifests.records import load_manifest
 from video_r1.errors import RequestError, writing_to
 from video_r1.evaluation import paper
 from video_r1.evaluation.benchmarks.loading import Questions, load_questions
-from video_r1.evaluation.figures import Difference, difference_page
+from video_r1.evaluation.figures import gap_page
 from video_r1.evaluation.summary import ORDERS, cell, summary_table
 from video_r1.files import replace_json, replace_text
 from video_r1.processes import claimed_by_first, decided_by_first, process_group, process_index
@@ -100,13 +99,10 @@ def _run(
             summary = ask(asked, folder=folder)
             results = {title: {"title": title, "frames": summary["frames"]}}
             print(summary_table(summary))
-        pages: dict[str, Difference] = {}
-        pages |= {"temporal-gap.html": "gap"} if bench.temporal_gap or bench.controls else {}
-        pages |= {"reasoning.html": "gain"} if len(settings.answer) > 1 else {}
-        for name, difference in pages.items():
+        if bench.temporal_gap or bench.controls:
             if process_index() == 0:
-                replace_text(folder / name, difference_page(results, str(settings.model), difference))
-            print(f"\nby task type: {folder / name}")
+                replace_text(folder / "temporal-gap.html", gap_page(results, str(settings.model)))
+            print(f"\nby task type: {folder / 'temporal-gap.html'}")
     return summary
 
 

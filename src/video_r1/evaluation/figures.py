@@ -1,7 +1,6 @@
 """Figures of an evaluation and of an audit: HTML pages without external files, each around a matplotlib SVG.
 
     temporal-gap.html   temporal gap of each benchmark and task type: which questions need the frame order
-    reasoning.html      accuracy with reasoning minus accuracy of direct answers
     audit.html          pass rates of a dataset by source and type
 
 Lines are 95 % intervals; a filled dot's interval does not contain 0. Equal figures give equal bytes.
@@ -12,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from html import escape
 from io import StringIO
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -39,48 +38,30 @@ svg {{ display: block; max-width: 100%; height: auto; margin: 12px 0; }}
 </body></html>
 """
 
-Difference = Literal["gap", "gain"]
-_POINTS = "in percentage points, with the paired 95 % interval over questions. Filled: it does not contain 0."
-_TEXTS: dict[Difference, tuple[str, str, str]] = {  # heading, explanation, header of the figures at the right
-    "gap": (
-        "Which questions need the order of the frames",
-        "Temporal gap: accuracy with ordered minus accuracy with shuffled frames (or another contrast), "
-        + _POINTS,
-        "ordered − contrast (questions)",
-    ),
-    "gain": (
-        "Which questions need reasoning",
-        "Accuracy with reasoning minus accuracy of direct answers to the same questions, "
-        f"{_POINTS} Behind it, the mean length of both in tokens.",
-        "reasoned − direct (questions; tokens)",
-    ),
-}
+_NOTE = (
+    "Temporal gap: accuracy with ordered minus accuracy with shuffled frames (or another contrast), in "
+    "percentage points, with the paired 95 % interval over questions. Filled: it does not contain 0."
+)
 
 
-class Mark(NamedTuple):
-    """A difference in [−1, 1] with its 95 % interval and the two accuracies behind it."""
+class Line(NamedTuple):
+    """A temporal gap to draw."""
 
+    name: str  # of its row; "" below the first line of a row
+    is_benchmark: bool
     frames: str  # frame count
-    kind: str  # the contrast; of reasoning gains the frame order
-    gap: float
-    interval: Sequence[float]
-    first: float
-    other: float
-    questions: str  # their number, and mean lengths in tokens
+    contrast: str
+    gap: Mapping[str, Any]  # as in summary.json
 
 
-Line = tuple[str, bool, Mark]  # name of its row, "" below the first line; whether it is a benchmark
-
-
-def difference_page(results: Mapping[str, Mapping[str, Any]], model: str, of: Difference) -> str:
-    """Draw temporal gaps or reasoning gains. results: figures of each benchmark, as in summary.json."""
-    heading, note, header = _TEXTS[of]
+def gap_page(results: Mapping[str, Mapping[str, Any]], model: str) -> str:
+    """Draw temporal gaps. results: figures of each benchmark, as in summary.json."""
     incomplete = [
         f"{each['title']}: {each['coverage']}." for each in results.values() if not each.get("complete", True)
     ]
-    lines = [line for result in results.values() for line in _lines(result, of)]
-    drawn = svg(_lines_figure, lines, header) if lines else "<p>No question was asked both ways.</p>"
-    return _page(f"{heading}: {model}", [note, *incomplete], drawn)
+    lines = [line for result in results.values() for line in _lines(result)]
+    drawn = svg(_gaps_figure, lines) if lines else "<p>No question was asked both ways.</p>"
+    return _page(f"Which questions need the order of the frames: {model}", [_NOTE, *incomplete], drawn)
 
 
 def audit_page(
@@ -94,65 +75,52 @@ def audit_page(
     return _page(f"What the questions can be answered from: {model}", notes, rates)
 
 
-def _lines(result: Mapping[str, Any], of: Difference) -> Iterator[Line]:
+def _lines(result: Mapping[str, Any]) -> Iterator[Line]:
     """Yield the lines of a benchmark: itself, its pair metrics, and its task types, largest gap first.
 
-    A line is a frame count in one contrast or order; the first is that of shuffled frames, if asked.
+    A line is a frame count in one contrast; the first is that of shuffled frames, if asked.
     """
-    figures_of: Mapping[str, Mapping[str, Any]] = result["frames"]
-
-    def groups(grouping: str) -> dict[str, list[Mark]]:
-        found: dict[str, list[Mark]] = {}
-        for count, figures in figures_of.items():
-            for name, group in figures.get(grouping, {}).items():
-                found.setdefault(name.replace("_", " "), []).extend(_marks(count, group, of))
-        return {name: marks for name, marks in found.items() if marks}
-
-    if own := [mark for count, figures in figures_of.items() for mark in _marks(count, figures, of)]:
-        tasks = sorted(groups("by_task").items(), key=lambda group: group[1][0].gap, reverse=True)
-        for name, marks in [(result["title"], own), *groups("by_pairs").items(), *tasks]:
-            for place, mark in enumerate(marks):
-                yield "" if place else name, marks is own, mark
-
-
-def _marks(frames: str, figures: Mapping[str, Any], of: Difference) -> Iterator[Mark]:
-    """Yield a mark for each contrast that was asked, or for each order that was asked in both ways."""
-    if of == "gap":
-        shuffled = {"shuffled": figures["temporal_gap"]} if "temporal_gap" in figures else {}
-        for name, gap in (shuffled | figures.get("temporal_gaps", {})).items():
-            count = f"{gap['questions']:,}"
-            yield Mark(frames, name, gap["gap"], gap["interval95"], gap["ordered"], gap[name], count)
-    else:
-        for order, gain in figures.get("reasoning_gains", {}).items():
-            tokens = f"{gain['tokens']['reasoned']:.0f} − {gain['tokens']['direct']:.0f} tokens"
-            count, means = f"{gain['questions']:,}; {tokens}", (gain["reasoned"], gain["direct"])
-            yield Mark(frames, order, gain["gain"], gain["interval95"], *means, count)
+    own, pairs, tasks = {}, {}, {}
+    for frames, figures in result["frames"].items():
+        shown = ((own, {result["title"]: figures}), (pairs, figures.get("by_pairs", {})),
+                 (tasks, figures.get("by_task", {})))  # fmt: skip
+        for rows, groups in shown:
+            for name, group in groups.items():
+                gaps = {"shuffled": group.get("temporal_gap")} | group.get("temporal_gaps", {})
+                if found := [(frames, contrast, gap) for contrast, gap in gaps.items() if gap]:
+                    rows.setdefault(name, []).extend(found)
+    by_gap = sorted(tasks.items(), key=lambda row: row[1][0][2]["gap"], reverse=True)
+    for rows in (own, pairs, dict(by_gap)):
+        for name, gaps in rows.items():
+            shown = name if rows is own else name.replace("_", " ")
+            for place, gap in enumerate(gaps):
+                yield Line("" if place else shown, rows is own, *gap)
 
 
-def _lines_figure(lines: Sequence[Line], header: str) -> Figure:
-    """Draw each line's interval, its dot, and its figures at the right, under `header`."""
-    kinds = list(dict.fromkeys(mark.kind for *_, mark in lines))
-    counts = list(dict.fromkeys(mark.frames for *_, mark in lines))
+def _gaps_figure(lines: Sequence[Line]) -> Figure:
+    """Draw each line's interval, its dot, and its figures at the right."""
+    kinds = list(dict.fromkeys(line.contrast for line in lines))
+    counts = list(dict.fromkeys(line.frames for line in lines))
     names = kinds if len(kinds) > 1 else [f"{count} frames" for count in counts]
     colour = {name: f"C{number}" for number, name in enumerate(names)}
     told = []
     figure, axes = _axes(len(lines))
-    for y, (*_, mark) in enumerate(lines):
-        own = colour[mark.kind if len(kinds) > 1 else f"{mark.frames} frames"]
-        low, high = (100 * end for end in mark.interval)
+    for y, line in enumerate(lines):
+        own = colour[line.contrast if len(kinds) > 1 else f"{line.frames} frames"]
+        gap, (low, high) = 100 * line.gap["gap"], (100 * end for end in line.gap["interval95"])
         axes.hlines(y, low, high, color=own, linewidth=2)
-        axes.plot(100 * mark.gap, y, "o", color=own, markerfacecolor=own if low > 0 or high < 0 else "white")
+        axes.plot(gap, y, "o", color=own, markerfacecolor=own if low > 0 or high < 0 else "white")
         told.append(
-            (f"{mark.frames} frames: " if len(counts) > 1 < len(kinds) else "")
-            + f"{100 * mark.first:.1f} − {100 * mark.other:.1f} = {_signed(100 * mark.gap)} "
-            f"[{_signed(low)}, {_signed(high)}]  ({mark.questions})"
+            (f"{line.frames} frames: " if len(counts) > 1 < len(kinds) else "")
+            + f"{100 * line.gap['ordered']:.1f} − {100 * line.gap[line.contrast]:.1f} = {_signed(gap)} "
+            f"[{_signed(low)}, {_signed(high)}]  ({line.gap['questions']:,})"
         )
     axes.axvline(0, color=INK)
     axes.xaxis.set_major_formatter(lambda value, _: _signed(value, 0))
-    _label(axes, [name for name, *_ in lines], told, colour)
-    for (_, is_benchmark, _), label in zip(lines, axes.get_yticklabels(), strict=True):
-        label.set_fontweight("bold" if is_benchmark else "normal")
-    axes.set_title(header, loc="right", fontsize="medium")
+    _label(axes, [line.name for line in lines], told, colour)
+    for line, label in zip(lines, axes.get_yticklabels(), strict=True):
+        label.set_fontweight("bold" if line.is_benchmark else "normal")
+    axes.set_title("ordered − contrast (questions)", loc="right", fontsize="medium")
     return figure
 
 

@@ -108,7 +108,7 @@ def pair_records(records: Iterable[Record]) -> dict[str, list[Record]]:
     """
     sets: dict[tuple[str, str, str, int], list[Record]] = {}
     for record in records:
-        for name, (which, size, *_) in (record.get("pairs") or {}).items():
+        for name, (which, size) in (record.get("pairs") or {}).items():
             sets.setdefault((name, str(which), record["order"], size), []).append(record)
     found: dict[str, list[Record]] = {}
     for (name, which, order, size), members in sets.items():
