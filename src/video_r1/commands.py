@@ -17,6 +17,7 @@ from video_r1.settings.commands import (
     LabSettings,
     MakeSettings,
     MergeSettings,
+    PairsSettings,
     PlanSettings,
     ReportSettings,
     StudioSettings,
@@ -82,6 +83,11 @@ COMMANDS: dict[str, Command] = {
         "evaluation.audit:run_audit", "sections", (AuditSettings,), ("manifest",), ("manifest", "model"),
         ("data audit train.json --model Qwen/Qwen2.5-VL-7B-Instruct --engine vllm",
          "data audit train.json --model runs/sft --limit 500 --temporal_contrast reversed")),
+    "data pairs": Command(
+        "add to a manifest the reversed twin of each question whose answer is then known",
+        "data.making.pairs:run_pairs", "sections", (PairsSettings,), ("manifest",), ("manifest", "out"),
+        ("data pairs train.json --out pairs.json",
+         "data pairs train.json --media_root /data --words mine.toml --out pairs.json")),
     "lab make": Command(
         "write made-up clips with questions that need frame order", "lab.clips:write_lab", "sections",
         (LabSettings,), ("folder",), ("folder",), ("lab make lab --train 4000 --test 500 --seed 1",)),

@@ -29,9 +29,9 @@ from video_r1.annotation.teachers import Answered, EndpointTeacher, EngineTeache
 from video_r1.chat_client import Completion, Endpoint, endpoint_urls, open_endpoint
 from video_r1.console import table
 from video_r1.data.decoding.frame_cache import open_frame_cache
-from video_r1.data.manifests.records import FIELDS, Sample, load_manifest
+from video_r1.data.manifests.records import Sample, load_manifest, manifest_row
 from video_r1.data.reading import Reader
-from video_r1.data.sources.media_paths import media_root_of, path_below
+from video_r1.data.sources.media_paths import media_root_of
 from video_r1.data.templates import load_template
 from video_r1.errors import RequestError, VideoR1Error, writing_to
 from video_r1.evaluation.question_loop import own_file, run_share
@@ -223,12 +223,9 @@ def _write(samples: Sequence[Sample], journal: "Journal", settings: AnnotateSett
             completions = entry.get("completions", [])
             if verdict.kept is not None:
                 chosen, text = verdict.judged[verdict.kept], completions[verdict.kept]["text"]
-                paths = [path_below(root, path) for path in sample.paths]
-                row = {name: value for name in FIELDS if (value := getattr(sample, name)) is not None}
-                row |= {
+                row = {
+                    **manifest_row(sample, root),
                     "process": f"<think>{rationale_of(text)}</think>",
-                    "path": paths if len(paths) > 1 else paths[0],
-                    **sample.extra,
                     "annotation": {
                         "answer": chosen.answer,
                         "score": round(chosen.score, 4),

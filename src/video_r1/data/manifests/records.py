@@ -127,6 +127,17 @@ class Sample:
         return rate if rate and any(split_member(one) or os.path.isdir(one) for one in self.paths) else None
 
 
+def manifest_row(sample: Sample, media_root: str) -> dict[str, Any]:
+    """Return a sample as a row of a manifest, its paths relative to the media root."""
+    row = {
+        name: getattr(sample, name)
+        for name in FIELDS
+        if getattr(sample, name) not in (None, (), "", "forward")
+    }
+    paths = [path_below(media_root, path) for path in sample.paths]
+    return {**row, "path": paths if len(paths) > 1 else paths[0], **sample.extra}
+
+
 def question_digest(problem: str, options: Sequence[str], answer: str, paths: Sequence[str]) -> str:
     """Return a digest that tells apart questions with the same id, wherever their files are: only file names
     count, not folders, and the text without <video> and <image>. answer: as in `Sample.answer`.

@@ -1,0 +1,107 @@
+"""`data pairs`: the answer about the reversed clip by rules on words, and the manifest with its twins."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tiny_models import moving_square, write_clip
+
+from video_r1.cli import main
+from video_r1.data.making.reversal import Reversals, Unknown
+from video_r1.data.manifests.records import load_manifest
+
+WORDS = Reversals()
+WAYS = ["left", "right", "up", "down"]
+
+
+@pytest.mark.parametrize(
+    ("problem", "options", "answer", "expected"),
+    [
+        ("Which way does the square move?", WAYS, "left", "right"),
+        ("How is the car moving?", ["from left to right", "from right to left"], "from left to right", 1),
+        ("What is the door doing?", ["Opening.", "Closing.", "Nothing"], "Opening.", "Closing."),
+        ("How does the apple change?", ["from green to red", "from red to green"], "from red to green", 0),
+        ("In what order?", ["A dog runs, then a cat sits", "A cat sits and then a dog runs"], 0, 1),
+        ("In what order?", ["He eats before he drinks", "he eats after he drinks"], 0, 1),
+        ("Growing or shrinking?", ["growing then shrinking", "shrinking"], 0, 0),
+        ("Is the ball rolling to the left?", ["yes", "no"], "yes", "no"),
+        ("Does he eat before he drinks?", [], "yes", "no"),
+        ("How many times does the ball bounce?", [], "3", "3"),
+    ],
+)
+def test_known_answers(problem: str, options: list[str], answer: Any, expected: Any) -> None:
+    answer, expected = (options[each] if isinstance(each, int) else each for each in (answer, expected))
+    kind = "multiple choice" if options else "numerical" if answer == "3" else "free-form"
+    assert WORDS.answer(problem, kind, options, answer) == expected
+
+
+@pytest.mark.parametrize(
+    ("problem", "options", "answer", "reason"),
+    [
+        ("Is the ball rolling to the left?", ["yes", "no"], "no", "the answer no"),
+        ("Is the man on the left tall?", ["yes", "no"], "yes", "no word of the question"),
+        ("Does the ball not roll left?", ["yes", "no"], "yes", "“not”"),
+        ("Does the left wheel turn faster?", ["yes", "no"], "yes", "“faster”"),
+        ("Where is the dog?", ["left", "right"], "left", "may be a place"),
+        ("Which way does it move first?", WAYS, "left", "“first”"),
+        ("Which way does the opening door move?", WAYS, "left", "“opening”"),
+        ("Which way does it move?", ["left", "up"], "left", "not among the options"),
+        ("How does it move?", ["up and down", "down"], "up and down", "goes both ways"),
+        ("Which animal is moving?", ["a dog", "a cat"], "a dog", "no word of the answer"),
+        ("In what order?", ["The door opens, then he runs", "He runs, then the door opens"], 0, "not among"),
+        ("How many people enter the room?", [], "3", "“enter”"),
+        ("What happens?", [], "A dog runs.", "no rule"),
+    ],
+)
+def test_unknown_answers(problem: str, options: list[str], answer: Any, reason: str) -> None:
+    answer = options[answer] if isinstance(answer, int) else answer
+    kind = "multiple choice" if options else "numerical" if answer == "3" else "free-form"
+    with pytest.raises(Unknown, match=reason):
+        WORDS.answer(problem, kind, options, answer)
+
+
+def rows(folder: Path) -> list[dict[str, Any]]:
+    write_clip(folder / "clip.mp4", moving_square(frames=16))
+    row = {
+        "problem_id": 7, "problem": "Which way does the square move?", "data_type": "video",
+        "problem_type": "multiple choice", "options": ["A. up", "B. left", "C. right"],
+        "solution": "<answer>C</answer>", "path": "clip.mp4", "process": "<think>right</think>",
+        "topic": "toy",
+    }  # fmt: skip
+    return [row, {**row, "problem_id": "x", "problem": "Which way does the square wobble first?"}]
+
+
+def test_the_manifest_with_twins(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "made.json").write_text(json.dumps(rows(tmp_path)))
+    out = tmp_path / "pairs.json"
+    words = ["data", "pairs", str(tmp_path / "made.json"), "--out", str(out)]
+    assert main(words) == 0
+    assert "2 questions and 1 reversed twins" in capsys.readouterr().out
+    first, twin, other = load_manifest(str(out), str(tmp_path))
+    assert (first.problem_id, twin.problem_id, other.problem_id) == (7, "7-reversed", "x")
+    assert (twin.play, twin.answer, twin.process) == ("reversed", "B", None) and twin.path == first.path
+    assert first.process == "<think>right</think>" and twin.extra["topic"] == "toy"
+    assert first.extra["pairs"] == twin.extra["pairs"] == {"pair accuracy": ["7", 2]}
+    (refused,) = map(json.loads, (tmp_path / "pairs.refused.jsonl").read_text().splitlines())
+    assert refused == {"problem_id": "x", "reason": "the question has “first”"}
+    assert (
+        main(["data", "pairs", str(out), "--out", str(tmp_path / "again.json")]) == 1
+    )  # all have their twins
+    written = (tmp_path / "made.json").read_text()
+    assert main([*words[:-1], str(tmp_path / "made.json")]) == 2  # never over a file of somebody else's
+    assert (tmp_path / "made.json").read_text() == written
+
+
+def test_further_words(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    mine = tmp_path / "mine.toml"
+    mine.write_text('change = [["knitting", "unravelling"]]')
+    asked = ("What is she doing?", "multiple choice", ["knitting", "unravelling"], "knitting")
+    with pytest.raises(Unknown):
+        WORDS.answer(*asked)
+    assert Reversals(str(mine)).answer(*asked) == "unravelling"
+    (tmp_path / "made.json").write_text(json.dumps(rows(tmp_path)))
+    mine.write_text('change = ["knitting"]')
+    words = ["data", "pairs", str(tmp_path / "made.json"), "--out", str(tmp_path / "out.json")]
+    assert main([*words, "--words", str(mine)]) == 2
+    assert "change must be one of" in capsys.readouterr().err
