@@ -26,7 +26,7 @@ class Reversals:
     """The words of reversals.toml and of a further file. Raises RequestError for a file of another form."""
 
     def __init__(self, further: str | None = None) -> None:
-        own = files(__package__).joinpath("reversals.toml").read_text("utf-8")
+        own = files("video_r1").joinpath("data/making/reversals.toml").read_text("utf-8")
         words: dict[str, list] = tomllib.loads(own)
         if further is not None:
             for name, entries in _read(further, words).items():
