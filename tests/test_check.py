@@ -148,5 +148,5 @@ def test_plain_lines_come_every_ten_seconds_with_rate_and_time_left(clock, capsy
             bar.update()
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 10 + 1
-    assert lines[0] == "reading: 10/100 files, 1.00 files/s, 1:30 left"
-    assert lines[-1] == "reading: 100/100 files, 1.00 files/s, 1:40 taken"
+    assert lines[0] == "reading: 10/100, 1.00 files/s, 1:30 left"
+    assert lines[-1] == "reading: 100/100, 1.00 files/s, 1:40 taken"

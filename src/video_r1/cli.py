@@ -21,9 +21,9 @@ from pathlib import Path
 from typing import Any
 
 from video_r1.availability import check_adapters, check_checkpoint
-from video_r1.command_help import HELP_STYLES, command_help, overview
+from video_r1.command_help import command_help, overview
 from video_r1.commands import COMMANDS, TRAINS
-from video_r1.console import show, tidy_output
+from video_r1.console import tell, tidy_output
 from video_r1.errors import RequestError, VideoR1Error, without_secrets
 from video_r1.processes import Interrupted, ended_by_signals, number_of
 from video_r1.recipe import Recipe, check_machine, load_recipe, resolved_text
@@ -68,25 +68,21 @@ def failed(message: object, code: int) -> int:
     if code == 2 and os.environ.get("LOCAL_RANK", "0") != "0":
         time.sleep(SECONDS_TO_BE_ENDED)
     if code < 128 or os.environ.get("LOCAL_RANK", "0") == "0":  # a signal reaches all processes
-        show(
-            without_secrets(f"video-r1: {' '.join(str(message).split())}"),
-            {"^video-r1:": "bold red"},
-            sys.stderr,
-        )
+        tell(without_secrets(f"video-r1: {' '.join(str(message).split())}"))
     return code
 
 
 def run(words: list[str]) -> int:
     """Find the command, and run it or print its help. Raises RequestError when there is no such command."""
     if not words or words[0] in ("-h", "--help"):
-        show(overview(COMMANDS), HELP_STYLES, sys.stdout)
+        print(overview(COMMANDS))
         return 0
     if words[0] == "--version":
         print(f"video-r1 {metadata.version('video-r1')}")
         return 0
     name, rest = find_command(words)
     if any(word in ("-h", "--help") for word in rest):
-        show(command_help(name), HELP_STYLES, sys.stdout)
+        print(command_help(name))
         return 0
     flags = {"--print_config", "--print-config", *(["--smoke"] if name in TRAINS else [])} & set(rest)
     recipe = read_request(name, [word for word in rest if word not in flags])
@@ -166,7 +162,7 @@ def find_command(words: list[str]) -> tuple[str, list[str]]:
         return said, words[2:]
     below = [name for name in COMMANDS if name.startswith(words[0] + " ")]
     if below and words[1:2] in (["-h"], ["--help"]):
-        show(overview(below), HELP_STYLES, sys.stdout)
+        print(overview(below))
         raise SystemExit(0)
     if below:
         raise RequestError(f"{said} is not a command; say {' or '.join(below)}")

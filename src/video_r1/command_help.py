@@ -19,11 +19,6 @@ from video_r1.settings.types import FALSE_WORDS, TRUE_WORDS, alternatives, defau
 
 WIDTH = 110
 COLUMN = 44
-HELP_STYLES = {
-    r"(?m)^  (--\w+|[a-z]+( [a-z]+)?(?=  ))": "cyan",
-    r"(?m)^\S.*:$": "bold",
-    r"\[[^\]]+\]$": "dim",
-}
 
 
 def overview(names: Iterable[str]) -> str:

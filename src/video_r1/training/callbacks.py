@@ -245,10 +245,7 @@ def _may_fail(method: Callable[..., Any], event: str, *args: Any, **kwargs: Any)
 
 
 class StepProgress(TrainerCallback):
-    """Progress with time left and some of the logged series: a bar on a terminal, plain lines elsewhere.
-
-    series: displayed name to series.
-    """
+    """Progress with time left and some of the logged series (displayed name to series)."""
 
     def __init__(self, description: str, series: Mapping[str, str]) -> None:
         self.description = description
@@ -258,7 +255,7 @@ class StepProgress(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: TrainerState, control: Any, **rest: Any) -> None:
         if state.is_world_process_zero and not args.disable_tqdm:
-            self.bar = Progress(state.max_steps, self.description, "steps", done=state.global_step, slow=True)
+            self.bar = Progress(state.max_steps, self.description, "steps", done=state.global_step)
 
     def on_log(self, args: Any, state: TrainerState, control: Any, logs: Any = None, **rest: Any) -> None:
         for name, series in self.series.items():
