@@ -72,20 +72,6 @@ def test_length_bounds_are_included() -> None:
     assert judged == ["length", "", "", "length"]
 
 
-@pytest.mark.parametrize(("text", "passes"), [
-    (RATIONALE, True),
-    ("球从左往右移动。", True),
-    (r"v = \frac{s}{t} = \frac{12}{4} = 3", True),
-    ("broken \N{REPLACEMENT CHARACTER} text", False),
-    ("null \x00 byte", False),
-    ("half \ud800 a pair", False),
-    ("!!!!!!!!! ??? ---- a", False),
-    ("", True),
-])  # fmt: skip
-def test_characters(text: str, passes: bool) -> None:
-    assert (filters.characters(text) is None) is passes
-
-
 @pytest.mark.parametrize(("rationale", "references", "passes"), [
     (RATIONALE, ["Which way?", "B"], True),
     ("球从左往右移动，所以答案是右。", ["Which way?", "B"], False),
@@ -138,7 +124,6 @@ def test_no_text_breaks_a_filter(text: str, kind: str) -> None:
     (Completion("I cannot see the video.", "stop"), "refusal"),
     (Completion("The answer is B.", "stop"), "tags"),
     (Completion(output(rationale="Right."), "stop"), "length"),
-    (Completion(output(rationale=RATIONALE + " \N{REPLACEMENT CHARACTER}"), "stop"), "characters"),
     (Completion(output(rationale="球从左边往右边移动" * 3), "stop"), "language"),
     (Completion(output(rationale=RATIONALE + " So it is." * 20), "stop"), "repetition"),
     (Completion(output("A"), "stop"), "score"),

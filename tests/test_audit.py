@@ -140,10 +140,8 @@ def test_rates_rows_and_figures(
     assert 0 <= low < 0.25 < high <= 1
     assert {"manifest": str(out), **json.loads((out.with_suffix("") / "audit.json").read_text())} == summary
 
-    page = (out.with_suffix("") / "audit.html").read_text()
-    shown = ("all", "even", "one frame", "25 % without it, 25 % by order (4)")
-    assert all(f">{text}<" in page for text in shown)
     said = capsys.readouterr().out
+    assert all(text in said for text in ("all", "even", "one frame"))
     assert f"25 % [{100 * low:.0f}, {100 * high:.0f}] can be answered without the video\n" in said
     assert "answered: most of 4 answers are right; the best fixed guess is right in 100 %" in said
     assert f"--train_manifest {out} --keep '{KEEP}'\n" in said

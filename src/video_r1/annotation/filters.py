@@ -17,10 +17,9 @@ from video_r1.rewards.scoring import above, correctness, format_reward
 from video_r1.settings.decoding import AnnotateSettings
 
 FILTERS = (
-    "cut off", "refusal", "tags", "length", "characters", "language", "repetition", "score", "majority",
+    "cut off", "refusal", "tags", "length", "language", "repetition", "score", "majority",
 )  # in the order in which they are applied  # fmt: skip
 
-MIN_READABLE = 0.4  # least share of letters and digits in the visible text; LaTeX has more
 MAX_FOREIGN = 0.05  # largest share of letters in a script that neither question nor answer has
 PHRASE = 8  # words in a counted phrase
 MAX_REPEATED = 0.3  # largest share of phrases that occurred before
@@ -66,22 +65,6 @@ def tags(text: str) -> str | None:
         return "it is not <think>…</think> <answer>…</answer>, each tag once"
     if not rationale_of(text) or not extract_answer(text):
         return "its rationale or its answer is empty"
-    return None
-
-
-def characters(text: str) -> str | None:
-    """Reject broken encodings, control characters, and text that is mostly punctuation."""
-    visible = readable = 0
-    for character, count in Counter(text).items():
-        category = unicodedata.category(character)
-        broken = character == "\N{REPLACEMENT CHARACTER}" or category in ("Co", "Cs")
-        if broken or (category == "Cc" and character not in "\n\r\t"):
-            return f"it holds the character U+{ord(character):04X}"
-        if not character.isspace():
-            visible += count
-            readable += count * (category[0] in "LMN")
-    if readable < MIN_READABLE * visible:
-        return f"only {readable / visible:.0%} of it are letters or digits"
     return None
 
 
@@ -182,7 +165,6 @@ def judge_one(sample: Sample, completion: Completion, settings: AnnotateSettings
         "refusal": lambda: refusal(text, completion.finish_reason),
         "tags": lambda: tags(text),
         "length": lambda: None if shortest <= count <= longest else f"its rationale has {count} words",
-        "characters": lambda: characters(text),
         "language": lambda: language(rationale, references),
         "repetition": lambda: repetition(rationale),
         "score": lambda: (

@@ -1,12 +1,11 @@
 """`video-r1 data audit`: which questions need the video, more than one frame, and the order of the frames.
 
-    manifest ─► question_loop.py ─► answers-<frames>.jsonl ─► pass rates ─► OUT, audit.json, audit.html
+    manifest ─► question_loop.py ─► answers-<frames>.jsonl ─► pass rates ─► OUT, audit.json
                 (K answers each: blind, one frame,            (by the correct_threshold
                  the contrast clip, in order)                  of training)
 
-The files on the right follow from the answers: another `correct_threshold` asks nothing again, and another
-contrast asks only for its own answers. "One frame" is the contrast `frozen`, one frame repeated: a shorter
-prompt would be another difference.
+Another `correct_threshold` asks nothing again, and another contrast asks only for its own answers. "One
+frame" is the contrast `frozen`, one frame repeated: a shorter prompt would be another difference.
 """
 
 import shlex
@@ -26,11 +25,10 @@ from video_r1.data.prompts import Prompt
 from video_r1.data.rollouts import Rollout
 from video_r1.data.sources.media_paths import media_root_of
 from video_r1.errors import RequestError, VideoR1Error, writing_to
-from video_r1.evaluation.figures import SHOWN, audit_page, percent
 from video_r1.evaluation.metrics import mean_figure, paired_difference
 from video_r1.evaluation.question_loop import Answers, QuestionLoop, asked_with
 from video_r1.evaluation.summary import cell
-from video_r1.files import replace_json, replace_rows, replace_text
+from video_r1.files import replace_json, replace_rows
 from video_r1.processes import claimed_by_first, decided_by_first, process_group
 from video_r1.rewards.scoring import correctness, is_correct
 from video_r1.rollout.engine import SamplingSettings
@@ -40,8 +38,8 @@ from video_r1.settings.filters import PASS_RATES
 from video_r1.settings.frames import Contrast, Order
 
 SETTINGS_FILE = "settings.json"
+# From showing nothing of a clip to showing all of it.
 VIEWS: tuple[Order, ...] = ("blind", "single", "frozen", "dropped", "shuffled", "reversed", "ordered")
-"""Frame orders, roughly from showing nothing of a clip to showing all of it."""
 ANSWERED = 0.5  # a question counts as answered when more than this share of its answers is right
 GROUPS_SHOWN = 40
 _GROUPINGS = {"by_modality": "data_type", "by_type": "problem_type", "by_source": "data_source"}
@@ -52,10 +50,10 @@ Audited = Sequence[tuple[Sample, Mapping[str, float]]]  # samples with their pas
 def run_audit(settings: AuditSettings) -> dict[str, Any]:
     """Audit a manifest, print the table, and return the content of `audit.json` with OUT as `manifest`.
 
-    OUT has the manifest's rows unchanged, without those that `bad_rows` skips, and the pass rates of the
-    questions that could be asked. The folder of its name has the other files. Started again with the same
-    settings it continues. Raises ManifestError, ConfigError, RequestError (also when OUT was not written by
-    an audit, or with other settings), and VideoR1Error when no question can be asked or a rank is lost.
+    OUT has the manifest's rows, and the pass rates of the questions that could be asked. The folder of its
+    name has the other files. Started again with the same settings it continues. Raises ManifestError,
+    ConfigError, RequestError (also when OUT was not written by an audit, or with other settings), and
+    VideoR1Error when no question can be asked or a rank is lost.
     """
     assert settings.manifest is not None and settings.model is not None  # settings without them are refused
     manifest, out = settings.manifest, _audited_path(settings)
@@ -72,7 +70,7 @@ def run_audit(settings: AuditSettings) -> dict[str, Any]:
         print(f"{audit_table(summary)}\n\n" + "\n".join(audit_sentences(summary)))
         if summary["skipped"]:
             print(f"{summary['skipped']:,} questions skipped; the reasons: {folder / 'quarantine.jsonl'}")
-        print(f"\nmanifest with pass rates: {out}; the figure: {folder / 'audit.html'}")
+        print(f"\nmanifest with pass rates: {out}; all figures: {folder / 'audit.json'}")
         root = media_root_of(manifest, settings.media_root)
         elsewhere = ["--media_root", root] if root != media_root_of(out, None) else []
         keep = f"ordered - {settings.temporal_contrast} > 0.1"
@@ -131,8 +129,6 @@ def _audit(samples: Sequence[Sample], settings: AuditSettings, out: Path) -> dic
                 **audit_figures(audited, settings.temporal_contrast),
             }
             replace_json(loop.folder / "audit.json", summary)
-            page = audit_page(summary, audit_rows(summary), audit_sentences(summary), str(settings.model))
-            replace_text(loop.folder / "audit.html", page)
             return summary
 
         return decided_by_first(write)
@@ -148,16 +144,13 @@ class Audit(QuestionLoop):
 
     def orders_of(self, sample: Sample) -> list[Order]:
         """Return the orders in which the sample is asked: images also blind."""
-        alone = ("blind", "ordered")
-        return [order for order in self.orders if order in alone or sample.data_type == "video"]
+        is_video = sample.data_type == "video"
+        return [order for order in self.orders if is_video or order in ("blind", "ordered")]
 
     def record(
         self, sample: Sample, prompt: Prompt, rollouts: Sequence[Rollout], frames: int
     ) -> dict[str, Any]:
-        """Return the parsed answers ("" for none), their scores, and the number of outputs cut off.
-
-        Answers are parsed tolerantly, as in evaluation: the audit measures the question, not the format.
-        """
+        """Return the answers ("" for none), parsed tolerantly: an audit does not measure the format."""
         kind, options = sample.problem_type, sample.options
         answers = [read_answer(rollout.text, kind, options) for rollout in rollouts]
         return {
@@ -262,25 +255,14 @@ def _figures(audited: Audited, contrast: Contrast) -> dict[str, Any]:
     return figures
 
 
-def audit_rows(summary: Mapping[str, Any]) -> list[tuple[str, Mapping[str, Any]]]:
-    """Return (name, figures) of all questions, then of the largest groups of each grouping."""
-    rows = [("all", summary["all"])]
-    for grouping in _GROUPINGS:
-        groups = summary[grouping]
-        rows += [(name, groups[name]) for name in [*groups][:GROUPS_SHOWN]] if len(groups) > 1 else []
-    return rows
-
-
 def audit_table(summary: Mapping[str, Any]) -> str:
     """Return a table of mean pass rates in percent with 95 % intervals."""
     views: list[str] = list(summary["all"]["views"])
-    head = (
-        "pass rates",
-        "questions",
-        "best guess",
-        *(SHOWN.get(view, view) for view in views),
-        "temporal gap",
-    )
+    groups = [("all", summary["all"])]
+    for grouping in _GROUPINGS:
+        groups += [*summary[grouping].items()][:GROUPS_SHOWN] if len(summary[grouping]) > 1 else []
+    shown = ("one frame" if view == "frozen" else view for view in views)
+    head = ("pass rates", "questions", "best guess", *shown, "temporal gap")
     rows = [
         (
             name if not place else f"  {name}",
@@ -289,7 +271,7 @@ def audit_table(summary: Mapping[str, Any]) -> str:
             *(cell(figures["views"].get(view), "rate", 100, 0) for view in views),
             cell(figures.get("temporal_gap"), "gap", 100, 0),
         )
-        for place, (name, figures) in enumerate(audit_rows(summary))
+        for place, (name, figures) in enumerate(groups)
     ]
     return table(head, rows)
 
@@ -305,11 +287,13 @@ def audit_sentences(summary: Mapping[str, Any]) -> list[str]:
             f"{figures['questions']:,} questions on {kind}s; answered: most of {summary['samples']} "
             f"answers are right; the best fixed guess is right in {percent(figures['chance'])}:"
         )
-        told = {"blind": f"can be answered without the {kind}", "frozen": "can be answered from one frame"}
-        told |= {contrast: told.get(contrast, f"can be answered with its frames {contrast}")}
-        told |= {"ordered": f"can be answered with the {kind}" + " in order" * (kind == "video")}
+        told = {"blind": f"without the {kind}", "frozen": "from one frame"}
+        told |= {contrast: told.get(contrast, f"with its frames {contrast}")}
+        told |= {"ordered": f"with the {kind}" + " in order" * (kind == "video")}
         sentences += [
-            f"  {_share(views[view]['answered'])} {words}" for view, words in told.items() if view in views
+            f"  {_share(views[view]['answered'])} can be answered {words}"
+            for view, words in told.items()
+            if view in views
         ]
         if needs := figures.get("needs_order"):
             sentences.append(
@@ -328,6 +312,10 @@ def audit_sentences(summary: Mapping[str, Any]) -> list[str]:
         if summary[name] > 0.05
     ]
     return sentences
+
+
+def percent(share: float) -> str:
+    return f"{100 * share:.0f} %"
 
 
 def _share(figure: Mapping[str, Any]) -> str:

@@ -1,20 +1,15 @@
-"""Figures of an evaluation and of an audit: HTML pages without external files, each around a matplotlib SVG.
+"""Figure of an evaluation: temporal-gap.html, a page without external files around a matplotlib SVG.
 
-    temporal-gap.html   temporal gap of each benchmark and task type: which questions need the frame order
-    audit.html          pass rates of a dataset by source and type
-
-Lines are 95 % intervals; a filled dot's interval does not contain 0. Equal figures give equal bytes.
+It shows the temporal gap of each benchmark and task type: which questions need the order of the frames. Lines
+are 95 % intervals; a filled dot's interval does not contain 0. Equal figures give equal bytes.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from html import escape
 from io import StringIO
-from typing import TYPE_CHECKING, Any, NamedTuple
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
+from typing import Any, NamedTuple
 
 COLOURS = "petroff6"  # a style of matplotlib: colours that are safe if colour-blind, C0 to C5
 INK = "#808080"  # legible on a light and on a dark page
@@ -26,7 +21,6 @@ STYLE: dict[Any, Any] = {
     **dict.fromkeys(("text.color", "xtick.color", "ytick.color", "axes.edgecolor", "axes.titlecolor"), INK),
     "axes.spines.left": False, "axes.spines.right": False, "axes.spines.top": False, "ytick.left": False,
 }  # fmt: skip
-SHOWN: dict[str, str] = {"frozen": "one frame"}  # display names of frame orders, if other than their own
 _PAGE = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><title>{heading}</title><style>
 :root {{ color-scheme: light dark; }} body {{ margin: 24px; font: 14px/1.45 system-ui, sans-serif; }}
@@ -56,23 +50,15 @@ class Line(NamedTuple):
 
 def gap_page(results: Mapping[str, Mapping[str, Any]], model: str) -> str:
     """Draw temporal gaps. results: figures of each benchmark, as in summary.json."""
-    incomplete = [
+    notes = [
         f"{each['title']}: {each['coverage']}." for each in results.values() if not each.get("complete", True)
     ]
     lines = [line for result in results.values() for line in _lines(result)]
-    drawn = svg(_gaps_figure, lines) if lines else "<p>No question was asked both ways.</p>"
-    return _page(f"Which questions need the order of the frames: {model}", [_NOTE, *incomplete], drawn)
-
-
-def audit_page(
-    summary: Mapping[str, Any],
-    rows: Sequence[tuple[str, Mapping[str, Any]]],
-    notes: Sequence[str],
-    model: str,
-) -> str:
-    """Draw an audit. summary: the content of audit.json; rows: groups of questions with their figures."""
-    rates = svg(_rates_figure, rows, list(summary["all"]["views"]))
-    return _page(f"What the questions can be answered from: {model}", notes, rates)
+    return _PAGE.format(
+        heading=escape(f"Which questions need the order of the frames: {model}"),
+        paragraphs="".join(f"<p>{escape(note)}</p>" for note in (_NOTE, *notes)),
+        figure=_svg(lines) if lines else "<p>No question was asked both ways.</p>",
+    )
 
 
 def _lines(result: Mapping[str, Any]) -> Iterator[Line]:
@@ -97,94 +83,45 @@ def _lines(result: Mapping[str, Any]) -> Iterator[Line]:
                 yield Line("" if place else shown, rows is own, *gap)
 
 
-def _gaps_figure(lines: Sequence[Line]) -> Figure:
-    """Draw each line's interval, its dot, and its figures at the right."""
+def _svg(lines: Sequence[Line]) -> str:
+    """Draw each line's interval, its dot, and its figures at the right, with a legend above."""
+    from matplotlib import style
+    from matplotlib.figure import Figure
+
     kinds = list(dict.fromkeys(line.contrast for line in lines))
     counts = list(dict.fromkeys(line.frames for line in lines))
     names = kinds if len(kinds) > 1 else [f"{count} frames" for count in counts]
     colour = {name: f"C{number}" for number, name in enumerate(names)}
-    told = []
-    figure, axes = _axes(len(lines))
-    for y, line in enumerate(lines):
-        own = colour[line.contrast if len(kinds) > 1 else f"{line.frames} frames"]
-        gap, (low, high) = 100 * line.gap["gap"], (100 * end for end in line.gap["interval95"])
-        axes.hlines(y, low, high, color=own, linewidth=2)
-        axes.plot(gap, y, "o", color=own, markerfacecolor=own if low > 0 or high < 0 else "white")
-        told.append(
-            (f"{line.frames} frames: " if len(counts) > 1 < len(kinds) else "")
-            + f"{100 * line.gap['ordered']:.1f} − {100 * line.gap[line.contrast]:.1f} = {_signed(gap)} "
-            f"[{_signed(low)}, {_signed(high)}]  ({line.gap['questions']:,})"
-        )
-    axes.axvline(0, color=INK)
-    axes.xaxis.set_major_formatter(lambda value, _: _signed(value, 0))
-    _label(axes, [line.name for line in lines], told, colour)
-    for line, label in zip(lines, axes.get_yticklabels(), strict=True):
-        label.set_fontweight("bold" if line.is_benchmark else "normal")
-    axes.set_title("ordered − contrast (questions)", loc="right", fontsize="medium")
-    return figure
-
-
-def _rates_figure(rows: Sequence[tuple[str, Mapping[str, Any]]], views: Sequence[str]) -> Figure:
-    """Draw mean pass rates: a line for each view in each row, and a dashed line for the best fixed guess."""
-    step, told = 0.8 / len(views), []
-    figure, axes = _axes(len(rows) * max(1.0, len(views) / 2))
-    for row, (_, group) in enumerate(rows):
-        axes.vlines(group["chance"], row - 0.45, row + 0.45, linestyles="dashed", color=INK)
-        for place, view in enumerate(views):
-            if found := group["views"].get(view):
-                y = row + (place - (len(views) - 1) / 2) * step
-                axes.hlines(y, *found["interval95"], color=f"C{place}", linewidth=2)
-                axes.plot(found["rate"], y, "o", color=f"C{place}", markersize=4)
-        blind, order = group["views"].get("blind"), group.get("needs_order")
-        shares = [f"{percent(blind['answered']['share'])} without it"] if blind else []
-        shares += [f"{percent(order['share'])} by order"] if order else []
-        told.append(f"{', '.join(shares)} ({group['questions']:,})")
-    axes.plot([], [], "--", color=INK, label="best fixed guess")
-    axes.set_xlim(-0.01, 1.01)
-    axes.xaxis.set_major_formatter(lambda value, _: percent(value))
-    names = [name if len(name) <= 30 else f"{name[:29]}…" for name, _ in rows]
-    _label(axes, names, told, {SHOWN.get(view, view): f"C{place}" for place, view in enumerate(views)})
-    return figure
-
-
-def _axes(lines: float) -> tuple[Figure, Any]:
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(13, 1.1 + 0.25 * lines), layout="constrained")
-    axes = figure.subplots()
-    axes.grid(axis="x", color=INK, alpha=0.25)
-    return figure, axes
-
-
-def _label(axes: Any, names: Sequence[str], told: Sequence[str], colour: Mapping[str, str]) -> None:
-    """Write names at the left and figures at the right of the rows, and a legend above."""
-    axes.set_yticks(range(len(names)), labels=names)
-    axes.set_ylim(len(names) - 0.4, -0.6)
-    right = axes.secondary_yaxis("right")
-    right.set_yticks(range(len(told)), labels=told)
-    right.tick_params(length=0)
-    for name, each in colour.items():
-        axes.plot([], [], "o", color=each, label=name)
-    axes.figure.legend(loc="outside upper left", ncols=len(colour) + 1, frameon=False)
-
-
-def svg(draw: Callable[..., Figure], *arguments: Any) -> str:
-    """Return the figure that `draw` makes as an SVG element."""
-    from matplotlib import style
-
-    text = StringIO()
+    told, text = [], StringIO()
     with style.context([COLOURS, STYLE]):
-        draw(*arguments).savefig(text, format="svg", metadata={"Date": None, "Creator": None})
+        figure = Figure(figsize=(13, 1.1 + 0.25 * len(lines)), layout="constrained")
+        axes = figure.subplots()
+        axes.grid(axis="x", color=INK, alpha=0.25)
+        for y, line in enumerate(lines):
+            own = colour[line.contrast if len(kinds) > 1 else f"{line.frames} frames"]
+            gap, (low, high) = 100 * line.gap["gap"], (100 * end for end in line.gap["interval95"])
+            axes.hlines(y, low, high, color=own, linewidth=2)
+            axes.plot(gap, y, "o", color=own, markerfacecolor=own if low > 0 or high < 0 else "white")
+            told.append(
+                (f"{line.frames} frames: " if len(counts) > 1 < len(kinds) else "")
+                + f"{100 * line.gap['ordered']:.1f} − {100 * line.gap[line.contrast]:.1f} = {_signed(gap)} "
+                f"[{_signed(low)}, {_signed(high)}]  ({line.gap['questions']:,})"
+            )
+        axes.axvline(0, color=INK)
+        axes.xaxis.set_major_formatter(lambda value, _: _signed(value, 0))
+        axes.set_yticks(range(len(lines)), labels=[line.name for line in lines])
+        axes.set_ylim(len(lines) - 0.4, -0.6)
+        for line, label in zip(lines, axes.get_yticklabels(), strict=True):
+            label.set_fontweight("bold" if line.is_benchmark else "normal")
+        right = axes.secondary_yaxis("right")
+        right.set_yticks(range(len(told)), labels=told)
+        right.tick_params(length=0)
+        for name, each in colour.items():
+            axes.plot([], [], "o", color=each, label=name)
+        figure.legend(loc="outside upper left", ncols=len(colour), frameon=False)
+        axes.set_title("ordered − contrast (questions)", loc="right", fontsize="medium")
+        figure.savefig(text, format="svg", metadata={"Date": None, "Creator": None})
     return text.getvalue()[text.getvalue().index("<svg") :]
-
-
-def _page(heading: str, notes: Sequence[str], figure: str) -> str:
-    paragraphs = "".join(f"<p>{escape(note)}</p>" for note in notes)
-    return _PAGE.format(heading=escape(heading), paragraphs=paragraphs, figure=figure)
-
-
-def percent(share: float) -> str:
-    return f"{100 * share:.0f} %"
 
 
 def _signed(value: float, digits: int = 1) -> str:

@@ -3,11 +3,10 @@
     samples ─► open batches ─► own share ─► Reader ─────────► prompts ─► engine ─► record
                                             (decodes ahead)              (one call a batch and round)
 
-`run_share` and `read_batches` are the loop of every command that asks questions: `eval`, `data audit`,
-`annotate`, and the validation of `rl`. `QuestionLoop` adds the files of an evaluation and an audit. A round
-is one frame count and one way of answering. The contrast clip and the sampling seeds of a question follow
-from the seed and the question alone. Each rank writes to its own files, part-<rank>.<answers>-<frames>.jsonl,
-and rank 0 merges them in the manifest's order, so the number of ranks leaves no trace.
+`QuestionLoop` asks for an evaluation or an audit. A round is one frame count and one way of answering. The
+contrast clip and the sampling seeds of a question follow from the seed and the question alone. Each rank
+writes to its own files, part-<rank>.<answers>-<frames>.jsonl, and rank 0 merges them in the manifest's order,
+so the number of ranks leaves no trace.
 """
 
 import os
@@ -34,8 +33,8 @@ from video_r1.seeds import derived_seed
 from video_r1.settings.decoding import Answer, AuditSettings, DecodingSettings, EvalSettings
 from video_r1.settings.frames import FrameBudget, Order
 
+# Fields that decide a prompt's pixels, without the frame count: each has its own file.
 _BUDGET_FIELDS = ("fps", "min_frames", "frame_pixels", "image_pixels", "size_multiple")
-"""Fields that decide a prompt's pixels. The frame count is not among them: each has its own file."""
 _BATCHES_AHEAD = 3  # batches whose media are decoded while the engine is busy
 DIRECT_TOKENS = 128  # longest direct answer
 
@@ -91,25 +90,21 @@ def read_batches(
 
 
 def build_prompt(sample: Sample, media: Shown, builder: TextPrompts, order: Order, seed: int) -> Prompt:
-    """Build a sample's prompt in one frame order; the contrast clip follows from the seed and the question.
-
-    Raises MediaError for media that have no such order, and PromptError.
-    """
+    """Build a sample's prompt in one frame order. Raises PromptError, and MediaError for too few frames."""
     if order == "ordered":
         return builder.build(sample, media)
     if order == "blind":
         return blind_prompt(sample, media, builder)
     prompt = contrast_prompt(sample, media, builder, order, derived_generator(seed, sample.problem_id))
     if prompt is None:
-        clips = clips_of(media)
-        most = max(len(clip.frames) for clip in clips)
-        what = "is an image" if clips[0].kind == "image" else f"has {most} frame{'s' * (most != 1)}"
-        raise MediaError(sample.path, f"{what}, which cannot be {order}; ask in order, or blind")
+        frames = max(len(clip.frames) for clip in clips_of(media))
+        what = "an image" if sample.data_type == "image" else f"a clip of {frames} frame(s)"
+        raise MediaError(sample.path, f"is {what}, which cannot be {order}; ask in order, or blind")
     return prompt
 
 
 def sampling_seed(seed: int, frames: int, sample: Sample, order: Order, way: Answer = "reasoned") -> int:
-    """Return the seed of one prompt's answers. It does not depend on the other questions of the batch."""
+    """Return the seed of one prompt's answers, whatever else is in the batch."""
     ways = [way] if way == "direct" else []
     return derived_seed(seed, frames, sample.problem_id, order, *ways, bits=62)
 
@@ -149,10 +144,9 @@ def asked_with(
 class QuestionLoop(ABC):
     """Every sample, asked in each of `orders` with at most each of `counts` frames, answered into `folder`.
 
-    budget: frame sizes and rate; its `max_frames` is replaced by each of `counts`. settings: the seed, the
-    questions of one engine call, and the frame cache. sampling: settings of every answer, without a seed.
-    Files: `<answers>-<frames>.jsonl` (direct answers: `direct-<frames>.jsonl`), a line for each question and
-    order; `quarantine.jsonl`, questions that could not be asked; `<settings_file>`, what answers depend on.
+    budget: its `max_frames` is replaced by each of `counts`. Files: `<answers>-<frames>.jsonl` (direct
+    answers: `direct-<frames>.jsonl`), a line for each question and order; `quarantine.jsonl`, questions that
+    could not be asked; `<settings_file>`, what answers depend on.
     """
 
     samples: Sequence[Sample]
@@ -183,12 +177,11 @@ class QuestionLoop(ABC):
         return [order for order in self.orders if order == "ordered" or sample.data_type == "video"]
 
     def run(self, made_with: Mapping[str, Any]) -> None:
-        """Ask what is not answered yet; return when every rank has asked its share.
+        """Ask what is not answered yet or in quarantine; return when every rank has asked its share.
 
-        made_with: see `asked_with`. Questions in quarantine are tried again. Raises RequestError when the
-        folder holds answers made with other settings, when a file of answers is damaged, for no samples, for
-        two samples with one problem_id, and for direct answers to samples with `messages`; VideoR1Error when
-        a rank is lost.
+        made_with: see `asked_with`. Raises RequestError when the folder holds answers made with other
+        settings, when a file of answers is damaged, for no samples, for two with one problem_id, and for
+        direct answers to samples with `messages`; VideoR1Error when a rank is lost.
         """
         if not self.samples:
             raise RequestError(f"nothing to ask for {self.what}: the manifest has no samples")
@@ -233,11 +226,10 @@ class QuestionLoop(ABC):
         return {(record["problem_id"], record["order"]): record for record in records}
 
     def keys(self, samples: Sequence[Sample]) -> list[Key]:
-        """Return the keys of all answers about the samples in one round."""
         return [(sample.problem_id, order) for sample in samples for order in self.orders_of(sample)]
 
     def skipped(self, answered: Iterable[Key]) -> int:
-        """Return the number of questions that could not be asked."""
+        """Return how many questions could not be asked."""
         asked = {sample.problem_id for sample in self.samples if self.orders_of(sample)}
         return len(asked - {problem_id for problem_id, _ in answered})
 
@@ -256,8 +248,7 @@ class QuestionLoop(ABC):
     ) -> Generator[tuple[int, dict[str, str]]]:
         """Ask the batches and append what is not done to this rank's files.
 
-        A round of a batch is asked again as a whole or not at all, so that padding is the same. A batch whose
-        only open questions cannot be read is not asked.
+        A round of a batch is asked again as a whole or not at all, so that padding is the same.
         """
         builder, seed = self.prompt_builder, self.settings.seed
         direct = builder.with_template(builder.template.direct())
@@ -330,8 +321,7 @@ def own_file(path: Path) -> Path:
 def _with_parts(path: Path, needed: Set[str]) -> list[dict[str, Any]]:
     """Return the records of a JSON-lines file and its parts, if they exist; each has the fields `needed`.
 
-    A last line that was cut off while it was written is removed, so that its question is asked again. Raises
-    RequestError for any other line that is no record.
+    Removes a last line that was cut off. Raises RequestError for any other line that is no record.
     """
     records = []
     for each in filter(Path.is_file, (path, *parts_of(path))):

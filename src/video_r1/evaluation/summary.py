@@ -34,8 +34,7 @@ NEEDED = frozenset(
 def summarise(records: Sequence[Record], direct: Sequence[Record] = ()) -> dict[str, Any]:
     """Return the figures of one frame count.
 
-    records: predictions in the manifest's order, each question once per order; direct: direct answers to the
-    same questions. Returns
+    records: predictions, each question once per order; direct: direct answers to the same questions. Returns
 
         {"ordered":  {"accuracy", "interval95", "questions", "strict_accuracy", "format_rate",
                       "unparsable_rate", "truncated_rate", "warning" if nearly all outputs are one answer},
@@ -47,13 +46,12 @@ def summarise(records: Sequence[Record], direct: Sequence[Record] = ()) -> dict[
          "direct": the same of the direct answers,
          "reasoning_gains": {order: {"gain", "interval95", "questions", "reasoned", "direct", "tokens"}}}
 
-    Every other contrast has figures beside `shuffled`, and its gap in `temporal_gaps`. Orders without records
-    and gaps without pairs have no entry; a gap is over the questions asked both ways. An order whose records
-    all name task types has `task_mean`, the mean over task types; one with regression and other questions
-    `kind_mean`, the mean of the two means; one with grounding questions only `overlaps` (`overlap_figures`).
-    `by_pairs` has figures over the sets that records name (`pair_records`). `tokens` of a reasoning gain is
-    {"difference", "interval95", "questions", "reasoned", "direct"} of the lengths. With direct answers only,
-    all figures are theirs. Intervals resample records with an equal `clip` together.
+    Every other contrast has figures beside `shuffled`, and its gap in `temporal_gaps`. A gap is over the
+    questions asked both ways. An order whose records all name task types has `task_mean`, the mean over task
+    types; one with regression and other questions `kind_mean`, the mean of the two means; one with grounding
+    questions only `overlaps` (`overlap_figures`). `by_pairs` has figures over the sets that records name
+    (`pair_records`). With direct answers only, all figures are theirs. Intervals resample records with an
+    equal `clip` together.
     """
     if not records:
         return summarise(direct) if direct else {}
@@ -76,7 +74,6 @@ def summarise(records: Sequence[Record], direct: Sequence[Record] = ()) -> dict[
 
 
 def _add_means(figures: dict[str, Any], records: Iterable[Record]) -> None:
-    """Add `task_mean` and `kind_mean` to the figures of each order."""
     for order, chosen in _by_order(records).items():
         tasks = [record.get("task_type", "") for record in chosen]
         kinds = [str(record.get("problem_type") == "regression") for record in chosen]
@@ -103,8 +100,7 @@ def check_pairs(problem_id: str | int, pairs: Any) -> None:
 def pair_records(records: Iterable[Record]) -> dict[str, list[Record]]:
     """Return one record for each set of questions and order, by the name of the pair metric.
 
-    A record's `pairs` is {metric: [set, its questions]}, e.g. {"pair accuracy": ["17", 2]}. A set has the
-    score of its worst answer. Incomplete sets are skipped, and a set of several task types has none.
+    A set has the score of its worst answer. Incomplete sets are skipped.
     """
     sets: dict[tuple[str, str, str, int], list[Record]] = {}
     for record in records:
