@@ -20,30 +20,27 @@ ENDS = ("&", "|", ";", "&&", ">")  # of a command, in a shell's line
 _BEGINS = re.compile(r"(?:[A-Z_]+=\S+ )*(?:video-r1|python|accelerate|torchrun|make|pip|hf|git) ")
 
 
-def shell_blocks(text: str) -> Iterator[list[str]]:
-    """The lines of each block for a shell, continued lines joined and comment lines gone: fenced as bash or
-    as nothing, behind the prompt `$ ` of a console, and indented lines that begin as a command."""
+def command_lines(text: str) -> Iterator[list[str]]:
+    """The words of every shell line that has a command of this project or of Python: in blocks fenced as bash
+    or as nothing, behind the prompt `$ ` of a console, and in indented lines that begin as a command."""
+    lines: list[str] = []
     for language, block in FENCED.findall(text):
         if language in ("", "bash"):
-            yield [*_joined(block)]
+            lines += _joined(block)
         elif language == "console":
-            yield [line[2:] for line in _joined(block) if line.startswith("$ ")]
+            lines += [line[2:] for line in _joined(block) if line.startswith("$ ")]
     for block in INDENTED.findall(FENCED.sub("", text)):
-        if lines := [line for line in _joined(block) if _BEGINS.match(line)]:
-            yield lines
+        lines += [line for line in _joined(block) if _BEGINS.match(line)]
+    for line in lines:
+        if "video-r1 " in line or "-m " in line:
+            yield shlex.split(line, comments=True)
 
 
 def _joined(block: str) -> Iterator[str]:
+    """The lines of a block, continued lines joined and comment lines gone."""
     for line in block.replace("\\\n", " ").splitlines():
         if line.strip() and not line.strip().startswith("#"):
             yield line.strip()
-
-
-def command_lines(text: str) -> Iterator[list[str]]:
-    """The words of every shell line that has a command of this project or of Python."""
-    for line in (line for block in shell_blocks(text) for line in block):
-        if "video-r1 " in line or "-m " in line:
-            yield shlex.split(line, comments=True)
 
 
 def request(words: list[str]) -> list[str] | None:

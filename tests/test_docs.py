@@ -94,27 +94,9 @@ def test_a_page_names_only_what_exists(path: Path) -> None:
     assert list(complaints(path, path.read_text(encoding="utf-8"))) == []
 
 
-@pytest.mark.parametrize(
-    ("text", "said"),
-    [
-        (
-            "```bash\nvideo-r1 rl video-r1-7b-tgrpo \\\n  --learning_rat 1\n```\n",
-            "did you mean learning_rate",
-        ),
-        ("See:\n\n    X=1 video-r1 evil CHECKPOINT\n", "did you mean eval"),
-        ("`tests/test_nothing.py`", "no such file"),
-        ("[a](nowhere.md)", "link to nowhere.md: no such file"),
-    ],
-)
-def test_a_wrong_name_in_a_page_is_found(text: str, said: str) -> None:
-    found = list(complaints(ROOT / "x.md", text))
-    assert len(found) == 1 and said in found[0]
-
-
 def test_the_first_commands_of_the_readme_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The canary for command lines of pages: test_docs_commands.py runs all of them."""
     write_own_clips(tmp_path / "mine")
     monkeypatch.chdir(tmp_path / "mine")
     lines = [words[1:] for words in command_lines((ROOT / "README.md").read_text()) if words[0] == "video-r1"]

@@ -94,8 +94,10 @@ def test_a_plan_that_does_not_fit_says_so(
     assert "\ndoes not fit: " in text
     assert text.endswith(
         "it does not fit 1 GPU of 0.001 GB; it fits with (peak, GiB):\n  none of the changes tried\n"
-        "no packaged recipes for rl that fit it\n"
+        "see video-r1 recipes for recipes by machine\n"
     )
+    monkeypatch.setattr("video_r1.plan.plan.plan_lines", None)  # now from the cache
+    assert main([*words, "1MB", "--max_completion_length", "32"]) == 1 and capsys.readouterr().out == text
 
 
 def test_an_unknown_shape_is_refused_with_a_remedy(

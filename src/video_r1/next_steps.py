@@ -55,7 +55,7 @@ def after_training(recipe: Recipe) -> list[str]:
 def after_plan(recipe: Recipe) -> list[str]:
     """Return the command that trains as planned, with the settings that the plan was given."""
     values, usual = recipe.values(), recipe.made_for.gpus or 1
-    command, gpus = values["stage"] or recipe.made_for.command, values["gpus"] or usual
+    command, gpus = recipe.made_for.command, values["gpus"] or usual
     if recipe.source is None or command is None:
         return []
     words = [command, recipe.source]

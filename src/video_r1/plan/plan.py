@@ -13,7 +13,7 @@ from video_r1.plan.estimate import describe_time
 from video_r1.plan.memory import MemoryPlan, Sharding, memory_plan, sharding_of
 from video_r1.plan.shapes import is_published, model_config
 from video_r1.recipe import Recipe
-from video_r1.recipe_files import Entry, catalogue, checkpoint_behind, model_folder
+from video_r1.recipe_files import checkpoint_behind, model_folder
 from video_r1.settings.base import own_field_types
 from video_r1.settings.commands import GPUS, PlanSettings, parse_bytes
 from video_r1.settings.shared import ModelSettings, PromptSettings
@@ -21,7 +21,7 @@ from video_r1.settings.training import SFTSettings, TGRPOSettings
 
 
 def plan_lines(recipe: Recipe) -> Iterator[str]:
-    """Yield the plan and, if it does not fit, changes and recipes that do.
+    """Yield the plan and, if it does not fit, changes that do.
 
     Raises ConfigError if the model's shape is unknown.
     """
@@ -46,7 +46,7 @@ def plan_lines(recipe: Recipe) -> Iterator[str]:
     if kind is not None:
         yield from ("", *describe_time(config, plan, kind))
     if plan.fits is False:
-        yield from remedy_lines(config, plan, str(source), settings.text_tokens)
+        yield from remedy_lines(config, plan, settings.text_tokens)
 
 
 def gpu_memory(recipe: Recipe) -> int | None:
@@ -76,7 +76,7 @@ def planned_sharding(recipe: Recipe) -> Sharding:
 def of_stage(recipe: Recipe) -> Recipe:
     """Return the recipe as one of the command that it is for (`rl` or `sft`), with its defaults."""
     own = recipe.made_for.command or ("rl" if recipe.source is None else "sft")
-    recipe = replace(recipe, command=recipe.section(PlanSettings).stage or own)
+    recipe = replace(recipe, command=own)
     if recipe.command == "sft":
         given = frozenset[str]().union(*(section.given for section in recipe.sections))
         values = {name: recipe.values()[name] for name in own_field_types(SFTSettings) if name in given}
@@ -116,37 +116,12 @@ def memory_lines(plan: MemoryPlan) -> Iterator[str]:
     yield f"\n{verdict}: {plan.peak / unit:,.2f} of {plan.gpu_memory / unit:,.2f} {name_of_unit}"
 
 
-def remedy_lines(config: object, plan: MemoryPlan, checkpoint: str, text_tokens: int) -> Iterator[str]:
+def remedy_lines(config: Any, plan: MemoryPlan, text_tokens: int) -> Iterator[str]:
     """Yield each fitting change as soon as it is found; finding one takes as long as the plan itself."""
-    command, one, found = plan.recipe.command, plan.sharding.processes == 1, False
+    one, found = plan.sharding.processes == 1, False
     machine = f"{plan.sharding.processes} GPU{'' if one else 's'} of {(plan.gpu_memory or 0) / 1e9:.3g} GB"
     yield f"\nit does not fit {machine}; it fits with (peak, GiB):"
-    for words, changed in fitting_changes(config, plan, text_tokens):
-        found = True
-        yield f"  {words:<60}{changed.peak / 2**30:9.2f}"
-    if not found:
-        yield "  none of the changes tried"
-    entries = fitting_recipes(plan, checkpoint)
-    yield (
-        f"packaged recipes for {command} that fit it:"
-        if entries
-        else f"no packaged recipes for {command} that fit it"
-    )
-    for entry in entries:
-        yield f"  video-r1 {command} {entry.name:<24} {entry.checkpoint}: {entry.about}"
-
-
-LORA = {"use_peft": True, "dtype": "bfloat16"}
-MORE_GPUS = (2, 4, 8)
-
-
-def fitting_changes(config: Any, plan: MemoryPlan, text_tokens: int) -> Iterator[tuple[str, MemoryPlan]]:
-    """Yield options for `plan` and the recipe's command with which it fits, and the plan with them.
-
-    Changes are tried one by one, and several together if no single change is enough.
-    """
-
-    def after(settings: dict[str, Any], gpus: int = 0) -> Iterator[tuple[str, MemoryPlan]]:
+    for settings, gpus in changes(plan):
         made = memory_plan(
             config,
             changed(plan.recipe, settings),
@@ -156,16 +131,17 @@ def fitting_changes(config: Any, plan: MemoryPlan, text_tokens: int) -> Iterator
             processor=plan.processor,
         )
         if made.fits:
-            options = [f"--{name} {text(value)}" for name, value in settings.items()]
-            yield " ".join(options + [f"--gpus {gpus} --sharding fsdp2"] * bool(gpus)), made
-
-    found = False
-    for change in single_changes(plan):
-        for fitting in after(*change):
             found = True
-            yield fitting
+            options = [f"--{name} {text(value)}" for name, value in settings.items()]
+            options += [f"--gpus {gpus} --sharding fsdp2"] * bool(gpus)
+            yield f"  {' '.join(options):<60}{made.peak / 2**30:9.2f}"
     if not found:
-        yield from after(together(plan))
+        yield "  none of the changes tried"
+    yield "see video-r1 recipes for recipes by machine"
+
+
+LORA = {"use_peft": True, "dtype": "bfloat16"}
+MORE_GPUS = (2, 4, 8)
 
 
 def text(value: Any) -> str:
@@ -174,10 +150,10 @@ def text(value: Any) -> str:
     return str(value).lower() if isinstance(value, bool) else str(value)
 
 
-def single_changes(plan: MemoryPlan) -> Iterator[tuple[dict[str, Any], int]]:
+def changes(plan: MemoryPlan) -> Iterator[tuple[dict[str, Any], int]]:
     """Yield settings and a number of GPUs (0: as planned) in the order of docs/recipes.md.
 
-    The first ones do not change the training result.
+    The first ones do not change the training result. The last one is the smallest: several changes together.
     """
     values, sharding = plan.recipe.values(), plan.sharding
     batch, passes = values["per_device_train_batch_size"], values["gradient_accumulation_steps"]
@@ -200,7 +176,11 @@ def single_changes(plan: MemoryPlan) -> Iterator[tuple[dict[str, Any], int]]:
         yield LORA | no_vllm, 0
     if not values["load_in_4bit"] and not plan.row.repeated:
         yield {**LORA, "load_in_4bit": True, **no_vllm}, 0
-    yield from ((settings, 0) for settings in smaller(plan.recipe))
+    several = {**LORA, "load_in_4bit": not plan.row.repeated, "gradient_checkpointing": True}
+    for part in smaller(plan.recipe):
+        yield part, 0
+        several |= part
+    yield several | ({"use_vllm": False} if plan.vllm is not None else {}), 0
 
 
 def smaller(recipe: Recipe) -> Iterator[dict[str, Any]]:
@@ -219,14 +199,6 @@ def smaller(recipe: Recipe) -> Iterator[dict[str, Any]]:
     yield {"max_completion_length": half} | ranges
 
 
-def together(plan: MemoryPlan) -> dict[str, Any]:
-    """Return the smallest plan: QLoRA (LoRA on the general path), gradient checkpointing and short rows."""
-    settings = {**LORA, "load_in_4bit": not plan.row.repeated, "gradient_checkpointing": True}
-    for part in smaller(plan.recipe):
-        settings |= part
-    return settings | ({"use_vllm": False} if plan.vllm is not None else {})
-
-
 def changed(recipe: Recipe, settings: dict[str, Any]) -> Recipe:
     """Return the recipe with other settings. Raises ConfigError."""
     sections, other = [], dict(settings)
@@ -235,22 +207,3 @@ def changed(recipe: Recipe, settings: dict[str, Any]) -> Recipe:
         sections.append(replace(section, **own))
         other = {name: value for name, value in other.items() if name not in own}
     return replace(recipe, sections=tuple(sections), training={**recipe.training, **other})
-
-
-def fitting_recipes(plan: MemoryPlan, checkpoint: str) -> list[Entry]:
-    """Return packaged recipes of the same command for this machine or a smaller one.
-
-    Recipes for the same model come first, then those for the largest machine. Tests plan each on its machine.
-    """
-
-    def place(entry: Entry) -> tuple[bool, int, str]:
-        gpus, memory = entry.made_for.gpus or 0, parse_bytes(entry.made_for.gpu_memory or "") or 0
-        return entry.checkpoint != checkpoint, -gpus * memory, entry.name
-
-    def fits(entry: Entry) -> bool:
-        facts = entry.made_for
-        memory = parse_bytes(facts.gpu_memory or "") or 0
-        small = 0 < (facts.gpus or 0) <= plan.sharding.processes and memory <= (plan.gpu_memory or 0)
-        return small and facts.command == plan.recipe.command
-
-    return sorted(filter(fits, catalogue()), key=place)
