@@ -178,10 +178,8 @@ def _tempcompass(folder: Path, clips: list[Path]) -> None:
         "captioning": (f"You will be presented with a video.{information}\nGenerated Caption:", "B. dunking"),
     }
     for form, (question, answer) in questions.items():
-        _json(
-            folder / "questions" / f"{form}.json",
-            {"1034419625": {"action": [{"question": question, "answer": answer}]}},
-        )
+        row = {"video_id": "1034419625", "dim": "action", "question": question, "answer": answer}
+        _json_lines(folder / form / "test.jsonl", [row])
     _media(clips[1], folder / "videos/1034419625.mp4")
 
 

@@ -30,14 +30,14 @@ from video_r1.evaluation.summary import summarise, summary_table
     ],
 )
 def test_mean_relative_accuracy(predicted: float, truth: float, score: float) -> None:
-    assert mean_relative_accuracy([predicted], [truth]).tolist() == pytest.approx([score])
+    assert mean_relative_accuracy(predicted, truth) == pytest.approx(score)
 
 
 def test_mean_relative_accuracy_is_that_of_exact_fractions() -> None:
     """Errors of exactly 1 − θ too, which floating point puts on either side: 0.9 against 1, 7.2 against 8."""
     pairs = [(Fraction(p, 10), Fraction(t, 10)) for p in range(0, 121) for t in range(1, 81)]
     expected = [sum(abs(p - t) / t < Fraction(k, 20) for k in range(1, 11)) / 10 for p, t in pairs]
-    ours = mean_relative_accuracy([float(p) for p, _ in pairs], [float(t) for _, t in pairs])
+    ours = [mean_relative_accuracy(float(p), float(t)) for p, t in pairs]
     assert [pair for pair, a, b in zip(pairs, ours, expected, strict=True) if abs(a - b) > 1e-12] == []
 
 

@@ -3,12 +3,9 @@
     manifest ─► Teacher ─► journal ─► judge ─► OUT (kept)
                                           └──► OUT.rejected.jsonl (the others, with the reason)
 
-The journal holds the teacher's answers. OUT and OUT.rejected.jsonl follow from it and the filters' settings
-alone, in the manifest's order, so the filters can be changed later without asking the teacher again, and an
-interruption leaves no trace.
-
-Several ranks share the questions. Each has its own teacher and its own journal
-(part-<rank>.OUT.journal.jsonl), which rank 0 merges at the end, or when a killed run is continued.
+OUT and OUT.rejected.jsonl follow from the journal and the filters' settings alone, in the manifest's order:
+filters can be changed without asking again, and an interruption leaves no trace. Each rank has its own
+teacher and journal (part-<rank>.OUT.journal.jsonl), which rank 0 merges at the end or when a run continues.
 """
 
 import fcntl
@@ -49,8 +46,8 @@ from video_r1.processes import (
 from video_r1.recipe import plain
 from video_r1.settings.decoding import AnnotateSettings
 
+# Kinds of questions without rationales, and their names in the table.
 FAILURES = {"media": "not asked: media", "prompt": "not asked: prompt", "endpoint": "not answered"}
-"""Kinds of questions without rationales, and their names in the table."""
 _DRAWN_WITH = (
     "fps", "min_frames", "max_frames", "frame_pixels", "image_pixels",
     "samples", "temperature", "top_p", "max_new_tokens", "seed", "frames_as", "request_fields",
@@ -58,10 +55,7 @@ _DRAWN_WITH = (
 
 
 class Counts(NamedTuple):
-    """Numbers of questions and of rationales by outcome: "kept", one of FILTERS or one of FAILURES.
-
-    A rejected question counts under the filter that stopped the rationale that came furthest.
-    """
+    """Numbers of questions and of rationales by outcome: "kept", one of FILTERS or one of FAILURES."""
 
     questions: Counter[str]
     rationales: Counter[str]
@@ -81,10 +75,9 @@ class Counts(NamedTuple):
 def run_annotate(settings: AnnotateSettings) -> Counts:
     """Annotate a manifest, print the table and return the counts.
 
-    The manifest, the journal and the endpoint are checked before a model is loaded, and no teacher is started
-    when every question has its answer. Raises ManifestError, ConfigError, RequestError (also for a journal
-    made with other settings and an OUT that no annotation has written), and VideoR1Error when the teacher
-    fails, nothing is kept, or another rank is lost; all answers so far are then in the journal.
+    Raises ManifestError, ConfigError, RequestError (also for a journal made with other settings and an OUT
+    that no annotation has written), and VideoR1Error when the teacher fails, nothing is kept, or another rank
+    is lost; all answers so far are then in the journal.
     """
     assert settings.manifest is not None and settings.teacher is not None and settings.out is not None
     manifest, teacher, out = settings.manifest, settings.teacher, Path(settings.out)
@@ -180,19 +173,15 @@ def _local_teacher(settings: AnnotateSettings) -> EngineTeacher:
 def _record(
     answers: Generator[list[Answered]], journal: "Journal", settings: AnnotateSettings
 ) -> Generator[tuple[int, dict[str, str]]]:
-    """Append the answers to the journal as they come; yield their number and the share kept so far."""
-    kept: list[bool] = []
-    failed = 0
+    """Append the answers to the journal as they come; yield their number, and how many were kept so far."""
+    counts: Counter[str] = Counter()
     with closing(answers):
         for finished in answers:
             journal.append({"problem_id": sample.problem_id, **entry} for sample, entry in finished)
             for sample, entry in finished:
-                if "failed" in entry:
-                    failed += 1
-                else:
-                    kept.append(_verdict(sample, entry, settings).kept is not None)
-            figures = {"kept": f"{sum(kept) / len(kept):.0%}"} if kept else {}
-            yield len(finished), figures | ({"failed": str(failed)} if failed else {})
+                is_kept = _verdict(sample, entry, settings).kept is not None
+                counts["failed" if "failed" in entry else "kept" if is_kept else "rejected"] += 1
+            yield len(finished), {name: str(count) for name, count in counts.items()}
 
 
 def _verdict(sample: Sample, entry: Mapping[str, Any], settings: AnnotateSettings) -> Verdict:
@@ -206,11 +195,7 @@ def rejected_path(out: str | Path) -> Path:
 
 
 def _write(samples: Sequence[Sample], journal: "Journal", settings: AnnotateSettings) -> Counts:
-    """Judge all answers in the journal and write both files, each in one step, in the manifest's order.
-
-    A kept row is the sample's own with the teacher's rationale as `process`; `solution` is the manifest's. A
-    rejected row has the reason, and each rationale with the filter that stopped it.
-    """
+    """Judge all answers in the journal and write both files, each in one step, in the manifest's order."""
     assert settings.manifest is not None and settings.out is not None
     out, root = Path(settings.out), media_root_of(settings.manifest, settings.media_root)
     counts = Counts(Counter(), Counter())
@@ -248,12 +233,9 @@ def _write(samples: Sequence[Sample], journal: "Journal", settings: AnnotateSett
 class Journal:
     """Every answer of the teacher as a JSON line: `problem_id` and `completions`, or `failed` and `reason`.
 
-    The first line holds the settings that the answers depend on. Lines are flushed to the disk as they are
-    appended; a last line that was cut off is removed when the journal is opened again. A later line about a
-    question replaces an earlier one.
-
-    path: the file; settings: JSON values by name. Raises RequestError when the file holds answers made with
-    other settings, is not a journal, or is being written by another process.
+    The first line holds the settings that the answers depend on. A last line that was cut off is removed when
+    the journal is opened; a later line about a question replaces an earlier one. Raises RequestError when the
+    file holds answers made with other settings, is not a journal, or is being written by another process.
     """
 
     def __init__(self, path: Path, settings: Mapping[str, Any]) -> None:
@@ -273,7 +255,6 @@ class Journal:
             ) from error
 
     def _read(self, settings: Mapping[str, Any]) -> None:
-        """Index the lines; write the first one if the file is empty."""
         for number, place, entry in whole_lines(self._file):
             if entry is None or ("settings" if number == 1 else "problem_id") not in entry:
                 raise RequestError(
@@ -296,12 +277,11 @@ class Journal:
         return self._entries.get(str(problem_id), (0, False))[1]
 
     def __getitem__(self, problem_id: str | int) -> dict[str, Any]:
-        """Return the last entry of a question. Raises KeyError when there is none."""
         self._file.seek(self._entries[str(problem_id)][0])
         return json.loads(self._file.readline())
 
     def append(self, entries: Iterable[Mapping[str, Any]]) -> None:
-        """Append entries; return when they are on the disk."""
+        """Append entries and flush them to the disk."""
         place = self._file.seek(0, os.SEEK_END)
         for entry in entries:
             self._note(entry, place)
@@ -321,5 +301,4 @@ class Journal:
             part.unlink()
 
     def close(self) -> None:
-        """Close the file, which lets another process open it."""
         self._file.close()

@@ -1,8 +1,7 @@
 """Teachers: engines and endpoints that write K rationales for each of many questions.
 
 `answers(batches, done)` yields lists of `Answered` as they are finished, in any order, one for each question
-that is not in `done`. A teacher reads a bounded number of questions ahead of its caller, and holds the frames
-of no more than those.
+that is not in `done`. A teacher reads a bounded number of questions ahead of its caller.
 """
 
 from collections.abc import Container, Generator, Iterable, Sequence
@@ -46,11 +45,7 @@ def sample_seed(seed: int, problem_id: str | int, draw: int = 0) -> int:
 
 @dataclass(slots=True)
 class EngineTeacher:
-    """A checkpoint behind one of the rollout engines, `batch_size` questions at a time.
-
-    A batch is asked again as a whole, and then gives the same answers bit for bit, unless media of it can no
-    longer be read.
-    """
+    """A checkpoint behind a rollout engine. A batch is asked again as a whole, for the same answers."""
 
     engine: RolloutEngine
     builder: TextPrompts
@@ -60,9 +55,7 @@ class EngineTeacher:
     def answers(self, batches: Batches, done: Done) -> Generator[list[Answered]]:
         sampling = SamplingSettings.of(self.settings, self.settings.samples)
         for read in read_batches(self.reader, [Batch(batch) for batch in batches], self.builder.build):
-            found: dict[str | int, dict[str, Any]] = {
-                sample.problem_id: _failed(error) for sample, error in read.failed
-            }
+            found = {sample.problem_id: _failed(error) for sample, error in read.failed}
             if any(sample.problem_id not in done for sample, _ in read.usable):
                 seeds = tuple(sample_seed(self.settings.seed, sample.problem_id) for sample, _ in read.usable)
                 prompts = [prompt for _, prompt in read.usable]
@@ -114,7 +107,6 @@ class EndpointTeacher:
                     )
 
     def close(self) -> None:
-        """End the run: wait for media being decoded, abandon requests under way."""
         self._client.close()
 
     async def _answer(self, sample: Sample) -> Answered:

@@ -34,21 +34,16 @@ class Figure(NamedTuple):
         return {name: self.mean, "interval95": [self.low, self.high], "questions": self.questions}
 
 
-def mean_relative_accuracy(predicted: ArrayLike, truth: ArrayLike) -> NDArray[np.float64]:
-    """Return each answer's MRA: mean over θ of [ |pred − truth| ÷ |truth| < 1 − θ ] (arXiv 2412.14171).
+def mean_relative_accuracy(predicted: float, truth: float) -> float:
+    """Return an answer's MRA: mean over θ of [ |predicted − truth| ÷ |truth| < 1 − θ ] (arXiv 2412.14171).
 
-    θ runs over 0.50, 0.55, …, 0.95. predicted, truth: [N] float; a nan in `predicted` is no number and scores
-    0. A truth of 0 has no relative error: an exact 0 scores 1, all else 0. Returns [N].
+    θ runs over 0.50, 0.55, …, 0.95. A nan scores 0. A truth of 0 has no relative error: an exact 0 scores 1,
+    all else 0.
     """
-    predicted = np.asarray(predicted, dtype=np.float64)
-    truth = np.asarray(truth, dtype=np.float64)
-    error = np.abs(predicted - truth)
-    size = np.abs(truth)
-    with np.errstate(over="ignore"):  # an infinite relative error is wrong
-        relative = np.divide(error, size, out=np.where(error == 0, 0.0, np.inf), where=size > 0)
+    error, size = abs(predicted - truth), abs(truth)
+    relative = error / size if size else 0.0 if error == 0 else math.inf
     # An error of exactly 1 − θ is not below it; 1 − 0.9 in binary is below 0.1, hence the margin.
-    tolerances = np.arange(1, 11) / 20 - 1e-9
-    return (relative[..., None] < tolerances).mean(axis=-1)
+    return sum(relative < step / 20 - 1e-9 for step in range(1, 11)) / 10
 
 
 def bootstrap_means(

@@ -145,6 +145,5 @@ def score_output(sample: Sample, output: str, by: Protocol | None = None) -> Sco
 def _score(problem_type: str, prediction: str, truth: str) -> float:
     if problem_type != "regression":
         return correctness(problem_type, prediction, truth)
-    numbers = [parse_number(text) for text in (prediction, truth)]
-    predicted, expected = (float("nan") if number is None else number for number in numbers)
-    return float(mean_relative_accuracy([predicted], [expected])[0])
+    predicted, expected = parse_number(prediction), parse_number(truth)
+    return 0.0 if predicted is None or expected is None else mean_relative_accuracy(predicted, expected)

@@ -12,7 +12,7 @@ Their rows name the sets of questions that are right only as a whole.
 import csv
 import json
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -20,34 +20,17 @@ from video_r1.data.answers import LETTERS, answer_of, options_of, parse_number, 
 from video_r1.errors import ManifestError
 from video_r1.evaluation.benchmarks.spec import Place, Row, Tables, json_or_parquet
 
-FORMS = {"multi-choice": 1580, "yes_no": 2453, "caption_matching": 1503, "captioning": 2004}
+FORMS = ("multi-choice", "yes_no", "caption_matching", "captioning")
 _NAMED = re.compile(r"(?:Option|Sentence|Caption) (?:\d|[A-Z]): (.*)", re.DOTALL)
 _INFORMATION = re.compile(r"Information [A-Z]: (.*)", re.DOTALL)
 _INFORMATION_QUESTION = "Which piece of information is consistent with the video?"
 
 
 def read_tempcompass(path: Path) -> Iterator[Row]:
-    """Read `questions/<form>.json` (clips → aspects → questions) or the hub's rows, a folder a form."""
-    form = path.stem if path.stem in FORMS else path.parent.name
-    if form not in FORMS:
-        return
-    rows: Iterable[Row] = json_or_parquet(path)
-    if path.stem in FORMS:
-        rows = (
-            {**question, "video_id": clip, "dim": aspect}
-            for clip, aspects in _json_object(path).items()
-            for aspect, questions in aspects.items()
-            for question in questions
-        )
-    for row in rows:
+    """Read the rows of a form, which is the name of their folder."""
+    form = path.parent.name
+    for row in json_or_parquet(path) if form in FORMS else ():
         yield {**row, **as_choice(form, row), "data_source": f"TempCompass/{form}"}
-
-
-def _json_object(path: Path) -> dict[str, Any]:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ManifestError(f"{path}: cannot be read as JSON ({error})") from error
 
 
 def as_choice(form: str, row: Row) -> Row:
@@ -193,7 +176,11 @@ def mvbench_task(row: Row, tables: Tables) -> str:
 def read_tomato(path: Path) -> Iterator[Row]:
     """Read `data/<kind of reasoning>.json`: questions by number, the answer as an index from 0."""
     kind = path.stem.replace("&", "_")
-    for number, row in _json_object(path).items():
+    try:
+        rows = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ManifestError(f"{path}: cannot be read as JSON ({error})") from error
+    for number, row in rows.items():
         yield {**row, "id": f"{kind}-{number}", "task": kind, "letter": LETTERS[row["answer"]]}
 
 
