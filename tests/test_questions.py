@@ -15,7 +15,6 @@ from video_r1.rollout.engine import prompt_seed
 from video_r1.seeds import derived_seed
 from video_r1.settings.frames import FrameBudget
 from video_r1.training.questions import (
-    MemoryCache,
     QuestionSource,
     Slot,
     StepBatches,
@@ -97,22 +96,17 @@ def test_nothing_usable() -> None:
         source(bad=tuple(range(10))).ready(Slot(0, 0))
 
 
-def test_memory_keeps_what_was_used_last() -> None:
-    cache, made = MemoryCache[torch.Tensor](limit=800), []
+def test_memory_keeps_what_it_has_room_for() -> None:
+    questions, made = source(), []
 
-    def get(key: int, numbers: int = 50) -> None:
-        def make() -> torch.Tensor:
-            made.append(key)
-            return torch.zeros(numbers, dtype=torch.float64)  # 400 bytes
+    def load(sample: Sample) -> torch.Tensor:
+        made.append(sample.problem_id)
+        return torch.zeros(50, dtype=torch.float64)  # 400 bytes
 
-        assert len(cache.get(key, make)) == numbers
-
-    for key in (1, 2, 1, 3, 1, 2):
-        get(key)
-    assert made == [1, 2, 3, 2]  # 3 pushes out 2, as 1 was used since
-    get(9, numbers=101)  # larger than the whole memory: given, not kept
-    get(9, numbers=101)
-    assert made[-2:] == [9, 9] and cache.size <= 800
+    questions.load, questions.cache_bytes = load, 800  # type: ignore[assignment]
+    for index in (1, 2, 1, 3, 2, 3):
+        assert len(questions.loaded(index)) == 50  # type: ignore[arg-type]
+    assert made == [1, 2, 3, 3] and questions.kept_bytes == 800
 
 
 def test_derived_seeds() -> None:

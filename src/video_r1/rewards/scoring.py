@@ -1,8 +1,7 @@
 """Scores of answers by problem type, in [0, 1], and every reward term of a question's completions.
 
-The scores are those of Video-R1 (arXiv 2503.21776) with one deviation: its code also gives a numerical
-answer 0 when only one of the two strings has a `.` or a `,`, so that "3" is wrong if the truth is "3.0" and
-"1,200" if it is "1200". Here equal numbers are equal however they are written.
+The scores are those of Video-R1 (arXiv 2503.21776), except that equal numbers are equal however they are
+written: its code gives "3" the score 0 if the truth is "3.0", and "1,200" if it is "1200".
 
 Grounding types are scored by overlap, with the equations of OneThinker (arXiv 2512.03043): spans by their
 tIoU, boxes by their IoU, boxes over time by the mean of their IoUs: over the seconds that both have
@@ -38,9 +37,9 @@ _CONTINUOUS = ("OCR", "free-form", "regression", *GROUNDING_FORMS)
 
 
 def correctness(problem_type: str, answer: str, truth: str) -> float:
-    """Return the score in [0, 1] of an answer; answer, truth: texts inside the answer tags ("" without tags).
+    """Return the score in [0, 1] of an answer. Raises ValueError for an unknown problem type.
 
-    Raises ValueError for an unknown problem type.
+    answer, truth: texts inside the answer tags, "" without tags.
     """
     score = _SCORERS.get(problem_type)
     if score is None:
@@ -62,10 +61,8 @@ def above(score: float, threshold: float) -> bool:
 
 
 def format_reward(completion: str, problem_type: str = "") -> float:
-    """Return 1 if the whole completion is `<think>…</think>`, white space, `<answer>…</answer>`, else 0.
-
-    Each of the four tags has to occur exactly once: a second answer is no valid format. The answer to a
-    question of a grounding type also has to have its form.
+    """Return 1 if the whole completion is `<think>…</think>`, white space, `<answer>…</answer>`, each tag
+    once, else 0. The answer to a question of a grounding type has to have its form, too.
     """
     once = all(completion.count(tag) == 1 for tag in _TAGS)
     match = _FORMAT.fullmatch(completion) if once else None
@@ -137,10 +134,8 @@ def track_iou(boxes: Mapping[float, Box], truth: Mapping[float, Box]) -> float:
 
 
 def overlaps(problem_type: str, answer: str, truth: str) -> dict[str, float]:
-    """Return the overlaps that score a grounding type, by name: {"tIoU": 0.4, "IoU": 0.7}.
-
-    answer, truth: in the exact form. Zeros for an answer that cannot be parsed; {} for a truth that cannot,
-    and for other types.
+    """Return the overlaps that score a grounding type, by name: {"tIoU": 0.4, "IoU": 0.7}. Zeros for an
+    answer that cannot be parsed; {} for such a truth, and for other types.
     """
     expected = parse_located(truth, problem_type) if problem_type in GROUNDING_FORMS else None
     if expected is None:
@@ -157,7 +152,7 @@ def overlaps(problem_type: str, answer: str, truth: str) -> dict[str, float]:
 
 
 def grounding(problem_type: str, answer: str, truth: str) -> float:
-    """Return the score of a grounding type: tIoU, IoU, or with a span and boxes (tIoU + IoU) ÷ 2."""
+    """Return tIoU, IoU, or with a span and boxes (tIoU + IoU) ÷ 2."""
     found = overlaps(problem_type, answer, truth)
     return sum(found.values()) / max(1, len(found))
 
@@ -210,19 +205,18 @@ def reward_terms(
 
     reward_funcs: names of built-in terms and functions with TRL's signature. None: those that the settings
     name, or accuracy and format, with the length, temporal and judge rewards that the settings ask for. The
-    temporal reward joins any list if `temporal_rule` adds a reward. Raises ConfigError for an empty list, an
-    unknown name, names both here and in the settings, a judge without an address,
-    or a weight of a missing term (a weight of 1, the default, is allowed for built-in ones).
+    temporal reward joins any list if `temporal_rule` adds a reward. Raises ConfigError for names and weights
+    that contradict each other or the settings.
     """
+    if settings.reward_funcs is not None:
+        if reward_funcs is not None:
+            raise ConfigError("reward_funcs is given to the trainer and in its settings; remove one of them")
+        reward_funcs = settings.reward_funcs
     asked_for = {
         "length": settings.length_reward > 0,
         "temporal": rule_of(settings).reward is not None,
         "judge": settings.judge_endpoint is not None and settings.judge_as == "reward",
     }
-    if settings.reward_funcs is not None:
-        if reward_funcs is not None:
-            raise ConfigError("reward_funcs is given to the trainer and in its settings; remove one of them")
-        reward_funcs = settings.reward_funcs
     if reward_funcs is None:
         reward_funcs = ["accuracy", "format", *(name for name in asked_for if asked_for[name])]
     elif isinstance(reward_funcs, str) or callable(reward_funcs):
@@ -234,48 +228,33 @@ def reward_terms(
         if name in custom or name in BUILT_IN_TERMS:
             raise ConfigError(f"reward_funcs: two rewards have the name {name!r}; rename the function")
         custom[name] = function
+    unknown, known = [name for name in names if name not in BUILT_IN_TERMS], ", ".join(BUILT_IN_TERMS)
+    wrong = {
+        "is empty: name rewards, pass functions, or remove it for accuracy and format": not names
+        and not custom,
+        f"names {', '.join(unknown)}, no built-in reward ({known}); anything else has to be a function": unknown,
+        f"names 'temporal' while temporal_rule is {settings.temporal_rule}, which adds no reward; set margin or "
+        "likelihood": "temporal" in names and not asked_for["temporal"],
+        "names 'judge' while judge_endpoint is not set; give its address": "judge" in names
+        and settings.judge_endpoint is None,
+        "names 'judge' while judge_as is accuracy; remove one of them": "judge" in names
+        and not asked_for["judge"],
+        "does not name 'judge' while judge_endpoint is set; add it, or set judge_as to accuracy": (
+            asked_for["judge"] and "judge" not in names
+        ),
+    }
+    for said, is_so in wrong.items():
+        if is_so:
+            raise ConfigError(f"reward_funcs {said}")
     built_in = tuple(dict.fromkeys([*names, "temporal"] if asked_for["temporal"] else names))
     terms = RewardTerms(built_in, custom, dict(settings.reward_weights))
-    if problem := _problem_of(terms, [*names, *custom], asked_for, settings):
-        raise ConfigError(f"reward_funcs {problem}")
     for name, weight in terms.weights.items():
         if name not in terms.names and (name not in BUILT_IN_TERMS or weight != 1):
-            remedies = {
-                "length": "length_reward above 0",
-                "temporal": "a temporal_rule",
-                "judge": "judge_endpoint",
-            }
-            remedy = f"; set {remedies[name]}" if name in remedies else ""
             raise ConfigError(
                 f"reward_weights names {name!r}, which is none of the rewards of this run: "
-                f"{', '.join(terms.names)}{remedy}"
+                f"{', '.join(terms.names)}; its weight needs the settings that add it"
             )
     return terms
-
-
-def _problem_of(
-    terms: RewardTerms, given: Sequence[str], asked_for: Mapping[str, bool], settings: TGRPOSettings
-) -> str:
-    """Return what is wrong with the given names, in words after "reward_funcs"; "" if nothing is."""
-    if not given:
-        return "is empty: name rewards, pass functions, or remove it for accuracy and format"
-    if unknown := [name for name in terms.built_in if name not in BUILT_IN_TERMS]:
-        known = ", ".join(BUILT_IN_TERMS)
-        return (
-            f"names {unknown[0]!r}, no built-in reward; these are {known}, anything else has to be a function"
-        )
-    if "temporal" in terms.built_in and not asked_for["temporal"]:
-        rule = settings.temporal_rule
-        return (
-            f"names 'temporal' while temporal_rule is {rule}, which adds no reward; set margin or likelihood"
-        )
-    if "judge" in terms.built_in and settings.judge_endpoint is None:
-        return "names 'judge' while judge_endpoint is not set; give its address"
-    if "judge" in terms.built_in and not asked_for["judge"]:
-        return "names 'judge' while judge_as is accuracy; remove one of them"
-    if asked_for["judge"] and "judge" not in terms.built_in:
-        return "does not name 'judge' while judge_endpoint is set; add it, or set judge_as to accuracy"
-    return ""
 
 
 def length_reward(
@@ -302,9 +281,8 @@ def score_groups(
     """Score every reward term of every completion, and their weighted sum. Advantages are still 0.
 
     drops: of each question, for the temporal rules that need them. question_text: returns a sample's text for
-    the user's functions. judge: for the term of that name, or with `judge_as` accuracy for the accuracy of
-    free-form answers, ordered and shuffled. Raises RewardError when one of the functions fails, and what the
-    judge raises. Ranks that score together all call the judge, even without groups.
+    the user's functions. judge: for the term of that name, or for the accuracy of free-form answers
+    (`judge_as`); every rank calls it, even without groups. Raises RewardError, and what the judge raises.
     """
     if not questions:
         if judge is not None:
@@ -392,19 +370,19 @@ def score_group(
 
 
 def answer_scores(sample: Sample, rollouts: Sequence[Rollout]) -> Tensor:
-    """Return the correctness of each completion's tagged answer, [G] float32 in [0, 1]."""
+    """[G] float32 in [0, 1]"""
     scores = [correctness(sample.problem_type, extract_answer(r.text), sample.answer) for r in rollouts]
     return torch.tensor(scores, dtype=torch.float32)
 
 
 def format_scores(sample: Sample, rollouts: Sequence[Rollout]) -> Tensor:
-    """Return [G] float32: 1 for each completion that has the demanded format."""
+    """[G] float32"""
     scores = [format_reward(rollout.text, sample.problem_type) for rollout in rollouts]
     return torch.tensor(scores, dtype=torch.float32)
 
 
 def correct_mask(sample: Sample, scores: Tensor, threshold: float) -> Tensor:
-    """Return which scores [G] count as a correct response, [G] bool."""
+    """[G] → [G] bool"""
     return torch.tensor(
         [is_correct(sample.problem_type, s, threshold) for s in scores.tolist()], dtype=torch.bool
     )

@@ -6,10 +6,8 @@
 
 A rule compares V with Ṽ in one of two ways. `sampled`: the policy also answers the contrast clip, which gives
 p̃. `scored`: the ordered completions are scored behind the contrast clip, which gives d_it. It then changes
-the rewards, the advantages or the weights of tokens. G is the number of a question's ordered completions,
-Q the number of a step's questions.
-
-A new rule: an entry in RULES, its name in settings/training.py, and a test.
+the rewards, the advantages or the weights of tokens. G: ordered completions of a question; Q: questions of a
+step. A new rule takes an entry in RULES and its name in settings/training.py.
 """
 
 from __future__ import annotations
@@ -71,8 +69,7 @@ def threshold(group: RolloutGroup, accuracy: Tensor, correct: Tensor, settings: 
 
 def likelihood(group: RolloutGroup, accuracy: Tensor, correct: Tensor, settings: TGRPOSettings) -> Tensor:
     """r_t = α·(1 − exp(−Δ_i)) if Δ_i > 0, else 0, for a correct completion: the share of its tokens'
-    probability that the contrast clip takes away. Unlike a bonus that all correct completions share, it does
-    not cancel in the advantages.
+    probability that the contrast clip takes away. It differs among them and does not cancel.
     """
     drops = group.drops
     if drops is None:
@@ -104,9 +101,8 @@ def likelihood_gate(
 
 
 def key_drops(token_drops: Sequence[Tensor]) -> Tensor:
-    """[G] float32: the mean of the largest fifth (⌈L/5⌉) of each completion's drops d_t [L], in nats.
-
-    Most tokens of a completion say nothing about the frames; a mean over all of them dilutes those that do.
+    """[G] float32: the mean of the largest fifth (⌈L/5⌉) of each completion's drops d_t [L], in nats: most
+    tokens say nothing about the frames.
     """
     largest = (drops.sort(descending=True).values[: -(-len(drops) // KEY_SHARE)] for drops in token_drops)
     return torch.stack([drops.sum() / max(1, len(drops)) for drops in largest])
@@ -123,10 +119,8 @@ def weighted_questions(
 
 
 def question_weights(margins: Sequence[float | None], kappa: float) -> Tensor:
-    """w = (1 + κ·max(0, p − p̃)) ÷ its mean over the videos: questions that need the frame order count more.
-
-    margins: p − p̃ of each question of the step, over all ranks; None for an image, whose weight is 1.
-    Returns [Q] float32.
+    """w = (1 + κ·max(0, p − p̃)) ÷ its mean over the videos, [Q] float32: questions that need the frame order
+    count more. margins: p − p̃ of the step's questions; None for an image, whose weight is 1.
     """
     raw = [None if margin is None else 1.0 + kappa * max(0.0, margin) for margin in margins]
     videos = [weight for weight in raw if weight is not None]
@@ -135,19 +129,15 @@ def question_weights(margins: Sequence[float | None], kappa: float) -> Tensor:
 
 
 def bonus_apart(advantages: Tensor, bonus: Tensor, margins: Sequence[float | None], kappa: float) -> Tensor:
-    """A + (b − mean(b)): the bonus in its own unit. The division by the group's deviation can neither cancel
-    it nor enlarge small differences in a group in which all completions are correct.
-    """
+    """A + (b − mean(b)): the group's deviation can neither cancel the bonus nor enlarge it."""
     return advantages + bonus - bonus.mean(dim=1, keepdim=True)
 
 
 def key_token_weights(drops: Tensor, kappa: float) -> Tensor:
-    """w_t = (1 + κ·key_t) ÷ its mean over the completion: tokens that need the frame order count more.
+    """w_t = (1 + κ·key_t) ÷ its mean over the completion, [L]: tokens that need the frame order count more.
 
     drops: [L] float, d_t of one completion. key_t is 1 where |d_t| is among the largest fifth (⌈L/5⌉ tokens
-    and those that equal the smallest of them), else 0. Returns [L] of mean 1: a completion counts the same
-    whatever its length. Video-KTR (arXiv 2601.19686) trains the largest fifth alone, κ → ∞, joined with
-    those of masked frames and of entropy.
+    and those that equal the smallest of them), else 0. Video-KTR (arXiv 2601.19686) trains these alone, κ → ∞.
     """
     change = drops.abs()
     smallest = change.sort(descending=True).values[: -(-len(drops) // KEY_SHARE)][-1:]
@@ -173,8 +163,6 @@ def warn_of_cancelled_bonus(
 ) -> None:
     """Warn on rank 0 when the settings make the temporal reward cancel: if the rewards of a group have two
     values, advantages divided by its deviation are the same for any bonus (docs/t-grpo.md).
-
-    names: the reward terms; weights: theirs, 1 where a name is missing.
     """
     shared = rule_of(settings).pays_all_alike and "temporal" in names
     adds = shared and settings.temporal_alpha * weights.get("temporal", 1.0) != 0

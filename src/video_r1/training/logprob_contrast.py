@@ -2,10 +2,9 @@
 
     d_it = log π(o_it | V) − log π(o_it | Ṽ),   Δ_i = mean over tokens t of d_it,   V in order, Ṽ its contrast
 
-Each term takes one forward of the group in one row, without gradient; nothing is sampled from the contrast
-clip (TaRO, arXiv 2606.09248; Video-KTR, arXiv 2601.19686). In float32 the sampling log-probs serve as
-log π(o_it | V), which saves its forward (`samples_as_it_scores`). Decoding in bf16, or in vLLM, rounds a
-log-prob by about 0.01: even a clip without motion would then show a drop.
+Each term takes one forward of the group in one row; nothing is sampled from the contrast clip (TaRO, arXiv
+2606.09248; Video-KTR, arXiv 2601.19686). In float32 the sampling log-probs serve as log π(o_it | V). Decoding
+in bf16, or in vLLM, rounds a log-prob by about 0.01: even a clip without motion would then show a drop.
 """
 
 from __future__ import annotations
@@ -25,8 +24,8 @@ from video_r1.rollout.engine import eval_mode
 
 
 def samples_as_it_scores(model: nn.Module) -> bool:
-    """Whether the model's sampling log-probs equal those of its forward within 1e-5: it computes in float32
-    on a CPU (on GPUs float32 may be TF32).
+    """Whether sampling log-probs equal those of a forward within 1e-5: in float32 on a CPU (on GPUs float32
+    may be TF32).
     """
     weights = list(model.parameters())
     autocast = torch.is_autocast_enabled("cpu")
@@ -45,10 +44,8 @@ def logprob_drops(
 ) -> list[list[Tensor] | None]:
     """Compute d [L] float32 in nats of each of a question's G ordered completions; None without a contrast.
 
-    model: whole, within the trainer's autocast. temperature: of sampling. batch_size: questions per forward.
-    vision: features of all ordered prompts; features of contrasts that permute temporal patches are permuted
-    from them instead of encoded. as_sampled: use the completions' sampling log-probs behind the ordered
-    prompts (`samples_as_it_scores`) instead of computing them.
+    batch_size: questions per forward. vision: features of all ordered prompts, from which those of contrasts
+    that permute temporal patches are taken. as_sampled: use the completions' sampling log-probs as log π(o | V).
     """
     drops: list[list[Tensor] | None] = [None] * len(questions)
     places = [place for place, question in enumerate(questions) if question.shuffled is not None]
@@ -87,5 +84,5 @@ def _permuted(question: Question, vision: VisualFeatures | None) -> VisionFeatur
     """Permute the features of a question's ordered clip into those of its contrast clip."""
     assert isinstance(vision, VisionFeatures) and question.shuffled is not None
     patches = question.shuffled.patches
-    assert patches is not None, "the contrast does not permute temporal patches"
+    assert patches is not None
     return vision.permuted(patches, question.ordered.features["video_grid_thw"].cpu())

@@ -1,20 +1,17 @@
 """Advantages and the policy objective: pure functions of tensors, no model.
 
-Advantages of Q questions with G completions each: how much better a completion is than its group,
-
-    A = (R − mean) ÷ (std + eps)
-
-The mean is the group's; `scale_rewards` says what the standard deviation is taken over. A temporal rule may
-change the result (rewards/temporal.py).
+Advantages of Q questions with G completions each, A = (R − mean) ÷ (std + eps): the mean is the group's, and
+`scale_rewards` says what the standard deviation is taken over. A temporal rule may change the result
+(rewards/temporal.py).
 
 The objective: N completion tokens of R responses are packed one response after another, `lengths` [R] each.
 
     L = Σ_r v_r Σ_t m_t [ −w f(ρ, A) + β·k3 ] ÷ normaliser  −  entropy_coef · Σ m_t H ÷ tokens
 
 ρ = π/π_old of the token (or of its response), A the response's advantage, w the token's weight and m whether
-it counts (both 1 by default); the loss type defines the surrogate f, v and the normaliser. The normaliser is
-that of the whole optimizer step (all micro-batches, all ranks), so that the losses of the parts add up to the
-loss of the whole. The entropies H are averaged over the tokens of the whole step, too.
+it counts (both 1 by default); the loss type defines the surrogate f, v and the normaliser. Normaliser and
+`tokens` are those of the whole optimizer step (all micro-batches, all ranks), so that the losses of the parts
+add up to the loss of the whole.
 """
 
 from __future__ import annotations
@@ -34,8 +31,8 @@ from video_r1.settings.vllm import ImportanceMode
 
 ImportanceLevel = Literal["token", "sequence"]
 Average = Literal["responses", "tokens", "micro_batch", "budget"]
-"""Unit that the loss is averaged over: responses (each the mean of its tokens), tokens of the step, tokens of
-each micro-batch, or the token budget (responses × max_completion_length)."""
+"""Unit of the loss's mean: responses (each the mean of its tokens), tokens of the step or of a micro-batch, or
+the token budget (responses × max_completion_length)."""
 SCALED_BOUND = 5.0  # a larger |A| by the task's deviation is replaced by A with the group's own deviation
 SMALLEST_DEVIATION = 1e-3  # of a task's rewards
 Moments = tuple[float, float]
@@ -51,13 +48,12 @@ def group_advantages(
     eps: float = 1e-4,
     task_deviations: Tensor | None = None,
 ) -> Tensor:
-    """Return A = (R − mean) ÷ (std + eps), [Q, G] of the dtype of rewards [Q, G]; the mean is each group's.
+    """Return A = (R − mean) ÷ (std + eps), [Q, G] as rewards [Q, G]; 0 in a group of equal rewards.
 
-    A group of equal rewards has 0 throughout. scale: what the standard deviation is taken over. `group`: the
-    group's own G rewards (GRPO, arXiv 2402.03300); `batch`: all Q·G rewards; `none`: no division (Dr. GRPO,
-    arXiv 2503.20783); `task`: task_deviations [Q], running deviations of each question's problem type
-    (EMA-GRPO, the code of OneThinker, arXiv 2512.03043), but the group's own if an |A| exceeds 5.
-    It is the sample standard deviation (÷ (n − 1)), as in TRL and in Video-R1's code.
+    scale: what the sample standard deviation is taken over. `group`: the group's own G rewards (GRPO, arXiv
+    2402.03300); `batch`: all Q·G rewards; `none`: no division (Dr. GRPO, arXiv 2503.20783); `task`:
+    task_deviations [Q], running deviations of each question's problem type (the code of OneThinker, arXiv
+    2512.03043), but the group's own if an |A| exceeds 5.
     """
     centred = rewards - rewards.mean(dim=1, keepdim=True)
     # The mean of equal numbers can be off by a rounding error, which ÷ eps would make visible.
@@ -79,18 +75,17 @@ def group_advantages(
 
 
 def without_variance(rewards: Tensor) -> Tensor:
-    """[Q, G] → [Q] bool: True for groups that teach nothing because all their rewards are equal."""
+    """[Q, G] → [Q] bool: True where all rewards of a group are equal."""
     return rewards.amax(dim=1) == rewards.amin(dim=1)
 
 
 def updated_moments(
     moments: Mapping[str, Moments], rewards: Tensor, tasks: Sequence[str], decay: float = 0.99
 ) -> dict[str, Moments]:
-    """Update E[R] and E[R²] of every task: E ← decay·E + (1 − decay)·mean over the step's completions.
+    """Update E[R] and E[R²] of the step's tasks: E ← decay·E + (1 − decay)·mean over the step's completions.
 
     rewards: [Q, G] of all ranks; tasks: the problem type of each question. A new task starts with the step's
-    means; a task without questions in this step is unchanged (the code of OneThinker, arXiv 2512.03043). The
-    sums are exact, so the result does not depend on the order of the questions.
+    means. The sums are exact: the result does not depend on the order of the questions.
     """
     updated = dict(moments)
     for task in sorted(set(tasks)):
@@ -114,8 +109,8 @@ def deviation(moments: Moments) -> float:
 
 
 class ClipRange(NamedTuple):
-    """Bounds of the ratio ρ: 1 − low and 1 + high (`cispo`: high itself). delta: upper bound of the unclipped
-    ρ, or None; soft: temperatures of `sapo` for A > 0 and for the rest.
+    """Bounds of ρ: 1 − low and 1 + high (`cispo`: high). delta: bound of the unclipped ρ; soft: temperatures
+    of `sapo` for A > 0 and for the rest.
     """
 
     low: float = 0.2
@@ -129,20 +124,13 @@ PPO_CLIP = ClipRange()
 
 @dataclass(frozen=True, slots=True)
 class PolicyLoss:
-    """Loss (scalar with gradient) and detached scalars, means over this call's N tokens.
-
-    kl: k3 estimate against the reference (0 without one); clip_low / clip_high: share of tokens whose ratio
-    is clipped, below the bound (negative advantage) / above it (positive advantage).
+    """Loss (scalar with gradient) and detached scalars, means over this call's N tokens: the k3 estimate
+    against the reference (0 without one), and the share of tokens whose ratio is clipped.
     """
 
     loss: Tensor
     kl: Tensor
-    clip_low: Tensor
-    clip_high: Tensor
-
-    @property
-    def clip_ratio(self) -> Tensor:
-        return self.clip_low + self.clip_high
+    clip_ratio: Tensor
 
 
 def policy_loss(
@@ -160,16 +148,14 @@ def policy_loss(
     token_weights: Tensor | None = None,
     counted: Tensor | None = None,
 ) -> PolicyLoss:
-    """Compute the loss of some of a step's responses, with a KL term.
+    """Compute the loss of some of a step's R responses with N tokens.
 
-    logprobs: [N] float, of the policy, with gradient; old_logprobs: [N] of the policy that sampled, or None
-    on the first update after sampling, when it is the policy itself; advantages: [R]; lengths: [R] int
-    with the sum N. normaliser: `loss_normaliser` of the whole optimizer step (÷ ranks if gradients are
-    averaged over ranks). importance_sampling_level `sequence`: ρ is exp of the mean log-ratio
-    of a response's tokens, for all of them (GSPO, arXiv 2507.18071). beta: weight of the KL from
-    ref_logprobs [N]. token_weights: [N], multiplies the policy term of each token. counted: [R] bool, False
-    excludes a response. Raises ValueError when the lengths don't add up to N, ConfigError for an
-    unknown loss type.
+    logprobs: [N] of the policy, with gradient; old_logprobs: [N] of the policy that sampled (None: the policy
+    itself); advantages: [R]; lengths: [R] int. normaliser: `loss_normaliser` of the whole optimizer step (÷
+    ranks if gradients are averaged over ranks). importance_sampling_level `sequence`: ρ is exp of the mean
+    log-ratio of a response's tokens (GSPO, arXiv 2507.18071). beta: weight of the KL from ref_logprobs [N].
+    token_weights: [N], factors of the policy terms. counted: [R] bool, False excludes a response. Raises
+    ValueError for sizes that do not fit, ConfigError for an unknown loss type.
     """
     if len(advantages) != len(lengths):
         raise ValueError(f"{len(advantages)} advantages but {len(lengths)} responses")
@@ -199,7 +185,8 @@ def policy_loss(
         low, high = objective.bounds(clip)
         below = (ratio < low) & (token_advantages < 0)
         above = (ratio > high) & (token_advantages > 0)
-        return PolicyLoss(loss, _mean(kl), _mean(below), _mean(above))
+        tokens = max(1, len(logprobs))
+        return PolicyLoss(loss, kl.detach().sum() / tokens, (below | above).sum() / tokens)
 
 
 def clipped(ratio: Tensor, logprobs: Tensor, advantages: Tensor, clip: ClipRange) -> Tensor:
@@ -225,8 +212,8 @@ def sapo(ratio: Tensor, logprobs: Tensor, advantages: Tensor, clip: ClipRange) -
 
 
 class Objective(NamedTuple):
-    """A loss type. surrogate(ρ, log π, A, clip) -> [N], all [N]: each token's term of the objective; average:
-    the unit that the loss is averaged over; bounds(clip): of ρ, beyond which a token counts as clipped.
+    """A loss type. surrogate(ρ [N], log π [N], A [N], clip) -> [N]; bounds(clip): of ρ, beyond which a token
+    counts as clipped.
     """
 
     surrogate: Callable[[Tensor, Tensor, Tensor, ClipRange], Tensor]
@@ -267,10 +254,10 @@ def objective_of(loss_type: str) -> Objective:
 def importance_weights(
     log_ratio: Tensor, lengths: Tensor, mode: ImportanceMode, bounds: tuple[float, float]
 ) -> Tensor:
-    """Return weights [N] π_trainer ÷ π_sampler, for tokens that another engine sampled.
+    """Return weights [N] π_trainer ÷ π_sampler, for tokens that another engine sampled, as in TRL.
 
     log_ratio: [N], log π_trainer − log π_sampler, detached. `token_…`: each token's own; `sequence_…`: the
-    product over its response. `…_truncate`: clipped to the bounds; `…_mask`: 0 beyond them. All as in TRL.
+    product over its response. `…_truncate`: clipped to the bounds; `…_mask`: 0 beyond them.
     """
     level, _, beyond = mode.partition("_")
     if level == "sequence":
@@ -282,9 +269,7 @@ def importance_weights(
 
 
 def high_entropy(entropy: Tensor, everywhere: Tensor, share: float) -> Tensor:
-    """Return [N] bool: tokens whose entropy [N] is among the top `share` of `everywhere` [M] (arXiv
-    2506.01939); all False if M is 0.
-    """
+    """Return [N] bool: whether an entropy is among the top `share` of `everywhere` [M] (arXiv 2506.01939)."""
     if not len(everywhere):
         return torch.zeros_like(entropy, dtype=torch.bool)
     return entropy >= torch.quantile(everywhere.to(entropy), 1.0 - share)
@@ -293,31 +278,24 @@ def high_entropy(entropy: Tensor, everywhere: Tensor, share: float) -> Tensor:
 def entropy_sum(
     entropy: Tensor, lengths: Tensor, counted: Tensor | None = None, kept: Tensor | None = None
 ) -> Tensor:
-    """Sum the entropies [N] of tokens that are kept ([N] bool) in responses that count ([R] bool).
-
-    The loss subtracts `entropy_coef` times the mean over the step's tokens, whatever the loss type (as in
-    TRL, whose mean is that of a micro-batch).
-    """
+    """Sum the entropies [N] of tokens that are kept ([N] bool) in responses that count ([R] bool)."""
     if counted is not None:
         entropy = entropy * _by_token(counted.to(lengths.device), lengths, len(entropy))
     return entropy.sum() if kept is None else (entropy * kept).sum()
 
 
 def k3_kl(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
-    """Estimate KL(π ‖ π_ref) by token: exp(d) − d − 1, d = log π_ref − log π (arXiv 2402.03300, eq. 4).
+    """Estimate KL(π ‖ π_ref) by token, [N] ≥ 0: exp(d) − d − 1, d = log π_ref − log π (arXiv 2402.03300, eq. 4).
 
     d is clamped to [−10, 10], as in the code of arXiv 2503.21776: e^90 is infinite in float32. Beyond the
-    bounds the term has no gradient. [N], [N] → [N], never negative.
+    bounds the term has no gradient.
     """
     difference = (ref_logprobs - logprobs).clamp(-10.0, 10.0)
     return torch.expm1(difference) - difference
 
 
 def loss_normaliser(loss_type: str, responses: int, tokens: int, max_completion_length: int) -> float:
-    """Return the divisor of the sums of `loss_type`, at least 1.
-
-    responses, tokens: totals of one optimizer step over all micro-batches and ranks.
-    """
+    """Return the divisor of the sums. responses, tokens: of a whole optimizer step, over all ranks."""
     sums = {"tokens": tokens, "budget": responses * max_completion_length}
     return float(max(1, sums.get(objective_of(loss_type).average, responses)))
 
@@ -342,8 +320,3 @@ def _response_sums(values: Tensor, lengths: Tensor) -> Tensor:
     """[N] -> [R]"""
     owners = _by_token(torch.arange(len(lengths), device=values.device), lengths, len(values))
     return values.new_zeros(len(lengths)).index_add(0, owners, values)
-
-
-def _mean(values: Tensor) -> Tensor:
-    values = values.detach()
-    return values.sum() / max(1, len(values))

@@ -10,7 +10,6 @@ from __future__ import annotations
 import math
 import threading
 from bisect import bisect_left
-from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, fields, is_dataclass, replace
@@ -54,7 +53,7 @@ class Slot(NamedTuple):
 
 @dataclass(eq=False)
 class EpochSlots(Dataset):
-    """Slots of the current epoch. The data loader sets the epoch; keys are (index, iteration)."""
+    """Slots of the current epoch, which the data loader sets; keys are (index, iteration)."""
 
     questions: int
     epoch: int = 0
@@ -109,9 +108,9 @@ class Ready(Generic[Content]):
 class QuestionSource(Generic[Loaded, Content]):
     """Draws the question of each slot and reads it in the reader's threads.
 
-    `load(sample)` reads the media (results are cached in memory up to `cache_bytes`); `build(sample, loaded,
-    generator)` makes the training input. If either raises MediaError or PromptError, the question is written
-    to `quarantine` (JSON lines) once and another question replaces it; it never gets other media.
+    `load(sample)` reads the media, which are kept in memory until their tensors fill `cache_bytes`;
+    `build(sample, loaded, generator)` makes the training input. If either raises MediaError or PromptError,
+    the question is written to `quarantine` (JSON lines) once, and another question replaces it.
     """
 
     samples: Sequence[Sample]
@@ -125,7 +124,8 @@ class QuestionSource(Generic[Loaded, Content]):
     """Function of the samples and the epoch: indices of the samples to choose from, ascending."""
 
     def __post_init__(self) -> None:
-        self.cache = MemoryCache[Loaded](self.cache_bytes)
+        self.kept: dict[int, Loaded] = {}
+        self.kept_bytes = 0
         self.unusable: set[int] = set()
         self.lock = threading.Lock()
 
@@ -145,9 +145,8 @@ class QuestionSource(Generic[Loaded, Content]):
                 continue
             sample = self.samples[index]
             try:
-                loaded = self.cache.get(index, lambda sample=sample: self.load(sample))
                 generator = self.generator("frame order", slot, attempt)
-                return Ready(sample, self.build(sample, loaded, generator), attempt, slot)
+                return Ready(sample, self.build(sample, self.loaded(index), generator), attempt, slot)
             except (MediaError, PromptError) as error:
                 self.set_aside(index, error)
                 reason = f"; the last one: {error}"
@@ -156,6 +155,18 @@ class QuestionSource(Generic[Loaded, Content]):
             f"All reasons are in {self.quarantine}. "
             "Check media_root and the files with: video-r1 data check MANIFEST"
         )
+
+    def loaded(self, index: int) -> Loaded:
+        """Return what was kept of a sample, or load it and keep it if there is room."""
+        if index in self.kept:
+            return self.kept[index]
+        loaded = self.load(self.samples[index])
+        size = tensor_bytes(loaded)
+        with self.lock:
+            if self.kept_bytes + size <= self.cache_bytes and index not in self.kept:
+                self.kept[index] = loaded
+                self.kept_bytes += size
+        return loaded
 
     def draw(self, slot: Slot, attempt: int = 0) -> int:
         """Draw the index of a slot's sample. Attempts and rounds above 0 draw replacements, and so does a
@@ -170,12 +181,10 @@ class QuestionSource(Generic[Loaded, Content]):
         return choices[int(torch.randint(len(choices), (1,), generator=generator))]
 
     def generator(self, purpose: str, slot: Slot, attempt: int) -> torch.Generator:
-        """Return the generator for one purpose in one slot."""
         further = () if slot.round == 0 else ("round", slot.round)
         return derived_generator(self.seed, purpose, slot.epoch, slot.index, attempt, *further)
 
     def set_aside(self, index: int, error: Unusable) -> None:
-        """Remember an unusable question and write it to the quarantine file."""
         with self.lock:
             if index in self.unusable:
                 return
@@ -184,8 +193,8 @@ class QuestionSource(Generic[Loaded, Content]):
 
 
 def with_shuffled_options(sample: Sample, generator: torch.Generator) -> Sample:
-    """Draw the order of a sample's options; the solution names the right one's new letter. Options that refer
-    to others ("all of the above") stay as they are.
+    """Draw the order of a sample's options, and adapt the solution's letter. Options that refer to others
+    ("all of the above") stay.
     """
     marks = [option_prefix(option) for option in sample.options]
     letters = [mark.strip(" (.):") for mark in marks]
@@ -203,31 +212,6 @@ def with_shuffled_options(sample: Sample, generator: torch.Generator) -> Sample:
 def epoch_order(seed: int, epoch: int, questions: int) -> Tensor:
     """Draw the order of an epoch: [questions] int64."""
     return torch.randperm(questions, generator=derived_generator(seed, "epoch", epoch))
-
-
-class MemoryCache(Generic[Loaded]):
-    """Thread-safe LRU cache of up to `limit` bytes of tensors."""
-
-    def __init__(self, limit: int) -> None:
-        self.limit = limit
-        self.size = 0
-        self.entries: OrderedDict[int, tuple[Loaded, int]] = OrderedDict()
-        self.lock = threading.Lock()
-
-    def get(self, key: int, make: Callable[[], Loaded]) -> Loaded:
-        with self.lock:
-            if key in self.entries:
-                self.entries.move_to_end(key)
-                return self.entries[key][0]
-        value = make()
-        size = tensor_bytes(value)
-        with self.lock:
-            if size <= self.limit and key not in self.entries:
-                self.entries[key] = (value, size)
-                self.size += size
-                while self.size > self.limit:
-                    self.size -= self.entries.popitem(last=False)[1][1]
-        return value
 
 
 def tensor_bytes(value: Any) -> int:
@@ -252,8 +236,8 @@ class Asked(NamedTuple):
 
 
 class Selection(NamedTuple):
-    """The groups that a step learns from, with their visual features; lines of left_out.jsonl for the groups
-    without variance, each with its slot; everything that was asked, round by round.
+    """The groups that a step learns from, and their visual features; groups without variance, as lines of
+    left_out.jsonl; everything that was asked, by round.
     """
 
     groups: list[RolloutGroup]
@@ -263,14 +247,11 @@ class Selection(NamedTuple):
 
 
 def select_groups(first: Asked, ask: Callable[[list[Slot]], Asked], limit: int) -> Selection:
-    """Replace groups without variance by those of further questions (DAPO, arXiv 2503.14476).
+    """Replace groups without variance by those of further questions (DAPO, arXiv 2503.14476), for at most
+    `limit` rounds; a slot that finds none keeps its first question.
 
-        a step's questions ─► groups ─► those of equal rewards ─► further questions in their slots ─► groups …
-
-    until every slot has a group with variance, for at most `limit` rounds; a slot without one keeps its first
-    question. The slot and the round alone decide which question comes next (`QuestionSource.draw`), so a run
-    can be resumed exactly. ask: reads, samples and scores the questions of some slots ([] too: ranks that
-    sample together call it together). Every rank calls this with its own slots.
+    Slot and round alone decide which question comes next (`QuestionSource.draw`): a run resumes exactly. ask:
+    reads, samples and scores the questions of some slots, [] too. Every rank calls it with its own slots.
     """
     groups, vision = list(first.groups), first.vision and list(first.vision)
     flat_groups = [[group_facts(group)] if teaches_nothing(group) else [] for group in groups]  # by round
@@ -299,7 +280,6 @@ def select_groups(first: Asked, ask: Callable[[list[Slot]], Asked], limit: int) 
 
 
 def teaches_nothing(group: RolloutGroup) -> bool:
-    """Whether all completions of the group earn the same reward."""
     return bool(without_variance(group.total_reward[None]))
 
 
@@ -309,13 +289,12 @@ the running accuracy now."""
 
 
 class Difficulty(TrainerCallback, ExportableState):
-    """Record of how often each question is answered right; selects those in [low, high] (`difficulty_range`).
+    """Running accuracy of each question; selects those in [low, high] (`difficulty_range`).
 
         a ← (a + p) ÷ 2,   p the share of correct ordered completions when it is asked; a = p at first
 
     Only earlier epochs decide what an epoch asks: media are read some steps ahead, and a resumed run has to
-    read the same ones. So the record has two values per question: now, and before its last epoch. It is the
-    same on every rank and is saved in a checkpoint's trainer_state.json.
+    read the same ones. The record is the same on every rank and is saved in trainer_state.json.
     """
 
     def __init__(self, low: float, high: float) -> None:
@@ -360,7 +339,6 @@ class Difficulty(TrainerCallback, ExportableState):
 
 
 def updated(accuracy: Accuracy | None, epoch: int, share: float) -> Accuracy:
-    """Update a question's entry with the share of its completions that were right."""
     if accuracy is None:
         return None, epoch, share
     before, last, now = accuracy
