@@ -228,17 +228,19 @@ def reward_terms(
         if name in custom or name in BUILT_IN_TERMS:
             raise ConfigError(f"reward_funcs: two rewards have the name {name!r}; rename the function")
         custom[name] = function
-    unknown, known = [name for name in names if name not in BUILT_IN_TERMS], ", ".join(BUILT_IN_TERMS)
+    unknown = [name for name in names if name not in BUILT_IN_TERMS]
     wrong = {
-        "is empty: name rewards, pass functions, or remove it for accuracy and format": not names
-        and not custom,
-        f"names {', '.join(unknown)}, no built-in reward ({known}); anything else has to be a function": unknown,
-        f"names 'temporal' while temporal_rule is {settings.temporal_rule}, which adds no reward; set margin or "
-        "likelihood": "temporal" in names and not asked_for["temporal"],
-        "names 'judge' while judge_endpoint is not set; give its address": "judge" in names
-        and settings.judge_endpoint is None,
-        "names 'judge' while judge_as is accuracy; remove one of them": "judge" in names
-        and not asked_for["judge"],
+        "is empty: name rewards, pass functions, or remove it": not (names or custom),
+        f"names {', '.join(unknown)}; known are {', '.join(BUILT_IN_TERMS)} and functions": unknown,
+        f"names 'temporal' while temporal_rule is {settings.temporal_rule}, which adds no reward; set margin": (
+            "temporal" in names and not asked_for["temporal"]
+        ),
+        "names 'judge' while judge_endpoint is not set; give its address": (
+            "judge" in names and settings.judge_endpoint is None
+        ),
+        "names 'judge' while judge_as is accuracy; remove one of them": (
+            "judge" in names and not asked_for["judge"]
+        ),
         "does not name 'judge' while judge_endpoint is set; add it, or set judge_as to accuracy": (
             asked_for["judge"] and "judge" not in names
         ),

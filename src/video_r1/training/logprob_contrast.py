@@ -45,7 +45,7 @@ def logprob_drops(
     """Compute d [L] float32 in nats of each of a question's G ordered completions; None without a contrast.
 
     batch_size: questions per forward. vision: features of all ordered prompts, from which those of contrasts
-    that permute temporal patches are taken. as_sampled: use the completions' sampling log-probs as log π(o | V).
+    that permute temporal patches are taken. as_sampled: use the sampling log-probs as log π(o | V).
     """
     drops: list[list[Tensor] | None] = [None] * len(questions)
     places = [place for place, question in enumerate(questions) if question.shuffled is not None]

@@ -31,8 +31,8 @@ from video_r1.settings.vllm import ImportanceMode
 
 ImportanceLevel = Literal["token", "sequence"]
 Average = Literal["responses", "tokens", "micro_batch", "budget"]
-"""Unit of the loss's mean: responses (each the mean of its tokens), tokens of the step or of a micro-batch, or
-the token budget (responses × max_completion_length)."""
+"""Unit of the loss's mean: responses (each the mean of its tokens), tokens of the step or of a micro-batch,
+or the token budget (responses × max_completion_length)."""
 SCALED_BOUND = 5.0  # a larger |A| by the task's deviation is replaced by A with the group's own deviation
 SMALLEST_DEVIATION = 1e-3  # of a task's rewards
 Moments = tuple[float, float]
@@ -285,7 +285,7 @@ def entropy_sum(
 
 
 def k3_kl(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
-    """Estimate KL(π ‖ π_ref) by token, [N] ≥ 0: exp(d) − d − 1, d = log π_ref − log π (arXiv 2402.03300, eq. 4).
+    """Estimate KL(π ‖ π_ref) by token, [N]: exp(d) − d − 1, d = log π_ref − log π (arXiv 2402.03300, eq. 4).
 
     d is clamped to [−10, 10], as in the code of arXiv 2503.21776: e^90 is infinite in float32. Beyond the
     bounds the term has no gradient.
