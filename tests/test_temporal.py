@@ -185,7 +185,7 @@ def test_credit_of_weights_survives_normalisation() -> None:
 @pytest.mark.parametrize("rule", ["weight", "tokens"])
 def test_weights_add_no_reward(rule: Any) -> None:
     assert "temporal" not in reward_terms(None, TGRPOSettings(temporal_rule=rule)).names
-    with pytest.raises(ConfigError, match=f"temporal_rule is {rule}, which adds no reward"):
+    with pytest.raises(ConfigError, match=f"temporal_rule is {rule}, which adds none"):
         reward_terms(["temporal"], TGRPOSettings(temporal_rule=rule))
     assert TGRPOSettings(temporal_rule=rule).shuffled_generations == (4 if rule == "weight" else 0)
 

@@ -232,7 +232,7 @@ def reward_terms(
     wrong = {
         "is empty: name rewards, pass functions, or remove it": not (names or custom),
         f"names {', '.join(unknown)}; known are {', '.join(BUILT_IN_TERMS)} and functions": unknown,
-        f"names 'temporal' while temporal_rule is {settings.temporal_rule}, which adds no reward; set margin": (
+        f"names 'temporal' while temporal_rule is {settings.temporal_rule}, which adds none; set margin": (
             "temporal" in names and not asked_for["temporal"]
         ),
         "names 'judge' while judge_endpoint is not set; give its address": (

@@ -136,8 +136,8 @@ def bonus_apart(advantages: Tensor, bonus: Tensor, margins: Sequence[float | Non
 def key_token_weights(drops: Tensor, kappa: float) -> Tensor:
     """w_t = (1 + κ·key_t) ÷ its mean over the completion, [L]: tokens that need the frame order count more.
 
-    drops: [L] float, d_t of one completion. key_t is 1 where |d_t| is among the largest fifth (⌈L/5⌉ tokens and
-    those that equal the smallest of them), else 0. Video-KTR (arXiv 2601.19686) trains them alone, κ → ∞.
+    drops: [L] float, d_t of one completion. key_t is 1 where |d_t| is among the largest fifth (⌈L/5⌉ tokens,
+    and those that equal the smallest of them), else 0. Video-KTR (arXiv 2601.19686) trains them alone, κ → ∞.
     """
     change = drops.abs()
     smallest = change.sort(descending=True).values[: -(-len(drops) // KEY_SHARE)][-1:]
