@@ -107,16 +107,29 @@ def manifest(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 
 @pytest.fixture(scope="session")
-def vllm_engine() -> Iterator[Any]:
-    """A VLLMEngine of the lab's base in float32, up to 1,024 tokens. Tests load their weights first."""
+def vllm_engines() -> Iterator[list[Any]]:
+    engines: list[Any] = []
+    yield engines
+    for engine in engines:
+        engine.close()
+
+
+@pytest.fixture
+def vllm_engine(vllm_engines: list[Any]) -> Any:
+    """A VLLMEngine of the lab's base in float32, up to 1,024 tokens. Tests load their weights first.
+
+    It is made anew when a test has closed another engine, since that ends vLLM's process groups.
+    """
+    from vllm.distributed import parallel_state
+
     from video_r1.lab.model import base_folder
     from video_r1.models.loading import load_model, load_processor
     from video_r1.rollout.vllm.engine import VLLMEngine
 
-    model, processor = load_model(base_folder(), "float32"), load_processor(base_folder())
-    engine = VLLMEngine(model, processor, max_model_len=1024)
-    yield engine
-    engine.close()
+    if not vllm_engines or not parallel_state.model_parallel_is_initialized():
+        model, processor = load_model(base_folder(), "float32"), load_processor(base_folder())
+        vllm_engines[:] = [VLLMEngine(model, processor, max_model_len=1024)]
+    return vllm_engines[0]
 
 
 @pytest.fixture

@@ -34,7 +34,7 @@ def processor() -> Any:
     return load_processor(base_folder())
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def engine(vllm_engine: VLLMEngine) -> VLLMEngine:
     return vllm_engine
 
