@@ -22,7 +22,7 @@ from video_r1.data.prompts import PromptBuilder
 from video_r1.data.rollouts import Rollout
 from video_r1.errors import MediaError, PromptError, RequestError
 from video_r1.evaluation import session
-from video_r1.evaluation.ask import named_answer, question_sample, run_ask
+from video_r1.evaluation.ask import question_sample, run_ask
 from video_r1.evaluation.session import ModelSession, TextStream, heard
 from video_r1.models.loading import load_model
 from video_r1.rollout.engine import SamplingSettings
@@ -44,11 +44,9 @@ def question(text: str, path: Path | str, **settings: Any) -> Sample:
     ("name", "options", "given", "expected"),
     [
         ("a.mp4", (), None, ("video", "free-form", ())),
-        ("a.PNG", (), "OCR", ("image", "OCR", ())),
         ("a.gif", (), None, ("video", "free-form", ())),
         ("a.bin", ("left", "up"), None, ("video", "multiple choice", ("A. left", "B. up"))),
         ("a.jpg", ("A. left", "(B) up"), None, ("image", "multiple choice", ("A. left", "(B) up"))),
-        ("a.webm", ("a dog", "a cat"), None, ("video", "multiple choice", ("A. a dog", "B. a cat"))),
     ],
 )
 def test_question_sample(tmp_path: Path, name: str, options: tuple, given: Any, expected: tuple) -> None:
@@ -71,18 +69,6 @@ def test_stream_waits_for_whole_characters() -> None:
     assert not any("\N{REPLACEMENT CHARACTER}" in piece for piece in pieces)
 
 
-@pytest.mark.parametrize(
-    ("output", "expected"),
-    [
-        ("<think>It moves.</think> <answer>B</answer>", "B. right"),
-        ("The answer is (A)", "A. left"),
-        ("<think>no end", ""),
-    ],
-)
-def test_named_answer(clip: Path, output: str, expected: str) -> None:
-    assert named_answer(question("Where?", clip, options=["left", "right"]), output) == expected
-
-
 def test_streamed_text_is_the_completion(checkpoint: Path, clip: Path) -> None:
     builder = PromptBuilder(tiny_processor("qwen2_5_vl"))
     engine = TransformersEngine(load_model(checkpoint), builder.tokenizer)
@@ -103,25 +89,14 @@ def test_streamed_text_is_the_completion(checkpoint: Path, clip: Path) -> None:
 def test_command(checkpoint: Path, clip: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     image = tmp_path / "still.png"
     Image.fromarray(moving_square(2)[0]).save(image)
-    for path, options in ((clip, ["left", "right"]), (image, [])):
+    for path in (clip, image):
         settings = AskSettings(
-            model=str(checkpoint),
-            path=str(path),
-            question=["Where is the square?"],
-            options=options,
-            max_new_tokens=12,
-            frame_pixels=56 * 56,
-            image_pixels=56 * 56,
-            device="cpu",
-        )
+            model=str(checkpoint), path=str(path), question=["Where is the square?"], max_new_tokens=12,
+            frame_pixels=56 * 56, image_pixels=56 * 56, device="cpu",
+        )  # fmt: skip
         answer = run_ask(settings)
         output = capsys.readouterr()
-        if not answer:
-            assert output.out.endswith("No answer was given.\n")
-        elif output.out.count("Answer: ") == 0:
-            assert output.out.endswith(f"{answer}\n")
-        else:
-            assert output.out.endswith(f"Answer: {answer}\n")
+        assert output.out.endswith(f"{answer}\n" if answer else "No answer was given.\n")
         assert "cut off at 12 tokens" in output.err
 
 
@@ -146,8 +121,6 @@ class Says:
     [
         ("A dog runs.", [], "A dog runs.\n"),  # without tags the output is the answer: once is enough
         ("<think>t</think> A dog runs.\n", [], "<think>t</think> A dog runs.\n\n"),
-        ("<answer>A dog</answer>", [], "<answer>A dog</answer>\n\nAnswer: A dog\n"),
-        ("It is B. right", ["left", "right"], "It is B. right\n"),
         ("B", ["left", "right"], "B\n\nAnswer: B. right\n"),
         ("", [], "\n\nNo answer was given.\n"),
     ],

@@ -237,9 +237,6 @@ def test_where_it_goes(
         with pytest.raises(RequestError, match=message):
             audited(data, checkpoint, out=str(wrong))
     assert data.read_bytes() == content
-    again = audited(out, checkpoint, media_root=str(data.parent), out=str(tmp_path / "twice.json"))
-    assert json.loads((tmp_path / "twice.json").read_text()) == json.loads(out.read_text())
-    assert again["all"]["questions"] == 6
     audited(out, checkpoint, media_root=str(data.parent), out=str(tmp_path / "part.json"), limit=2)
     rows = json.loads((tmp_path / "part.json").read_text())  # rates of another audit are not mixed with these
     assert [("pass_rates" in row) for row in rows] == [True] * 2 + [False] * 4

@@ -190,5 +190,5 @@ def test_figures() -> None:
     assert rows(page) == ["MVBench", "action order", "first frames", "object &lt;shuffle&gt;", "Video-MME"]
     assert "<shuffle>" not in page and "runs/rl &amp; more" in page and ">blind<" in page
     assert "MVBench: 6 of 40 questions." in page and "all 9" not in page
-    assert "60.0 − 55.0 = +5.0 [+1.0, +9.0]  (200)" in page and "60.0 − 20.0 = +40.0" in page
+    assert "16 frames: 60.0 − 55.0 = +5.0 [+1.0, +9.0]  (200)" in page and "60.0 − 20.0 = +40.0" in page
     assert "No question was asked both ways" in gap_page({}, "m")

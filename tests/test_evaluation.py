@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import threading
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -247,34 +246,7 @@ def test_a_clip_is_decoded_once_for_all_frame_counts_orders_and_neighbouring_que
     assert len(engine.prompts) == 6 * 2 * 2
 
 
-def test_decoding_runs_while_the_engine_generates(
-    builder: PromptBuilder, media: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    real, later_read = reading.read_media_at, threading.Event()
-    waited = []
-
-    def noticed(clip: ClipRef, budget: FrameBudget, counts: Sequence[int]) -> Any:
-        if clip.start == 0.02:
-            generating.wait(60)  # the third batch is decoded while the first is generated, or never
-            later_read.set()
-        return real(clip, budget, counts)
-
-    class Waiting(ScriptedEngine):
-        def generate(
-            self, prompts: Sequence[Prompt], sampling: SamplingSettings, counts: Sequence[int] | None = None
-        ) -> list[list[Rollout]]:
-            generating.set()
-            waited.append(later_read.wait(60))
-            return super().generate(prompts, sampling, counts)
-
-    generating = threading.Event()
-    monkeypatch.setattr(reading, "read_media_at", noticed)
-    samples = [sample(number, media, start=number * 0.01) for number in range(4)]
-    evaluate(samples, Waiting(), builder, folder=tmp_path, frames=[8], batch_size=1)
-    assert waited == [True] * 4
-
-
-@pytest.mark.parametrize("cut", ["none", "in the last line", "before the newline", "after the first line"])
+@pytest.mark.parametrize("cut", ["none", "in the last line", "after the first line"])
 def test_an_interrupted_run_continues_to_the_same_files(
     builder: PromptBuilder, media: Path, tmp_path: Path, cut: str
 ) -> None:
@@ -289,8 +261,7 @@ def test_an_interrupted_run_continues_to_the_same_files(
     assert content.count(b"\n") == 8
     first = content.index(b"\n") + 1
     size = len(content)
-    keep = {"none": size, "in the last line": size - 40, "before the newline": size - 1,
-            "after the first line": first}[cut]  # fmt: skip
+    keep = {"none": size, "in the last line": size - 40, "after the first line": first}[cut]
     path.write_bytes(content[:keep])
     engine = ScriptedEngine()
     continued = evaluate(samples, engine, builder, folder=folder, **settings)
@@ -382,16 +353,12 @@ def test_samples_that_cannot_be_asked(builder: PromptBuilder, media: Path, tmp_p
     [
         ("multiple choice", "B", "<think>t</think><answer>B</answer>", "B", 1.0, 1.0, 1.0),
         ("multiple choice", "B", "The answer is (B).", "B", 1.0, 0.0, 0.0),
-        ("multiple choice", "B", "<answer>right</answer>", "B", 1.0, 0.0, 0.0),
         ("multiple choice", "B", "no idea", "", 0.0, 0.0, 0.0),
-        ("numerical", "12", "<answer>12 squares</answer>", "12", 1.0, 0.0, 0.0),
         ("regression", "10", "<think>t</think><answer>8.5</answer>", "8.5", 0.7, 0.7, 1.0),
-        ("regression", "10", "about 8.5 meters", "8.5", 0.7, 0.0, 0.0),
         ("regression", "10", "far", "", 0.0, 0.0, 0.0),
         ("OCR", "3 7 2 9", "3 7 9", "3 7 9", 0.75, 0.0, 0.0),
         ("temporal grounding", SPAN, "4s to 8s", FOUND, 1 / 3, 0.0, 0.0),
         ("temporal grounding", SPAN, f"<think>t</think><answer>{TOLD}</answer>", FOUND, 1 / 3, 1 / 3, 1.0),
-        ("temporal grounding", SPAN, "<think>t</think><answer>4 to 8</answer>", FOUND, 1 / 3, 0.0, 0.0),
     ],
 )
 def test_scores_of_outputs(

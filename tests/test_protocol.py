@@ -4,7 +4,6 @@ way than this project does, its settings, and a whole evaluation with the small 
 from __future__ import annotations
 
 import json
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -49,17 +48,6 @@ def test_prompts() -> None:
     prompts = {kind: f"Where to?\n{THINK}{hint}" for kind, hint in hints.items()}
     prompts["multiple choice"] = "Where to?Options:\nA. left\nB. {right}\n\n" + THINK + LETTER
     assert {kind: paper.TEMPLATE.render(question(kind)) for kind in prompts} == prompts
-
-
-def test_a_chat_about_several_clips() -> None:
-    """Only its last turn is asked there, which has not all of the marks."""
-    turns = ("Here is <video>.", "Does <video> go there?")
-    chat = tuple({"role": "user", "content": turn} for turn in turns)
-    sample = replace(question("free-form"), problem=turns[1], messages=chat, more_paths=("other.mp4",))
-    asked = paper.as_asked(sample)
-    assert asked.messages == () and asked.problem == "Does  go there?" and asked.paths == sample.paths
-    marked = replace(sample, problem="Is <video> as <video>?", messages=())
-    assert paper.as_asked(marked).problem == marked.problem
 
 
 @pytest.mark.parametrize(

@@ -31,9 +31,6 @@ _ANSWERS_SHOWN = 4
 def run_ask(settings: AskSettings) -> str:
     """Print the answers to the settings' questions; return the last ordered answer.
 
-    The first ordered output to each question is printed as it comes, then the answer in it unless the output
-    ends with it. With contrasts or several samples, a table of shares and intervals follows.
-
     Raises RequestError for a missing file, ConfigError for an unusable checkpoint, MediaError for an unusable
     file and PromptError for a prompt over the limit.
     """
@@ -95,9 +92,7 @@ def views_table(sample: Sample, views: Sequence[View]) -> str:
 def question_sample(settings: AskSettings, question: str) -> Sample:
     """Return a sample for a question that is in no manifest; its solution is the settings' answer or "".
 
-    The first file's extension decides between image and video (a GIF is a video). The default type is
-    multiple choice with options, else free-form. Options without letters get them: "A. left". Raises
-    RequestError when there is no such file.
+    The default type is multiple choice with options, else free-form. Raises RequestError for a missing file.
     """
     from video_r1.data.manifests.records import Sample
     from video_r1.data.sources.media_paths import data_type_of

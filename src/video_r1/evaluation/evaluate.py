@@ -1,9 +1,7 @@
 """`video-r1 eval`: a checkpoint asked every question with every frame count in every frame order, and scored.
 
-questions ─► predictions.py ─► <out>/<benchmark>/predictions-<frames>.jsonl, summary.json, … ─► <out>/
-
-<out>/summary.json        every benchmark's figures, how complete they are, and the comparison
-<out>/temporal-gap.html   where questions were asked in both orders, or with all controls
+questions ─► predictions.py ─► <out>/<benchmark>/predictions-<frames>.jsonl, summary.json, …
+                               <out>/summary.json, temporal-gap.html
 
 torch and the model's code are imported when the questions are read, so that wrong requests fail at once.
 """
@@ -31,10 +29,9 @@ from video_r1.settings.frames import CONTROLS
 def run_eval(settings: EvalSettings, bench: BenchmarkSettings | None = None) -> dict[str, Any]:
     """Evaluate a checkpoint on a manifest or on benchmarks, print the tables and return the summary.
 
-    The questions are read before the model is loaded. Results go to `settings.out`, by default
-    runs/eval/<model>-<manifest>; started again with the same settings, the evaluation continues. Every rank
-    calls it, and rank 0 writes. Raises ManifestError, ConfigError and RequestError, and VideoR1Error when
-    another rank is lost.
+    Results go to `settings.out`, by default runs/eval/<model>-<manifest>; started again with the same
+    settings, the evaluation continues. Raises ManifestError, ConfigError and RequestError, and VideoR1Error
+    when another rank is lost.
     """
     bench = bench or BenchmarkSettings()
     assert (settings.manifest is None) != (bench.bench is None)  # the command line refuses others

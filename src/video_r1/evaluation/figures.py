@@ -88,23 +88,21 @@ def _svg(lines: Sequence[Line]) -> str:
     from matplotlib import style
     from matplotlib.figure import Figure
 
-    kinds = list(dict.fromkeys(line.contrast for line in lines))
-    counts = list(dict.fromkeys(line.frames for line in lines))
-    names = kinds if len(kinds) > 1 else [f"{count} frames" for count in counts]
-    colour = {name: f"C{number}" for number, name in enumerate(names)}
+    contrasts = dict.fromkeys(line.contrast for line in lines)
+    colour = {contrast: f"C{number}" for number, contrast in enumerate(contrasts)}
     told, text = [], StringIO()
     with style.context([COLOURS, STYLE]):
         figure = Figure(figsize=(13, 1.1 + 0.25 * len(lines)), layout="constrained")
         axes = figure.subplots()
         axes.grid(axis="x", color=INK, alpha=0.25)
         for y, line in enumerate(lines):
-            own = colour[line.contrast if len(kinds) > 1 else f"{line.frames} frames"]
+            own = colour[line.contrast]
             gap, (low, high) = 100 * line.gap["gap"], (100 * end for end in line.gap["interval95"])
             axes.hlines(y, low, high, color=own, linewidth=2)
             axes.plot(gap, y, "o", color=own, markerfacecolor=own if low > 0 or high < 0 else "white")
+            ordered, other = 100 * line.gap["ordered"], 100 * line.gap[line.contrast]
             told.append(
-                (f"{line.frames} frames: " if len(counts) > 1 < len(kinds) else "")
-                + f"{100 * line.gap['ordered']:.1f} − {100 * line.gap[line.contrast]:.1f} = {_signed(gap)} "
+                f"{line.frames} frames: {ordered:.1f} − {other:.1f} = {_signed(gap)} "
                 f"[{_signed(low)}, {_signed(high)}]  ({line.gap['questions']:,})"
             )
         axes.axvline(0, color=INK)

@@ -1,13 +1,11 @@
 """Video-R1's own evaluation: its protocol, its published figures (arXiv 2503.21776, version 4), a comparison.
 
 Published figures are percentages of questions without an interval. A difference is marked when the published
-figure is outside the 95 % interval of ours, so that drawing other clips and questions would rarely explain
-it. `setup_differences` lists settings that may explain it.
+figure is outside the 95 % interval of ours.
 
 The protocol is that of Video-R1's public code (github.com/tulerfeng/Video-R1, src/eval_bench.py): its prompt,
-and how it parses and scores an answer. Its frames and sampling are in settings/decoding.py. It deliberately
-keeps the code's rules: an answer has to be the letter and nothing else, free texts score nothing, and
-comparisons of numbers are rounded to 32 bits.
+and how it parses and scores an answer. An answer has to be the letter and nothing else, free texts score
+nothing, and numbers have 32 bits. Its frames and sampling are in settings/decoding.py.
 """
 
 import tomllib
@@ -60,14 +58,8 @@ TEMPLATE = ReferenceTemplate("{question}\n" + _INSTRUCTION + " {hint}", ANSWER_H
 
 
 def as_asked(sample: Sample) -> Sample:
-    """Return the sample as the code asks it: about the whole clip, by the template, a chat's last turn only.
-
-    Marks of several clips are removed, so that all clips come before the question.
-    """
-    problem = sample.problem
-    if sample.messages and sample.more_paths:
-        problem = problem.replace(sample.mark, "")
-    return replace(sample, problem=problem, start=None, end=None, messages=())
+    """Return the sample as the code asks it: about the whole clip, of a chat only the last turn."""
+    return replace(sample, start=None, end=None, messages=())
 
 
 def as_sized(budget: FrameBudget) -> FrameBudget:

@@ -34,13 +34,10 @@ def evaluate(
 ) -> dict[str, Any]:
     """Evaluate `engine` on `samples`; return the summary, which is also written to `summary.json`.
 
-    budget: frame sizes and rate; its `max_frames` is replaced by each of the settings' frame counts.
-    settings: frame counts and orders (images are asked once, in order), sampling, questions of one engine
-    call, and the protocol, which replaces the prompt template, the size of small frames and the scores.
-
-    Files in `folder`: see `QuestionLoop`. Started again with the same settings, it continues, and its figures
-    cover all samples. Every rank calls it, with its own engine, and returns the summary. Raises what
-    `QuestionLoop.run` raises, and RequestError for malformed `pairs`.
+    budget: its `max_frames` is replaced by each of the settings' frame counts. settings: a protocol replaces
+    the prompt template, the size of small frames and the scores. Files in `folder`: see `QuestionLoop`. Every
+    rank calls it, with its own engine, and returns the summary. Raises what `QuestionLoop.run` raises, and
+    RequestError for malformed `pairs`.
     """
     if settings.protocol == "reference":
         samples = [paper.as_asked(sample) for sample in samples]

@@ -1,8 +1,6 @@
-"""A session with a model: loaded once, a clip decoded once, a question asked in several frame orders.
+"""A session with a model, of `ask` and the studio: loaded once, a clip decoded once.
 
-    clip ─► frames (kept) ─► prompts: ordered, and of each contrast ─► K answers to each ─► shares
-
-The command `ask` and the studio's page use it.
+clip ─► frames (kept) ─► prompts: ordered, and of each contrast ─► K answers to each ─► shares
 """
 
 import inspect
@@ -46,10 +44,7 @@ class View:
 
 
 class ModelSession:
-    """A model and the clips that it was asked about. Closing it releases the model.
-
-    Raises ConfigError for an unusable checkpoint or server. The model is loaded with the first question.
-    """
+    """A model, loaded with the first question, and the clips that it was asked about. Raises ConfigError."""
 
     def __init__(self, settings: AskSettings) -> None:
         self.settings = settings
@@ -78,7 +73,7 @@ class ModelSession:
         return tuple(cache_key(file, self.budget, self.budget.max_frames) for file in sample.files)
 
     def prompts(self, sample: Sample, orders: Sequence[Order]) -> list[Prompt]:
-        """Build the prompts. Raises MediaError, also for a clip too short for a contrast, and PromptError."""
+        """Build the prompts. Raises PromptError, and MediaError, also for a clip too short for a contrast."""
         media = self.media(sample)
         return [build_prompt(sample, media, self.builder, order, self.settings.seed) for order in orders]
 
@@ -114,10 +109,7 @@ def sampling_of(settings: AskSettings) -> SamplingSettings:
 def heard(
     engine: RolloutEngine, tokenizer: Any, prompts: Sequence[Prompt], sampling: SamplingSettings, hear: Hear
 ) -> list[list[Rollout]]:
-    """Return `generate`'s completions; pass the first one of each prompt to `hear` as it is written.
-
-    An engine whose `generate` takes no `on_token` is heard at its end.
-    """
+    """Return `generate`'s completions; pass the first of each prompt to `hear`, piece by piece if possible."""
     streams = [TextStream(tokenizer, partial(hear, prompt)) for prompt in range(len(prompts))]
 
     def on_token(prompt: int, completion: int, token: int) -> None:

@@ -1,9 +1,8 @@
 """Loading of benchmarks: from a folder to checked questions; errors name missing files and their source.
 
 media root/
-  vsibench/          an unpacked copy of the benchmark's dataset (the declaration says how)
-  mvbench/ …
-  eval_mmvu.json     or the reference's evaluation JSONs, with Evaluation/… beside them
+  vsibench/ …        unpacked copies of the benchmarks' datasets (the declarations say how)
+  eval_mmvu.json …   or the reference's evaluation JSONs, with Evaluation/… beside them
 """
 
 import os
@@ -77,11 +76,9 @@ def load_questions(
 
     name: a benchmark's name, or the path of a manifest. media_root: by default `BENCHMARK_ROOT`, for a
     manifest its folder. annotation: the kind to read if both exist, by default the published one. The
-    converted manifest is written to `manifest_folder`/manifest.json.
-
-    Raises RequestError when there is no annotation, and, unless `allow_missing`, when media are missing (the
-    message names their source) or the number of questions or options is not the published one. Raises
-    ManifestError for rows that are no questions.
+    converted manifest is written to `manifest_folder`/manifest.json. Raises ManifestError for rows that are
+    no questions, RequestError when there is no annotation, and, unless `allow_missing`, when media are
+    missing or the number of questions or options is not the published one.
     """
     benchmark, problems = BENCHMARKS.get(name), []
     if benchmark is None:

@@ -1,12 +1,10 @@
 """Readers of single benchmarks, where a declaration is not enough: rows, clip paths, tasks.
 
-TempCompass (arXiv 2403.00476) asks about five temporal aspects of 410 clips in four forms, which all become
-multiple choice. Yes/no questions and caption matching have their two answers as options. Captioning is
-published with a language model as judge; here the model chooses among the pieces of information that the
-caption would contain, of which one fits the clip.
+TempCompass (arXiv 2403.00476) asks in four forms, which all become multiple choice. Captioning is published
+with a language model as judge; here the model chooses among the pieces of information that the caption would
+contain, of which one fits the clip.
 
-Benchmarks of minimal pairs (Vinoground, MVP, TimeBlind) have clips that differ only in what happens when.
-Their rows name the sets of questions that are right only as a whole.
+Rows of minimal pairs (Vinoground, MVP, TimeBlind) name the sets of questions that are right only as a whole.
 """
 
 import csv
