@@ -109,7 +109,7 @@ def sampling_of(settings: AskSettings) -> SamplingSettings:
 def heard(
     engine: RolloutEngine, tokenizer: Any, prompts: Sequence[Prompt], sampling: SamplingSettings, hear: Hear
 ) -> list[list[Rollout]]:
-    """Return `generate`'s completions; pass the first of each prompt to `hear`, piece by piece if possible."""
+    """Return `generate`'s completions; pass the first of each prompt to `hear`, in pieces if possible."""
     streams = [TextStream(tokenizer, partial(hear, prompt)) for prompt in range(len(prompts))]
 
     def on_token(prompt: int, completion: int, token: int) -> None:
