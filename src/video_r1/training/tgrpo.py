@@ -17,16 +17,11 @@ Deviations from the paper and its code:
  3. Ordered and shuffled completions are sampled alike, without top-p: the sampled distribution is scored.
  4. The shuffled order is never the identity, and the sampling rate of the frames reaches the model.
  5. Equal numbers are equal however they are written (see rewards/scoring.py).
- 6. A group's completions share one row with their prompt: the values are those of separate rows, while the
-    pixels are encoded once.
- 7. The loss is normalised over the optimizer step: a question counts the same in any micro-batch and on any
-    device.
- 8. The log-probs of the first update on a batch of rollouts serve as those of the old policy.
- 9. Groups of equal rewards are excluded from the update if they change nothing in it, which requires that
-    there is no KL term (see `flat_groups_count`).
-10. Another question replaces one whose media cannot be used; a question is never shown other media.
-11. With vLLM, a token's policy loss is weighted by π_old ÷ π_vLLM (capped), which differ by rounding.
-12. With async_rollouts, π_vLLM is one update older than π_old.
+ 6. The loss is normalised over the optimizer step: a question counts the same in any micro-batch and rank.
+ 7. Groups of equal rewards are excluded from an update in which they change nothing (`flat_groups_count`).
+ 8. Another question replaces one whose media cannot be used; a question is never shown other media.
+ 9. With vLLM, a token's policy loss is weighted by π_old ÷ π_vLLM (capped), which differ by rounding, and with
+    async_rollouts by one update.
 """
 
 from __future__ import annotations
@@ -128,10 +123,8 @@ class Sampled(NamedTuple):
 
 @dataclass(slots=True)
 class PolicyBatch:
-    """A micro-batch of groups, and the values that all updates on the same rollouts share.
-
-    The model sees only `trained`: Q questions with N completion tokens in all. They include groups of equal
-    rewards if these count (`flat_groups_count`).
+    """A micro-batch of groups, and the values that all updates on the same rollouts share. The model sees
+    only `trained`: Q questions with N completion tokens in all.
     """
 
     groups: list[RolloutGroup]
@@ -181,10 +174,8 @@ class PolicyBatch:
 
 @dataclass(slots=True)
 class Step:
-    """Micro-batches of one optimizer step, which all updates on their rollouts share.
-
-    normaliser: of the loss (`loss_normaliser`); entropy_tokens: tokens that entropies are averaged over. Both
-    are sums over all ranks divided by the number of ranks, since gradients are averaged over ranks.
+    """Micro-batches of one optimizer step, which all updates on their rollouts share; divisors of the loss
+    and of the sum of entropies, over all ranks ÷ their number, since gradients are averaged over ranks.
     """
 
     batches: list[PolicyBatch]
@@ -201,17 +192,15 @@ class TGRPOTrainer(QuestionTrainer):
     signature, `function(prompts, completions, completion_ids, **columns) -> list[float | None]`.
     train_dataset, eval_dataset: a manifest's path or hub id, a list of Sample or of dicts, or a
     `datasets.Dataset` of the record fields, or of TRL's `prompt` and `image`. processing_class: the model's
-    processor (default: the checkpoint's). optimizers: an optimizer and its schedule instead of those of the
-    settings. peft_config: trains adapters only. engine: the rollout engine (default: by the settings).
-    recipe: the source of config.yaml (default: `args`). The positional order is TRL's; arguments that only
-    reward models and quantised loading need are refused.
+    processor (default: the checkpoint's). peft_config: trains adapters only. engine: the rollout engine
+    (default: by the settings). recipe: the source of config.yaml (default: `args`). The positional order is
+    TRL's; arguments that only reward models and quantised loading need are refused.
 
-    A function of `reward_funcs` is called once a step with the rank's ordered completions (and once in the
-    check before the first step). Each argument is a list with one entry per completion: `prompts` and
-    `completions` are texts without chat markup, `completion_ids` lists of ints, and every field of the rows
-    comes by its name (`solution`, `problem_type`, `path`, … and your own; None if a row lacks it). It returns
-    a finite number for each completion, or None if it does not apply. Its name is used in the series
-    `reward/<name>` and in `reward_weights`.
+    A function of `reward_funcs` is called once a step with the rank's ordered completions (and once before
+    the first step). Each argument is a list with one entry per completion: `prompts` and `completions` are
+    texts without chat markup, `completion_ids` lists of ints, and every field of the rows comes by its name
+    (None if a row lacks it). It returns a finite number for each completion, or None if it does not apply.
+    Its name is used in the series `reward/<name>` and in `reward_weights`.
 
     Raises ConfigError and ManifestError when it is built; `train` raises VideoR1Error when no reward is in
     reach, when media are missing as a whole or the loss stays not finite.
@@ -296,10 +285,7 @@ class TGRPOTrainer(QuestionTrainer):
     # ---- One optimizer step: read, sample, compare, score, credit, batch
 
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: Any) -> tuple[list, Any]:
-        """Return the micro-batches of one optimizer step, and their loss's normaliser.
-
-        The policy before the step samples all rollouts: no question's loss depends on its micro-batch.
-        """
+        """Return the micro-batches of one optimizer step, and their loss's normaliser."""
         read, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
         if not read:
             return [], None
@@ -311,11 +297,11 @@ class TGRPOTrainer(QuestionTrainer):
         return [{"batch": batch, "step": step} for batch in step.batches], step.normaliser
 
     def roll_out(self, pending: Sequence[Sequence[Any]]) -> Step:
-        """Read, sample, compare and score the questions of a step's micro-batches; return the step."""
+        """Turn the questions of a step's micro-batches, which are being read, into the step."""
         args = self.settings
+        first = self.ask(self.ready(list(chain(*pending))))
 
         # Replace questions whose R_i are all equal (DAPO)
-        first = self.ask(self.ready(list(chain(*pending))))
         selected = select_groups(
             first, lambda slots: self.ask(self.ready(self.submit(slots))), args.dynamic_sampling
         )
@@ -344,9 +330,7 @@ class TGRPOTrainer(QuestionTrainer):
         return Asked([entry.slot for entry in ready], groups, vision)
 
     def step_rollouts(self, questions: Sequence[Question]) -> tuple[list[list[Rollout]], list[list[Rollout]]]:
-        """Return the ordered completions [Q][G] and the shuffled ones [Q][H or 0]: those that were sampled
-        ahead, or else those of the current policy.
-        """
+        """Return ordered completions [Q][G] and shuffled ones [Q][H or 0], sampled ahead or now."""
         ahead, self.ahead = self.ahead, None
         with self.meter.seconds("rollout"):
             sampled = self.sample(questions) if ahead is None else ahead.result()
@@ -356,7 +340,6 @@ class TGRPOTrainer(QuestionTrainer):
         return sampled.ordered, sampled.shuffled
 
     def sample(self, questions: Sequence[Question]) -> Sampled:
-        """Sample completions of the current policy."""
         with self.synced_engine():
             return self.generate(questions)
 
@@ -399,10 +382,7 @@ class TGRPOTrainer(QuestionTrainer):
         self, questions: Sequence[Question], ordered: list[list[Rollout]]
     ) -> tuple[list[list[Tensor] | None] | None, list[VisualFeatures | None] | None]:
         """Score the ordered completions behind the contrast clips, if the temporal rule needs it: return
-        their drops and the visual features of the ordered prompts (None: not computed).
-
-        The updates reuse the features if the vision tower, of a known family, is frozen, and the contrast
-        permutes temporal patches or the drops need these features themselves.
+        their drops, and the visual features of the ordered prompts if the updates can reuse them.
         """
         args, size = self.settings, self.settings.per_device_train_batch_size
         if self.rule.contrast != "scored":
@@ -425,7 +405,6 @@ class TGRPOTrainer(QuestionTrainer):
         shuffled: list[list[Rollout]],
         drops: list[list[Tensor] | None] | None = None,
     ) -> list[RolloutGroup]:
-        """Compute every reward term of every completion, and their weighted sum R_i."""
         with self.meter.seconds("reward"):
             return score_groups(
                 questions, ordered, shuffled, self.terms, self.settings, self.builder.question, drops,
@@ -475,7 +454,7 @@ class TGRPOTrainer(QuestionTrainer):
         return (loss, {"policy": policy}) if return_outputs else loss
 
     def logprobs(self, model: nn.Module, batch: PolicyBatch, with_entropy: bool = False) -> GroupLogprobs:
-        """[N], of the batch's ordered completions at the sampling temperature. A frozen tower runs once."""
+        """Compute log π [N] at the sampling temperature. A frozen tower runs once."""
         with self.accelerator.autocast():
             if self.vision_is_frozen and batch.vision is None:
                 with torch.no_grad():
@@ -491,9 +470,7 @@ class TGRPOTrainer(QuestionTrainer):
             )
 
     def set_references(self, batch: PolicyBatch, model: nn.Module, logprobs: Tensor) -> None:
-        """Set the values that all updates on the batch share. The policy has not been updated since it
-        sampled: its log-probs [N] are those of π_old.
-        """
+        """Set what all updates on the batch share. logprobs: [N], of the policy before the first update."""
         batch.old_logprobs = logprobs
         if self.settings.use_vllm:
             batch.sampler_weights = sampler_weights(logprobs, batch.trained, self.settings, self.meter)
@@ -547,12 +524,6 @@ class TGRPOTrainer(QuestionTrainer):
 
     # ---- Checks before the first step, validation, records
 
-    def train_on(self, resume_from_checkpoint: str | bool | None, *args: Any, **kwargs: Any) -> Any:
-        """Train as QuestionTrainer does, after a test question to the judge."""
-        if self.judge is not None:
-            self.judge.open()
-        return super().train_on(resume_from_checkpoint, *args, **kwargs)
-
     @contextmanager
     def whole_policy(self) -> Iterator[Any]:
         """Give every rank the whole model inside, to sample with it or to sync its weights."""
@@ -560,10 +531,12 @@ class TGRPOTrainer(QuestionTrainer):
             yield self.accelerator.unwrap_model(self.model)
 
     def check_start(self) -> None:
-        """Check before the first step that a reward is in reach; with vLLM, that its log-probs of the first
-        questions, in both orders, are the trainer's.
+        """Check before the first step that the judge answers, that a reward is in reach, and that vLLM's
+        log-probs of the first questions are the trainer's.
         """
         args = self.settings
+        if self.judge is not None:
+            self.judge.open()
         if self.state.global_step == 0 and args.preflight_questions > 0:
             questions = self.first_questions(args.preflight_questions)
             sampled = self.sample(questions)
@@ -576,7 +549,6 @@ class TGRPOTrainer(QuestionTrainer):
                 warn_of_difference(sampler_difference(self.engine, model, prompts, args.temperature))
 
     def first_questions(self, count: int) -> list[Question]:
-        """Read the first `count` questions of the first epoch."""
         count = min(count, len(cast(list[Sample], self.train_dataset)))
         return [each.result().content for each in self.submit([Slot(0, index) for index in range(count)])]
 
@@ -605,9 +577,8 @@ class TGRPOTrainer(QuestionTrainer):
 def credit(
     groups: Sequence[RolloutGroup], settings: TGRPOSettings, moments: TaskMoments | None = None
 ) -> None:
-    """Set the groups' advantages, those without the temporal term, and the weights of their tokens.
-
-    Every rank calls it with its own groups of a step. moments: for `scale_rewards` task.
+    """Set the groups' advantages, those without the temporal term, and the weights of their tokens. Every
+    rank calls it with its own groups of a step. moments: for `scale_rewards` task.
     """
     rule, scale, kappa = rule_of(settings), settings.scale_rewards, settings.temporal_weight_kappa
     rows = [(g.total_reward, g.base_reward, g.sample.problem_type, g.margin) for g in groups]
@@ -635,10 +606,8 @@ def step_of(
     vision: Sequence[VisualFeatures | None] | None,
     settings: TGRPOSettings,
 ) -> Step:
-    """Split scored groups into micro-batches of these sizes. vision: features of their prompts, if known.
-
-    Every rank calls it with its own groups. At least one group of each micro-batch is trained on, so that
-    every rank has a loss.
+    """Split scored groups into micro-batches of these sizes; every rank calls it with its own groups. vision:
+    features of their prompts. At least one group of each is trained on, so that every rank has a loss.
     """
     remaining, batches, all_count = iter(range(len(groups))), [], flat_groups_count(settings)
     for size in sizes:
@@ -664,9 +633,8 @@ def step_of(
 
 
 def flat_groups_count(settings: TGRPOSettings) -> bool:
-    """Whether groups of equal rewards matter although their advantages of 0 add nothing to the policy term:
-    for a KL or entropy term, as tokens that a micro-batch is averaged over (bnpo), or as tokens among which
-    the entropies of others are ranked.
+    """Whether groups of equal rewards matter although their advantages are 0: for a KL or entropy term, for
+    the mean over a micro-batch (bnpo), or where entropies are ranked.
     """
     own_terms = settings.beta != 0 or settings.entropy_coef != 0
     averaged = objective_of(settings.loss_type).average == "micro_batch"
@@ -675,7 +643,7 @@ def flat_groups_count(settings: TGRPOSettings) -> bool:
 
 def kept_tokens(batch: PolicyBatch, policy: GroupLogprobs, settings: TGRPOSettings) -> Tensor | None:
     """[N] bool: the share `top_entropy_quantile` of highest entropy among the tokens that count in this
-    micro-batch of all ranks; None: all. Every rank calls it.
+    micro-batch of all ranks; None: all.
     """
     if settings.top_entropy_quantile == 1.0:
         return None
@@ -691,10 +659,7 @@ def sampler_weights(
     trainer_logprobs: Tensor, groups: Sequence[RolloutGroup], settings: VLLMSettings, meter: Meter
 ) -> Tensor | None:
     """Return importance weights [N] of the groups' ordered completion tokens (`importance_weights`); None if
-    the settings want no correction.
-
-    trainer_logprobs: [N] of the model before the update, detached. Adds to the series
-    `sampler/logprob_difference` (mean), `sampler/logprob_difference_max` and `sampler/share_capped`.
+    the settings want no correction. trainer_logprobs: [N] before the update. Adds to the series `sampler/…`.
     """
     rollouts = [rollout for group in groups for rollout in group.ordered]
     sampled = torch.cat([rollout.logprobs for rollout in rollouts]).to(trainer_logprobs)
