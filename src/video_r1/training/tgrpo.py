@@ -20,8 +20,8 @@ Deviations from the paper and its code:
  6. The loss is normalised over the optimizer step: a question counts the same in any micro-batch and rank.
  7. Groups of equal rewards are excluded from an update in which they change nothing (`flat_groups_count`).
  8. Another question replaces one whose media cannot be used; a question is never shown other media.
- 9. With vLLM, a token's policy loss is weighted by π_old ÷ π_vLLM (capped), which differ by rounding, and with
-    async_rollouts by one update.
+ 9. With vLLM, a token's policy loss is weighted by π_old ÷ π_vLLM (capped), which differ by rounding, and
+    with async_rollouts by one update.
 """
 
 from __future__ import annotations
