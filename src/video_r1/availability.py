@@ -32,11 +32,6 @@ def has_bitsandbytes() -> bool:
     return find_spec("bitsandbytes") is not None
 
 
-def is_bitsandbytes_optimizer(name: str) -> bool:
-    """Return whether this value of `optim` needs bitsandbytes."""
-    return BITSANDBYTES_OPTIMIZERS.fullmatch(name) is not None
-
-
 def check_bitsandbytes(setting: str) -> None:
     """Raise ConfigError, naming the setting that needs it, when bitsandbytes is not installed."""
     if not has_bitsandbytes():
@@ -44,8 +39,7 @@ def check_bitsandbytes(setting: str) -> None:
 
 
 def check_optimizer(name: str) -> None:
-    """Raise ConfigError when this value of `optim` needs bitsandbytes, which is not installed."""
-    if is_bitsandbytes_optimizer(name):
+    if BITSANDBYTES_OPTIMIZERS.fullmatch(name):
         check_bitsandbytes(f"optim: {name}")
 
 

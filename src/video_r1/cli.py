@@ -12,10 +12,8 @@ import errno
 import itertools
 import os
 import sys
-import tempfile
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -86,14 +84,10 @@ def run(words: list[str]) -> int:
         return 0
     flags = {"--print_config", "--print-config", *(["--smoke"] if name in TRAINS else [])} & set(rest)
     recipe = read_request(name, [word for word in rest if word not in flags])
-    if "--smoke" in flags:
-        from video_r1.lab.smoke import run_smoke, smoke_recipe
+    if flags == {"--smoke"}:
+        from video_r1.lab.smoke import run_smoke
 
-        if flags == {"--smoke"}:
-            return run_smoke(recipe, carry_out)
-        with tempfile.TemporaryDirectory(prefix="video-r1-smoke-") as folder:
-            smoked, _ = smoke_recipe(recipe, Path(folder, "lab"), Path(folder, "run"))
-        recipe = replace(smoked, source=" ".join([*filter(None, [recipe.source]), "--smoke"]))
+        return run_smoke(recipe, carry_out)
     if flags:
         print(resolved_text(recipe), end="")
         return 0

@@ -10,7 +10,7 @@ import textwrap
 from collections.abc import Container, Iterable
 from typing import Any, Literal, get_args, get_origin
 
-from video_r1.commands import COMMANDS, TRAINS, Command
+from video_r1.commands import COMMANDS, TRAINS
 from video_r1.recipe_files import catalogue, packaged_recipes
 from video_r1.settings.base import Settings, own_field_types
 from video_r1.settings.commands import CompletionSettings
@@ -100,39 +100,31 @@ def run_completion(settings: CompletionSettings) -> None:
 
 
 def completed_words() -> argparse.ArgumentParser:
-    """Return a parser of all commands and settings. Text is completed with file names."""
+    """Return a parser of all commands, recipes and settings. Text is completed with file names."""
     top = argparse.ArgumentParser("video-r1", add_help=False)
-    top.add_argument("--help", action="store_true", help="list the commands")
-    top.add_argument("--version", action="store_true", help="print the version")
+    add_flags(top, "help", "version")
     groups = {"": top.add_subparsers()}
     for name, command in COMMANDS.items():
         first, _, second = name.partition(" ")
         if second and first not in groups:
             groups[first] = groups[""].add_parser(first, add_help=False, help=first).add_subparsers()
         group = groups[first if second else ""]
-        add_settings(group.add_parser(second or first, add_help=False, help=command.summary), name, command)
+        parser = group.add_parser(second or first, add_help=False, help=command.summary)
+        add_flags(parser, "help", "print_config", *(["smoke"] if name in TRAINS else []))
+        commands = TRAINS if name == "plan" else (name,)
+        if recipes := [entry.name for entry in catalogue() if entry.made_for.command in commands]:
+            parser.add_argument("recipe", nargs="?", choices=recipes)
+        types = command.types()
+        for setting in command.positionals:
+            add_value(parser.add_argument(setting, nargs="?"), types[setting])
+        for setting, hint in ((training_argument_types() if name in TRAINS else {}) | types).items():
+            add_value(parser.add_argument(f"--{setting}", help=setting), hint)
     return top
 
 
-def add_settings(parser: argparse.ArgumentParser, name: str, command: Command) -> None:
-    """Add a command's settings as options, and recipes and positional settings as arguments."""
-    commands = TRAINS if name == "plan" else (name,)
-    recipes = [entry.name for entry in catalogue() if entry.made_for.command in commands]
-    if recipes:
-        parser.add_argument("recipe", nargs="?", choices=recipes)
-    types = command.types()
-    for setting in command.positionals:
-        add_value(parser.add_argument(setting, nargs="?"), types[setting])
-    help_texts = {
-        field: kind.__dataclass_fields__[field].metadata["help"]
-        for kind in command.sections
-        for field in own_field_types(kind)
-    }
-    for setting, hint in ((training_argument_types() if name in TRAINS else {}) | types).items():
-        text = help_texts.get(setting, "a setting of transformers.TrainingArguments").replace("%", "%%")
-        add_value(parser.add_argument(f"--{setting}", help=text), hint)
-    for flag in ("help", "print_config", *(["smoke"] if name in TRAINS else [])):
-        parser.add_argument(f"--{flag}", action="store_true", help=f"see video-r1 {name} --help")
+def add_flags(parser: argparse.ArgumentParser, *names: str) -> None:
+    for name in names:
+        parser.add_argument(f"--{name}", action="store_true", help=name)
 
 
 def add_value(action: Any, hint: Any) -> None:

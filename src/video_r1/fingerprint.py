@@ -1,8 +1,6 @@
-"""Fingerprints: what must be equal for a run, an evaluation, an annotation or a cache entry to be continued.
+"""Fingerprints: settings that must be equal for a run, an evaluation, an annotation or a cache to continue.
 
-Work that can be interrupted writes down the settings that its results depend on, as JSON values by name, and
-refuses other settings when it is started again. Long values (all questions of a manifest) are recorded as
-their `digest`.
+Long values (all questions of a manifest) are recorded as their `digest`.
 """
 
 import hashlib

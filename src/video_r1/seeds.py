@@ -4,8 +4,6 @@ No random generator keeps a state: the order of an epoch, a shuffled clip and a 
 separate seeds, so that repeated or reordered work draws the same values.
 """
 
-from __future__ import annotations
-
 import hashlib
 
 

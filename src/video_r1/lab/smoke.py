@@ -64,7 +64,9 @@ def smoke_recipe(recipe: Recipe, lab: Path, output_dir: Path) -> tuple[Recipe, d
             "async_rollouts": 0,
         }
     optimizer, missing = str(values.get("optim", "")), not availability.has_bitsandbytes()
-    if optimizer.startswith("paged_") or (missing and availability.is_bitsandbytes_optimizer(optimizer)):
+    if optimizer.startswith("paged_") or (
+        missing and availability.BITSANDBYTES_OPTIMIZERS.fullmatch(optimizer)
+    ):
         changes["optim"] = "adamw_torch"  # paged optimizers need a GPU
     if missing:
         changes["load_in_4bit"] = False
