@@ -44,15 +44,14 @@ def row_flops(config: Any, plan: MemoryPlan, length: float) -> float:
 
 
 def _text_flops(config: Any, plan: MemoryPlan, tokens: float, seen: float) -> float:
-    """Return the FLOPs of a forward pass without head of tokens that attend to `seen` others."""
+    """Return the forward FLOPs, without head, of tokens that attend to `seen` others."""
     text = config.get_text_config()
     attention = 4 * seen * text.num_attention_heads * head_size(text) * text.num_hidden_layers
     return tokens * (2 * (plan.traced.text_linear - _head(config)) + attention)
 
 
 def _head(config: Any) -> int:
-    text = config.get_text_config()
-    return text.vocab_size * text.hidden_size
+    return config.get_text_config().vocab_size * config.get_text_config().hidden_size
 
 
 def step_seconds(config: Any, plan: MemoryPlan, gpu: str) -> dict[str, float]:
@@ -115,7 +114,6 @@ def _rollout_seconds(
 
 
 def describe_time(config: Any, plan: MemoryPlan, gpu: str) -> list[str]:
-    """Return the estimate as lines of text: a step and its parts, and the hours of the run."""
     training, card = plan.recipe.values(), GPUS[gpu]
     questions = training["per_device_train_batch_size"] * training["gradient_accumulation_steps"]
     questions *= plan.sharding.processes

@@ -47,7 +47,6 @@ class Policy:
 
     @property
     def reference(self) -> bool:
-        """Whether there is a KL term against a reference model."""
         return isinstance(self.training, TGRPOSettings) and self.training.beta != 0
 
     @property
@@ -66,9 +65,7 @@ class Traced:
     gradients: int
     states_8bit: int  # of an 8-bit AdamW
     largest_layer: int  # weights of one decoder layer
-    outside_layers: (
-        int  # weights outside layers, vision blocks and untied embedding: FSDP does not shard these
-    )
+    outside_layers: int  # weights that FSDP does not shard: of no layer, vision block, untied embedding
     text_linear: int  # number of weights of the text model's linear layers and the head
     vision_linear: int  # number of weights of the vision tower's linear layers
     linear: int  # number of weights of all linear layers, without a tied head
@@ -83,9 +80,8 @@ class Traced:
 
 
 class LiveBytes(TorchDispatchMode):
-    """Counter of the bytes of live storages that operators create, and of their peak.
-
-    `gradients`: those of the live bytes that are gradients; only their share `gradients_kept` counts.
+    """Counter of the bytes of live storages that operators create, and of their peak. Of `gradients` only the
+    share `gradients_kept` counts.
     """
 
     def __init__(self, gradients_kept: float) -> None:
@@ -102,7 +98,6 @@ class LiveBytes(TorchDispatchMode):
         return result
 
     def ignore(self, module: nn.Module) -> None:
-        """Leave the module's weights and buffers out of the count."""
         for tensor in [*module.parameters(), *module.buffers()]:
             self.known.add(tensor.untyped_storage()._cdata)
 
@@ -158,7 +153,6 @@ def without_storage(*models: nn.Module, gradients_kept: float) -> Iterator[tuple
 
 
 def count_weights(model: nn.Module, policy: Policy) -> Traced:
-    """Count a model's weights, those of 4 bits with their scales."""
     inner = vision_language_model(model)
     text, known = text_of(inner), find_family(inner) is not None
     embedding, head = inner.get_input_embeddings(), inner.get_output_embeddings()
@@ -273,7 +267,6 @@ def gated_delta_rule(
 
 
 def _between_chunks(query: Tensor, key: Tensor, value: Tensor, *others: Tensor) -> tuple[Tensor, ...]:
-    """Allocate the states at the start of chunks, and what each token reads and writes."""
     batch, length, heads, size = key.shape
     states = key.new_empty(batch, -(-length // CHUNK), heads, size, value.shape[-1])
     return states, torch.empty_like(key), torch.empty_like(value), torch.empty_like(value)
@@ -305,7 +298,6 @@ SMALLEST = 4096  # weights of a tensor whose states are in 8 bits; smaller ones 
 
 
 def four_bit_bytes(count: int) -> int:
-    """Return the bytes of 4-bit weights with their scales."""
     scales = math.ceil(count / BLOCK)
     return math.ceil(count / 2) + scales + 4 * math.ceil(scales / SCALES)
 

@@ -6,6 +6,7 @@ layers in an update. Not counted: the CUDA context and the allocator's unused bl
 GPUs, for which a limit in GB, not GiB, leaves room), and the pixels of a batch.
 """
 
+import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -13,10 +14,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from transformers import PreTrainedConfig
 
-from video_r1.errors import ConfigError
+from video_r1.errors import ConfigError, first_line
 from video_r1.models.families import find_family
 from video_r1.plan.fake_trace import Policy, Traced
 from video_r1.plan.trace import Row, longest_row, trace
@@ -31,11 +31,16 @@ from video_r1.settings.training import SFTSettings, TGRPOSettings
 from video_r1.settings.vllm import MAX_BATCHED_TOKENS, VLLMSettings
 
 FLOAT32 = ("fp32", "float32", "float")  # as DeepSpeed reads it
+BYTES = 2  # bf16
+LIVE_COPIES = 2  # of a layer's largest activations
+ADAM_STATES = 2
+FSDP_LAYERS = 3  # the current layer, and the next one while it is received and copied
+SAMPLING_COPIES = 4  # [completions, vocabulary] float32: logits, log-probs, probabilities, their sums
 
 
 @dataclass(frozen=True, slots=True)
 class Sharding:
-    """Sharding of a run: `weights`, `gradients` and `optimizer` say which parts are split over the ranks."""
+    """Which parts (`weights`, `gradients`, `optimizer`) are split over the ranks."""
 
     name: str = "one GPU"
     processes: int = 1
@@ -48,7 +53,6 @@ class Sharding:
 
     @property
     def fsdp(self) -> bool:
-        """Whether weights are sharded by FSDP, which gathers them in the compute dtype."""
         return self.weights and not self.master
 
     def share(self, shared: bool) -> float:
@@ -61,7 +65,7 @@ def sharding_of(training: Mapping[str, Any], gpus: int = 1, kind: GPUSharding | 
     if kind in ("zero2", "zero3"):
         given = RECIPES / "deepspeed" / f"{kind}.json"
     if given:
-        options = given if isinstance(given, Mapping) else read_mapping(given)
+        options = given if isinstance(given, Mapping) else read_deepspeed(Path(given))
         zero = options.get("zero_optimization", {})
         stage = int(zero.get("stage", 0))
         offload = zero.get("offload_optimizer", {}).get("device", "none") != "none"
@@ -75,26 +79,17 @@ def sharding_of(training: Mapping[str, Any], gpus: int = 1, kind: GPUSharding | 
     return Sharding(f"{gpus} GPUs, each with all weights" if gpus > 1 else "one GPU", gpus)
 
 
-def read_mapping(path: str | Path) -> dict[str, Any]:
-    """Read a YAML or JSON file that holds a mapping. Raises ConfigError."""
+def read_deepspeed(path: Path) -> dict[str, Any]:
     try:
-        values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise ConfigError(f"{path}: cannot be read: {' '.join(str(error).split())}") from error
-    if not isinstance(values, dict):
-        raise ConfigError(f"{path}: not a mapping of settings")
-    return values
-
-
-BYTES = 2  # bf16
-LIVE_COPIES = 2  # of a layer's largest activations
+        return dict(json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError) as error:
+        raise ConfigError(f"{path}: cannot be read as DeepSpeed's JSON: {first_line(error)}") from error
 
 
 @dataclass(frozen=True, slots=True)
 class VLLMShare:
-    """Bytes on one GPU that vLLM has in colocate mode (`share`) and needs.
-
-    It needs `weights`, its `profile` run, and keys and values of prompts and completions of each `question`.
+    """Bytes on one GPU that vLLM has in colocate mode (`share`) and needs: weights, profiling run, and keys
+    and values of each question's prompts and completions.
     """
 
     share: int
@@ -116,7 +111,6 @@ class VLLMShare:
 def vllm_share(
     config: Any, parameters: int, row: Row, training: TGRPOSettings, settings: VLLMSettings, gpu_memory: int
 ) -> VLLMShare:
-    """Return vLLM's needs. parameters: number of the model's weights. row: longest prompt and completions."""
     text, vision, parts = config.get_text_config(), config.vision_config, settings.vllm_tensor_parallel_size
     heads = math.ceil(text.num_key_value_heads / parts)
     of_a_token = 2 * BYTES * text.num_hidden_layers * heads * head_size(text)
@@ -131,13 +125,7 @@ def vllm_share(
 
 
 def head_size(text: Any) -> int:
-    """Return the size of an attention head of a text config."""
     return getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-
-
-ADAM_STATES = 2
-FSDP_LAYERS = 3  # the current layer, and the next one while it is received and copied
-SAMPLING_COPIES = 4  # [completions, vocabulary] float32: logits, log-probs, probabilities, their sums
 
 
 @dataclass(frozen=True, slots=True)
@@ -166,7 +154,7 @@ class MemoryPlan:
 
     @property
     def fits(self) -> bool | None:
-        """Whether the peak fits the GPU; None if the GPU is not known."""
+        """None if the GPU is not known."""
         if self.gpu_memory is None:
             return None
         return self.peak <= self.gpu_memory and (self.vllm is None or self.vllm.questions > 0)
@@ -189,9 +177,8 @@ def memory_plan(
     device_type: str = "cuda",
     processor: Any = None,
 ) -> MemoryPlan:
-    """Plan an `rl` or `sft` recipe (`load_recipe("rl", …)`) for a model of this config.
+    """Plan an `rl` or `sft` recipe for a model of this config, with the longest lengths that it allows.
 
-    Lengths are the longest that the recipe allows: frames at their budget, completions at their limit.
     gpu_memory: bytes. sharding: by default that of the recipe's TrainingArguments on one GPU. processor:
     needed on the general path. Raises ConfigError if the frames of a clip alone exceed max_prompt_length, and
     for settings that the general path does not support.
@@ -227,8 +214,7 @@ def memory_plan(
         beside = vllm_share(config, traced.parameters, row, training, vllm, gpu_memory or 0)
     cache = decoding = 0
     if sampled:
-        vocabulary = config.get_text_config().vocab_size
-        first = first_capacity(device_type)
+        vocabulary, first = config.get_text_config().vocab_size, first_capacity(device_type)
         cache, decoding = _sampling(vocabulary, traced, row, sampled, prompts, sequences, first)
     parts = {
         "weights": weights,
@@ -288,7 +274,7 @@ def _policy(
 
 
 def _optimizer_bytes(name: str, traced: Traced, stored: int, sharding: Sharding) -> int:
-    """Return the bytes of the optimizer's states; AdamW's have the dtype of the trained weights."""
+    """AdamW's states have the dtype of the trained weights."""
     if "8bit" in name:
         return traced.states_8bit // (2 if "lion" in name else 1)  # Lion has one moment
     if name.startswith(("sgd", "adafactor")):

@@ -50,7 +50,7 @@ def plan_lines(recipe: Recipe) -> Iterator[str]:
 
 
 def gpu_memory(recipe: Recipe) -> int | None:
-    """Return the bytes of one GPU: from the options, the recipe's machine or this one; None without GPU."""
+    """Return the bytes of one GPU, of the options, the recipe's machine or this one; None without GPU."""
     settings, made_for = recipe.section(PlanSettings), recipe.made_for
     if settings.gpu_memory is not None:
         return parse_bytes(settings.gpu_memory)
@@ -85,7 +85,6 @@ def of_stage(recipe: Recipe) -> Recipe:
 
 
 def memory_lines(plan: MemoryPlan) -> Iterator[str]:
-    """Yield the plan's memory as text."""
     unit, name_of_unit = (2**30, "GiB") if plan.peak >= 2**30 else (2**20, "MiB")
     row, stage, model = plan.row, plan.recipe.command, plan.recipe.section(ModelSettings).model_name_or_path
     answers = "completions" if stage == "rl" else "response"

@@ -27,7 +27,6 @@ def is_published(source: str) -> bool:
 
 
 def published_config(source: str) -> PreTrainedConfig:
-    """Return the config of a checkpoint in the table, by its hub id."""
     entry = published()[plain_name(source)]
     tied, kind = entry["tie_word_embeddings"], entry["model_type"]
     family = published()["families"].get(kind, {"text_config": {}, "vision_config": {}})
@@ -55,10 +54,7 @@ def published_frame(kind: str) -> int:
 
 
 def model_config(source: str | None) -> PreTrainedConfig:
-    """Load the config of a checkpoint folder or hub id; the hub is asked only if the table lacks it.
-
-    Raises ConfigError with a remedy.
-    """
+    """Load the config of a checkpoint folder or hub id; the hub is asked only if the table lacks it."""
     if not source:
         raise ConfigError(
             "a plan needs the model's shape: name a checkpoint folder or a hub id in model_name_or_path or "

@@ -64,11 +64,7 @@ def longest_row(
     text_tokens: int,
     processor: Any,
 ) -> Row:
-    """Return the longest row that the settings allow: of an image or a video, whichever has more tokens.
-
-    Raises ConfigError if the frames alone exceed max_prompt_length, and on the general path without a
-    processor.
-    """
+    """Return the longest row that the settings allow: of an image or a video, whichever has more tokens."""
     grid, timestamps, family = (1, 1, 1), 0, find_family(config)
     if family is None:
         visual, patches = _general_visuals(config, frames, processor)
@@ -96,7 +92,7 @@ def longest_row(
 
 
 def _general_visuals(config: Any, frames: PromptSettings, processor: Any) -> tuple[int, int]:
-    """Return the tokens and patches of the longest clip or image, as the processor makes it."""
+    """Return the tokens and patches of the longest clip or image."""
     vision = config.vision_config
     if processor is None:
         tokens = published_frame(config.model_type)
@@ -123,7 +119,6 @@ def _general_visuals(config: Any, frames: PromptSettings, processor: Any) -> tup
 
 
 def trace(config: PreTrainedConfig, policy: Policy, row: Row, sampled: int) -> Traced:
-    """Count the bytes of one update on `row` and of the prefill of `sampled` prompts."""
     model, judge = build_models(config, policy)
     inner, traced = vision_language_model(model), count_weights(model, policy)
     visuals = [_tower_inputs(inner, row, count) for count in (row.questions, sampled)]
@@ -171,7 +166,6 @@ def trace(config: PreTrainedConfig, policy: Policy, row: Row, sampled: int) -> T
 
 
 def _tower_inputs(model: Any, row: Row, questions: int) -> dict[str, Any]:
-    """Return the tower's inputs for so many clips, computed from the values of their grids."""
     if row.repeated or not questions:
         return {}
     grids = torch.tensor([row.grid] * questions)
@@ -180,7 +174,7 @@ def _tower_inputs(model: Any, row: Row, questions: int) -> dict[str, Any]:
 
 
 def _vision(model: Any, inputs: dict[str, Any]) -> tuple[Tensor, ...]:
-    """Return the tower's output for all clips of a row, and DeepStack features if there are any."""
+    """Return the tower's output for all clips, and DeepStack features if there are any."""
     vision, tower = model.config.vision_config, tower_of(model)
     values = vision.in_channels * vision.temporal_patch_size * vision.patch_size**2
     pixels = torch.empty(len(inputs["position_ids"]), values)
