@@ -106,8 +106,8 @@ class JudgeRequest(NamedTuple):
 class Judge:
     """Scores groups by the model at `judge_endpoint`, which gets the same request only once in a run.
 
-    folder: the run folder, where judge.jsonl keeps the scores (each rank writes its own file and reads all).
-    stopped: returns whether the run was told to stop, which ends waiting. Call `open` first.
+    folder: where judge.jsonl keeps the scores; each rank writes its own file and reads all. stopped: returns
+    whether the run was told to stop, which ends waiting. Call `open` first.
     """
 
     def __init__(
@@ -123,8 +123,7 @@ class Judge:
         self.path = folder / FILE
         self.scores: dict[str, float] = {}
         self.model = settings.judge_model or ""
-        self.is_away = False
-        self.has_warned = False
+        self.is_away = self.has_warned = False
 
     def open(self) -> None:
         """Send one trial request, and read the scores of before. Raises ConfigError if the trial fails."""
@@ -132,10 +131,7 @@ class Judge:
         self.scores = recorded_scores([self.path, *parts_of(self.path)])
 
     def __call__(self, groups: Sequence[RolloutGroup | SampleAnswers]) -> list[Tensor]:
-        """Return [G] float32 in [0, 1] for each group, or nan throughout. A missing answer scores 0 unasked.
-
-        Raises JudgeAway.
-        """
+        """Return [G] float32 in [0, 1] for each group, or nan throughout; no answer: 0. Raises JudgeAway."""
         requests = [
             [self.request(group.sample, extract_answer(rollout.text)) for rollout in group.ordered]
             if group.sample.problem_type == JUDGED_TYPE
@@ -159,7 +155,6 @@ class Judge:
         ]
 
     def request(self, sample: Sample, answer: str) -> JudgeRequest | None:
-        """Return the request for an answer; None for a completion without one."""
         text = judge_question(self.template, sample.problem, sample.answer, answer)
         key = digest([self.model, text, self.settings.judge_fields], 16)
         return JudgeRequest(key, text, sample.problem_id, answer) if answer else None
@@ -167,8 +162,8 @@ class Judge:
     def _ask(self, requests: list[JudgeRequest]) -> set[str]:
         """Score `requests` into `self.scores`; return the keys whose reply could not be parsed.
 
-        With `judge_down` skip, requests that the judge does not answer stay without a score. Every rank calls
-        this with its own requests, and all wait or stop together until no judge is away. Raises JudgeAway.
+        Every rank calls this with its own requests; all wait or stop together until no judge is away. Raises
+        JudgeAway.
         """
         unread: set[str] = set()
         while True:
@@ -198,7 +193,7 @@ class Judge:
                 time.sleep(min(0.1, RETRY_SECONDS))
 
     def _try(self, requests: list[JudgeRequest], unread: set[str]) -> JudgeAway | None:
-        """Record each score as soon as it arrives; return the reason if the judge does not answer."""
+        """Record each score when it arrives; return the reason if the judge does not answer."""
         if not requests:
             return None
         own = self.path if process_index() == 0 else part_of(self.path, process_index())
@@ -208,7 +203,13 @@ class Judge:
             for one, score, said in chain.from_iterable(self.client.each(requests, self._answer)):
                 if score is None:
                     unread.add(one.key)
-                    self._warn_of(said, one)
+                    if not self.has_warned:
+                        self.has_warned = True
+                        logger.warning(
+                            "the judge %s said %r of an answer to %r, no number from 0 to 1: its group "
+                            "is not judged (the series judge/unread has the share)",
+                            self.model, said[:200], one.problem_id,
+                        )  # fmt: skip
                     continue
                 self.scores[one.key] = score
                 line = {"key": one.key, "score": score, "problem_id": one.problem_id, "answer": one.answer}
@@ -219,14 +220,6 @@ class Judge:
         except JudgeAway as away:
             return away
         return None
-
-    def _warn_of(self, said: str, request: JudgeRequest) -> None:
-        if not self.has_warned:
-            self.has_warned = True
-            logger.warning(
-                "the judge %s said %r of an answer to %r, no number from 0 to 1: its group is not judged "
-                "(the series judge/unread has the share)", self.model, said[:200], request.problem_id,
-            )  # fmt: skip
 
     async def _answer(self, request: JudgeRequest) -> tuple[JudgeRequest, float | None, str]:
         """Return the request, its score (None if the reply is no score), and the reply. Raises JudgeAway."""
@@ -256,10 +249,9 @@ class Judge:
         return request, score, completion.text
 
     async def _in_time(self, drawn: asyncio.Future[list[Completion]]) -> list[Completion]:
-        """Return the completions within `judge_wait` plus one request's timeout, retries included.
-
-        Once the run is told to stop, the limit is a few seconds, except with `judge_down` skip, where the
-        step would then learn without the judge. Raises JudgeAway.
+        """Return the completions within `judge_wait` plus one request's timeout, or some seconds after the
+        run was told to stop (not with `judge_down` skip: the step would learn without the judge). Raises
+        JudgeAway.
         """
         limit = self.settings.judge_wait + self.settings.judge_timeout
         until, told = time.monotonic() + limit, self.settings.judge_down == "skip"
@@ -298,7 +290,7 @@ class Judge:
 
 
 def recorded_scores(paths: Sequence[Path]) -> dict[str, float]:
-    """Read scores by fingerprint from the existing files, without incomplete lines of a killed run."""
+    """Read scores by fingerprint, without incomplete lines of a killed run."""
     scores: dict[str, float] = {}
     for path in paths:
         for line in path.read_bytes().splitlines() if path.exists() else ():
@@ -337,10 +329,6 @@ def judge_question(template: str, question: str, truth: str, answer: str) -> str
 
 
 def read_score(reply: str) -> float | None:
-    """Return the score in [0, 1] that a reply is, after a `<think>…</think>`; None for other replies.
-
-    >>> read_score("0.5"), read_score("<think>hm</think> 1"), read_score("Score: 1"), read_score("7")
-    (0.5, 1.0, None, None)
-    """
+    """Return the score in [0, 1] that a reply is, after a `<think>…</think>`; None for other replies."""
     said = _REASONING.sub("", reply, count=1).strip()
     return float(said) if _SCORE.fullmatch(said) else None

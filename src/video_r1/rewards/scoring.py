@@ -254,7 +254,8 @@ def reward_terms(
         if name not in terms.names and (name not in BUILT_IN_TERMS or weight != 1):
             raise ConfigError(
                 f"reward_weights names {name!r}, which is none of the rewards of this run: "
-                f"{', '.join(terms.names)}; its weight needs the settings that add it"
+                f"{', '.join(terms.names)}; set length_reward, temporal_rule or judge_endpoint to add "
+                "one, or remove its weight"
             )
     return terms
 

@@ -56,8 +56,8 @@ class StartChecks(TrainerCallback):
 
 
 def check_rewards(groups: list[RolloutGroup]) -> None:
-    """Raise VideoR1Error when no completion of any group, on any rank, earns a reward. Warn when all
-    completions earn the same reward above 0.
+    """Raise VideoR1Error when no completion of any group, on any rank, earns a reward. Warn when all earn the
+    same.
     """
     mine = [
         (float(total), rollout.finish_reason == "length", len(rollout.token_ids), rollout.text)
@@ -87,9 +87,8 @@ def check_rewards(groups: list[RolloutGroup]) -> None:
 
 
 class TaskMoments(TrainerCallback, ExportableState):
-    """Running E[R] and E[R²] of each problem type, for `scale_rewards` task.
-
-    They are the same on every rank and are saved in a checkpoint's trainer_state.json.
+    """Running E[R] and E[R²] of each problem type, for `scale_rewards` task: the same on every rank, and
+    saved in trainer_state.json.
     """
 
     def __init__(self) -> None:
@@ -110,7 +109,6 @@ class TaskMoments(TrainerCallback, ExportableState):
 
 
 def warn_of_difference(difference: float) -> None:
-    """Warn once if the log-probs of vLLM and the trainer differ by more than rounding, on average."""
     if difference > SUSPICIOUS:
         warn_once(
             f"vLLM's log-probs differ from the trainer's by more than {SUSPICIOUS} on average (rounding: "
@@ -135,11 +133,10 @@ def sampler_difference(
 
 
 class UpdateGuard(TrainerCallback):
-    """Skips updates whose loss or gradient is not finite, and records their questions.
+    """Skips updates whose loss or gradient is not finite; training stops after `limit` of them in a row.
 
     `skipped_updates.jsonl` in the run folder lists the questions of the micro-batches with such a loss (on
-    any rank), or all of the step's if only the gradient is not finite. After `limit` such updates in a row
-    training stops with VideoR1Error. All ranks decide alike.
+    any rank), or all of the step's if only the gradient is not finite. All ranks decide alike.
     """
 
     def __init__(self, folder: Path, limit: int) -> None:
@@ -151,13 +148,11 @@ class UpdateGuard(TrainerCallback):
         self.culprits: list[str | int] = []
 
     def watch(self, loss: Tensor, problem_ids: Sequence[str | int]) -> None:
-        """Note one micro-batch of the present step: its loss (scalar) and its questions."""
         self.step_ids += problem_ids
         if not math.isfinite(loss.item()):
             self.culprits += problem_ids
 
     def on_train_begin(self, args: Any, state: TrainerState, control: Any, **rest: Any) -> None:
-        """Restore the counts of a resumed run."""
         lines = keep_until(self.record, state.global_step) if state.is_world_process_zero else []
         steps = gather([line["step"] for line in lines])[0]
         self.skipped, self.in_a_row = len(steps), 0
@@ -202,7 +197,6 @@ class UpdateGuard(TrainerCallback):
 
 
 def gradients_are_finite(model: nn.Module) -> bool:
-    """Whether the norm of all gradients is a finite number; True if there are none."""
     gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
     if not gradients:
         return True
@@ -274,7 +268,7 @@ class StepProgress(TrainerCallback):
 
 
 def take_peak_memory() -> float:
-    """Return the GPU's peak allocation since the last call, or else the process's peak memory, in GiB."""
+    """GiB: the GPU's peak allocation since the last call, or else the process's peak memory."""
     if torch.cuda.is_available():
         peak = torch.cuda.max_memory_allocated()
         torch.cuda.reset_peak_memory_stats()
@@ -284,9 +278,7 @@ def take_peak_memory() -> float:
 
 
 class StepSeconds(TrainerCallback):
-    """Measures `seconds/update` (forward, backward and optimizer, without sampling) and `memory/peak_gib`,
-    the peak of a whole step on the rank that needs most.
-    """
+    """Measures `seconds/update` (without sampling) and `memory/peak_gib` (of the rank that needs most)."""
 
     def __init__(self, meter: Meter) -> None:
         self.meter = meter
@@ -355,8 +347,7 @@ SAME_PRESS = 1.0  # seconds; a launcher passes on the Ctrl-C that the terminal h
 
 class StopWhenAsked(TrainerCallback):
     """On Ctrl-C or SIGTERM, ends training with a checkpoint after the current step, on all ranks after the
-    same step even if only one rank got the signal. A second Ctrl-C ends it at once. (A checkpoint within a
-    step could not be resumed exactly.)
+    same step even if only one rank got the signal. A second Ctrl-C ends it at once.
 
     every: a checkpoint is possible after this many steps (num_iterations: updates on the same rollouts).
     """
@@ -365,8 +356,7 @@ class StopWhenAsked(TrainerCallback):
         self.folder = folder
         self.every = every
         self.number: int | None = None
-        self.asked_at = self.begun_at = 0.0
-        self.step_seconds = 0.0
+        self.asked_at = 0.0
         self.stopping = self.saved = False
 
     @contextmanager
@@ -384,14 +374,12 @@ class StopWhenAsked(TrainerCallback):
                 raise self.interrupted()
 
     def ask(self, number: int) -> None:
-        """Handle a signal."""
         now = time.monotonic()
         if self.number is None:
             self.number, self.asked_at = number, now
-            took = f" (the last one took {self.step_seconds:.0f} s)" if self.step_seconds else ""
             say(
-                f"{signal.Signals(number).name}: finishing this step{took}, then saving a checkpoint; "
-                "press Ctrl-C again to stop at once"
+                f"{signal.Signals(number).name}: finishing this step, then saving a checkpoint; press Ctrl-C "
+                "again to stop at once"
             )
         elif number == signal.SIGINT and now - self.asked_at >= SAME_PRESS * ("LOCAL_RANK" in os.environ):
             raise self.interrupted()
@@ -401,11 +389,7 @@ class StopWhenAsked(TrainerCallback):
         saved = f"{checkpoint} is the last checkpoint" if checkpoint else "there is no checkpoint yet"
         return Interrupted(self.number or signal.SIGTERM, saved)
 
-    def on_step_begin(self, args: Any, state: TrainerState, control: Any, **rest: Any) -> None:
-        self.begun_at = time.monotonic()
-
     def on_step_end(self, args: Any, state: TrainerState, control: Any, **rest: Any) -> None:
-        self.step_seconds = time.monotonic() - self.begun_at
         told = [number for number in gather(self.number) if number is not None]
         if told and state.global_step % self.every == 0:
             self.number, self.stopping = max(told), True

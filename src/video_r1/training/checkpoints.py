@@ -73,15 +73,10 @@ def writing(what: str, folder: Path) -> Iterator[None]:
         if is_lost_process(error):
             raise
         shutil.rmtree(folder / UNFINISHED, ignore_errors=True)
-        reason = first_line(error)
-        try:
-            free = f"{shutil.disk_usage(folder).free / 2**20:,.0f} MB are free"
-        except OSError:
-            free = "the disk does not answer"
         whole = last_whole_checkpoint(folder)
         rest = f"{whole.name} is whole" if whole is not None else "there is no earlier checkpoint"
         raise VideoR1Error(
-            f"{folder}: {what} cannot be written: {reason} ({free}). {rest}: make room or repair the disk, "
+            f"{folder}: {what} cannot be written: {first_line(error)}. {rest}: make room or repair the disk, "
             "then start the same command again to resume from there"
         ) from error
 
@@ -100,10 +95,7 @@ def check_writable(folder: Path) -> None:
 
 
 def last_whole_checkpoint(folder: str | Path) -> Path | None:
-    """Return the newest complete checkpoint of a run; None when there is none.
-
-    trainer_state.json is written last: if it can be read, the checkpoint is complete.
-    """
+    """Return a run's newest checkpoint with a readable trainer_state.json, which is written last; or None."""
     steps = {}
     for path in Path(folder).glob(f"{PREFIX_CHECKPOINT_DIR}-*"):
         try:
@@ -124,7 +116,7 @@ def best_checkpoint(folder: Path, step: int | None) -> Path | None:
 
 
 def stopped_early(state: Mapping[str, Any]) -> bool:
-    """Whether early stopping ended the run at this checkpoint. state: its trainer_state.json."""
+    """Whether early stopping ended the run at the checkpoint with this trainer_state.json."""
     saved = state["stateful_callbacks"].get(EarlyStoppingCallback.__name__)
     return saved is not None and (
         saved["attributes"]["early_stopping_patience_counter"] >= saved["args"]["early_stopping_patience"]

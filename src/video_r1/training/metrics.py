@@ -43,22 +43,18 @@ class Meter:
         self.roots.add(name)
 
     def total(self, name: str, value: float) -> None:
-        """Add to a series whose logged value is a sum."""
         self.sums[name] += float(value)
 
     def peak(self, name: str, value: float) -> None:
-        """Add to a series whose logged value is the largest."""
         self.peaks[name] = max(value, self.peaks.get(name, value))
 
     @contextmanager
     def seconds(self, phase: str) -> Iterator[None]:
-        """Add the seconds spent inside to `seconds/<phase>`."""
         start = time.perf_counter()
         yield
         self.total(f"seconds/{phase}", time.perf_counter() - start)
 
     def speeds(self, groups: Sequence[Sequence[Rollout]], seconds: float) -> None:
-        """Add rollouts and tokens per second, summed over ranks."""
         share = seconds / process_count()
         rollouts = [rollout for group in groups for rollout in group]
         self.add("speed/rollouts_per_second", len(rollouts), share)
@@ -92,9 +88,7 @@ class Meter:
 
 
 def describe_groups(meter: Meter, groups: Sequence[RolloutGroup], phrases: Sequence[str]) -> None:
-    """Add one step's groups to the meter: rewards, their deviations inside a group, temporal gap,
-    completions, groups without variance.
-    """
+    """Add one step's rewards, their deviations inside a group, temporal gap, completions, flat groups."""
     for group in groups:
         sample = group.sample
         for term, values in {**group.rewards, "total": group.total_reward}.items():
@@ -143,7 +137,7 @@ def describe_credit(meter: Meter, group: RolloutGroup) -> None:
 
 
 def describe_update(meter: Meter, policy: GroupLogprobs, result: PolicyLoss) -> None:
-    """Add one micro-batch's means over completion tokens to the meter: clipping, KL and entropy."""
+    """Add one micro-batch's means over completion tokens."""
     tokens = len(policy.logprobs)
     assert policy.entropy is not None
     meter.add("policy/clip_ratio", float(result.clip_ratio) * tokens, tokens)
@@ -152,5 +146,5 @@ def describe_update(meter: Meter, policy: GroupLogprobs, result: PolicyLoss) -> 
 
 
 def has_self_reflection(text: str, phrases: Sequence[str]) -> bool:
-    """Return whether any of the phrases occurs in the text as whole words, in any case."""
+    """Whether any of the phrases occurs in the text as whole words, in any case."""
     return any(re.search(rf"(?<!\w){re.escape(phrase)}(?!\w)", text, re.IGNORECASE) for phrase in phrases)

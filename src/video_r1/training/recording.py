@@ -25,12 +25,11 @@ FRAME_SIDE, IMAGE_SIDE = 224, 672  # longest side of a saved frame of a clip, an
 
 
 def save_strip(frames: Tensor, path: Path, max_side: int | None = None) -> dict[str, Any]:
-    """Write frames side by side, first to last, as one JPEG; create the folder if it is missing.
+    """Write frames [T, 3, H, W] uint8 side by side, first to last, as one JPEG. Raises OSError.
 
-    frames: [T, 3, H, W] uint8. A tile's longer side is at most `max_side` pixels (default: 224, or 672 of a
-    single image); small frames are not scaled up. Returns the `frames` object of rollouts.jsonl without its
-    timestamps: `strip` (folder and file name, relative to the run), `count` (T), `width` and `height` (of one
-    tile, pixels). Raises OSError.
+    A tile's longer side is at most `max_side` pixels (default: 224, or 672 of a single image); small frames
+    are not scaled up. Returns the `frames` object of rollouts.jsonl: `strip` (folder and file name, relative
+    to the run), `count` (T), `width` and `height` (of one tile, pixels).
     """
     count, _, height, width = frames.shape
     max_side = max_side or (IMAGE_SIDE if count == 1 else FRAME_SIDE)
@@ -50,8 +49,8 @@ def save_strip(frames: Tensor, path: Path, max_side: int | None = None) -> dict[
 
 
 def save_shown(shown: Sequence[Media], path: Path) -> dict[str, Any]:
-    """`save_strip` of the frames of all clips or images, one after the other, as tiles of one size. Several
-    clips add `clips`, the number of frames of each. Raises as `save_strip`.
+    """`save_strip` of the frames of all clips or images, as tiles of one size. Several clips add `clips`, the
+    number of frames of each.
     """
     if len(shown) == 1:
         return save_strip(shown[0].frames, path)
@@ -73,10 +72,7 @@ def same_size(clips: Sequence[Tensor]) -> Tensor:
 
 
 def record_group(run_dir: Path, step: int, group: RolloutGroup, tokenizer: Any = None) -> None:
-    """Append one group to `run_dir`/rollouts.jsonl and save its frames in `run_dir`/frames. Raises OSError.
-
-    tokenizer: splits completions with known drops into words.
-    """
+    """Append a group to `run_dir`/rollouts.jsonl and save its frames in `run_dir`/frames. Raises OSError."""
     sample, shown = group.sample, group.prompt.media
     frames = save_shown(shown, run_dir / "frames" / f"{step}-{_file_name(sample.problem_id)}.jpg")
     frames["timestamps"] = [round(float(t), 3) for media in shown for t in media.timestamps]
@@ -108,9 +104,7 @@ def record_group(run_dir: Path, step: int, group: RolloutGroup, tokenizer: Any =
 
 
 def group_facts(group: RolloutGroup) -> dict[str, Any]:
-    """Record of a group that a step learns nothing from: its question, the shares of right completions, and
-    the reward of all its ordered completions.
-    """
+    """Record of a group that a step learns nothing from; `reward` is that of all its ordered completions."""
     names = ("problem_id", "problem", "problem_type", "data_type", "data_source")
     return {
         **{name: getattr(group.sample, name) for name in names},
@@ -122,17 +116,13 @@ def group_facts(group: RolloutGroup) -> dict[str, Any]:
 
 
 def _short(path: str) -> str:
-    """Shorten a path to the file and its folder, with the member of an archive or table, for reports that
-    others read.
-    """
+    """Shorten a path to the file and its folder, for reports that others read."""
     inside, joined, file = path.rpartition("::")
     return inside + joined + "/".join(PurePath(file).parts[-2:])
 
 
 def word_drops(tokenizer: Any, token_ids: Sequence[int], drops: Sequence[float]) -> list[list[Any]]:
-    """Split a completion into words, with their leading blanks, and sum the drops of each word's tokens, in
-    nats. The words joined are its text. token_ids, drops: [L].
-    """
+    """Sum the drops [L], in nats, of the tokens of each word; the words joined are the completion's text."""
     words: list[tuple[list[int], float]] = []
     for token, drop in zip(token_ids, drops, strict=True):
         piece = tokenizer.decode([token], skip_special_tokens=True)
@@ -157,7 +147,6 @@ def _completions(rollouts: Sequence[Rollout], rewards: dict[str, Tensor]) -> lis
 
 
 def _number(value: Tensor | float) -> float | None:
-    """Round to six decimals; None if not finite (JSON has no NaN)."""
     number = float(value)
     return round(number, 6) if math.isfinite(number) else None
 

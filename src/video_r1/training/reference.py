@@ -23,10 +23,10 @@ SAVED_REFERENCE = Path("reference", "model.safetensors")  # in a checkpoint
 
 
 class Reference:
-    """A frozen copy of the policy, or of its adapters (which may have been trained before) if these train.
+    """A frozen copy of the policy, or of its adapters if these train.
 
     Every rank copies it when the trainer is built, also in a resumed run: before the checkpoint is read, the
-    weights are those of the run's start. `ReferenceSync` saves a reference that follows the policy.
+    weights are those of the run's start.
     """
 
     def __init__(self, policy: PreTrainedModel, accelerator: Accelerator, follows: bool = False) -> None:
@@ -39,7 +39,7 @@ class Reference:
 
     @contextmanager
     def in_place_of(self, policy: nn.Module, accelerator: Accelerator) -> Iterator[nn.Module]:
-        """Yield the reference model, without gradients. policy: the model as prepared for training."""
+        """policy: the model as prepared for training."""
         with torch.no_grad():
             if self.model is not None:
                 yield self.model
@@ -79,7 +79,6 @@ class ReferenceSync(TrainerCallback):
             mix(self.model, policy, self.alpha)
 
     def save(self, checkpoint: Path) -> None:
-        """Save the reference into a subfolder, where nobody mistakes it for the model's weights."""
         path = checkpoint / SAVED_REFERENCE
         path.parent.mkdir(exist_ok=True)
         save_model(self.model, str(path))
@@ -90,7 +89,6 @@ class ReferenceSync(TrainerCallback):
 
 @torch.no_grad()
 def mix(reference: nn.Module, policy: nn.Module, alpha: float) -> None:
-    """Set every weight of the reference to α times the policy's plus (1 − α) times its own."""
     for own, other in zip(reference.parameters(), policy.parameters(), strict=True):
         own.copy_(torch.lerp(own.float(), other.to(own.device).float(), alpha))
 
@@ -110,8 +108,8 @@ def frozen_adapters(policy: nn.Module, device: torch.device) -> dict[str, nn.Mod
 
 @contextmanager
 def starting_adapters(policy: nn.Module, adapters: dict[str, nn.Module]) -> Iterator[None]:
-    """Replace the policy's adapters inside, and switch dropout off. Modules are exchanged, not values: the
-    trained ones may be sharded, and the backward pass still needs them.
+    """Replace the policy's adapters inside, without dropout. Modules are exchanged, not values: the trained
+    ones may be sharded, and the backward pass still needs them.
     """
     trained = {name: policy.get_submodule(name) for name in adapters}
     was_training = policy.training
@@ -129,16 +127,16 @@ def starting_adapters(policy: nn.Module, adapters: dict[str, nn.Module]) -> Iter
 
 def frozen_copy(model: PreTrainedModel, accelerator: Accelerator, follows: bool = False) -> PreTrainedModel:
     """Copy the whole model, frozen; each weight `as_computed`, or exact if the copy `follows` the policy by
-    steps that bf16 would lose. Every rank has to call it.
+    steps that bf16 would lose. Every rank calls it.
     """
     copies = whole_parameters(model) | ({} if follows else as_computed(model, accelerator))
     return copy.deepcopy(model, copies).eval().requires_grad_(False)
 
 
 def as_computed(model: PreTrainedModel, accelerator: Accelerator) -> dict[int, Any]:
-    """Copy weights, by the weight's id, in the bf16 or fp16 that mixed precision rounds them to in each
-    forward: the same values in half the memory. FSDP2 rounds all weights, autocast those of linear layers;
-    DeepSpeed converts by itself. Copies that wait for the weights of rank 0 have no storage.
+    """Copy weights, by their id, in the bf16 or fp16 that mixed precision rounds them to in each forward (the
+    same values in half the memory): all weights with FSDP2, those of linear layers with autocast. Copies that
+    wait for the weights of rank 0 have no storage.
     """
     if zero_stage(accelerator) is not None:
         return {}
@@ -190,8 +188,8 @@ def prepare_reference(reference: nn.Module, accelerator: Accelerator) -> nn.Modu
 
 
 def whole_parameters(model: nn.Module) -> dict[int, Any]:
-    """Copy each parameter that ZeRO-3 has sharded into main memory, by the parameter's id: the memo with
-    which `copy.deepcopy` copies such a model, whose tensors are empty. Every rank has to call it.
+    """Copy each parameter that ZeRO-3 has sharded, by its id: the memo with which `copy.deepcopy` copies such
+    a model, whose tensors are empty. Every rank calls it.
     """
     sharded = [parameter for parameter in model.parameters() if hasattr(parameter, "ds_id")]
     copies: dict[int, Any] = {}
