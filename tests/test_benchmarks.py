@@ -17,7 +17,6 @@ from video_r1.data.answers import answer_of, options_of
 from video_r1.errors import ManifestError, RequestError
 from video_r1.evaluation.benchmarks import BENCHMARKS
 from video_r1.evaluation.benchmarks.loading import Questions, load_questions
-from video_r1.evaluation.benchmarks.spec import manifest_rows
 
 
 @pytest.fixture(scope="module")
@@ -241,26 +240,6 @@ def test_the_references_json_beside_copies_of_the_hub(
     assert Path(found.path) == (file.parent if is_folder else file).resolve()
     assert found.fps == (3 if is_folder else None)
     assert (found.start is not None) == is_folder  # a clip that is cut to its window has none
-
-
-def test_open_answers_of_videommmu(tmp_path: Path) -> None:
-    """As the reference's JSON has them: letters in a picture are options, one spelling counts."""
-    answers = {
-        "A": CHOICE,
-        "['24/7', '3.429', '3.43]": "numerical",
-        "12.97": "numerical",
-        "a cell": "free-form",
-    }
-    folder = tmp_path / "videommmu/Adaptation"
-    folder.mkdir(parents=True)
-    asked = {"question": "Which?", "question_type": "open", "options": []}
-    rows = [{"id": f"dev_Biology_{n}", **asked, "answer": answer} for n, answer in enumerate(answers)]
-    (folder / "test.json").write_text(json.dumps(rows))
-    found = list(manifest_rows(BENCHMARKS["videommmu"], tmp_path))
-    assert [row["problem_type"] for row in found] == list(answers.values())
-    assert found[0]["options"] == ["A. ", "B. ", "C. ", "D. "] and "multi-choice" in found[0]["problem"]
-    solutions = ("A", "3.429", "12.97", "a cell")
-    assert [row["solution"] for row in found] == [f"<answer>{answer}</answer>" for answer in solutions]
 
 
 def test_which_annotation_counts(root: Path, tmp_path: Path) -> None:

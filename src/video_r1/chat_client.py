@@ -118,8 +118,7 @@ async def request(
     headers |= {} if size is None else {"Content-Length": str(size)}
     given: Any = {"cast_to": httpx2.Response, "options": {"headers": headers}}
     try:
-        # Each request has its own connection, which is never found closed; a pool would search thousands of
-        # them whenever a request begins or ends.
+        # Each request has its own connection: a pool would search thousands of them for each request.
         async with (
             asyncio.timeout(timeout),
             httpx2.AsyncClient(verify=_certificates(), timeout=None) as http,
@@ -196,6 +195,10 @@ class Address:
         """Whether it may be asked. One request tries a failed address and decides for the others."""
         return self.skipped_until <= time.monotonic() and not (self.failed and self.in_flight)
 
+    @property
+    def rank(self) -> tuple[int, float]:
+        return (0, self.in_flight) if self.is_ready else (1, self.skipped_until)
+
 
 class Failover:
     """Chooses the address for each request: the least busy one that works. Thread-safe.
@@ -215,11 +218,7 @@ class Failover:
     def asking(self) -> Iterator[Address]:
         """Yield the address for one request. A ServerFailure inside counts against it, a refusal does not."""
         with self._lock:
-            ready = [address for address in self._all.values() if address.is_ready]
-            if ready:
-                address = min(ready, key=lambda address: address.in_flight)
-            else:
-                address = min(self._all.values(), key=lambda address: address.skipped_until)
+            address = min(self._all.values(), key=lambda address: address.rank)
             address.in_flight += 1
         try:
             yield address
@@ -256,14 +255,13 @@ class ChatClient:
         self.endpoint, self.concurrency = endpoint, concurrency
         self._held, self._reaching = asyncio.Semaphore(held), asyncio.Lock()
         # Decoders leave scratch memory in every thread that they have run in, so few threads build requests.
-        # Python waits for these at its end; a thread that is left behind in native code could crash it.
         self._builders = ThreadPoolExecutor(held, thread_name_prefix="endpoint")
         self._failover = Failover(endpoint.urls)
 
     def each(self, items: Iterable[T], answer: Callable[[T], Coroutine[Any, Any, R]]) -> Generator[list[R]]:
         """Yield the results of `answer` for all `items`, in lists, as they finish; then raise what it raised.
 
-        The next items start when the caller asks for more: a killed run repeats only what was in flight.
+        The next items start when the caller asks for more.
         """
         allow_open_files(self.concurrency)
         source = iter(items)
@@ -298,9 +296,9 @@ class ChatClient:
     ) -> list[T]:
         """Return `count` completions, by as many requests as it takes: some endpoints give one at a time.
 
-        build(n, drawn): returns the body of a request for n more completions, in another thread. read:
-        converts an answer into at least one completion, or raises ServerFailure. Raises ServerRefusal,
-        ServerFailure after eight attempts, and VideoR1Error if no address answers for `wait` seconds.
+        build(n, drawn): returns the body of a request for n more completions. read: converts an answer into
+        at least one, or raises ServerFailure. Raises ServerRefusal, ServerFailure after eight attempts, and
+        VideoR1Error if no address answers for `wait` seconds.
         """
         drawn: list[T] = []
         while (missing := count - len(drawn)) > 0:

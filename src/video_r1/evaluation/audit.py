@@ -58,13 +58,8 @@ def run_audit(settings: AuditSettings) -> dict[str, Any]:
     assert settings.manifest is not None and settings.model is not None  # settings without them are refused
     manifest, out = settings.manifest, _audited_path(settings)
     folder = out.with_suffix("")
-
-    def begin() -> list[Sample]:
-        _check_out(out)
-        return load_manifest(manifest, **settings.manifest_options())
-
     with process_group(folder):
-        samples = decided_by_first(begin)
+        samples = decided_by_first(lambda: load_manifest(manifest, **settings.manifest_options()))
         with claimed_by_first(folder), writing_to(folder):
             summary = _audit(samples, settings, out)
         print(f"{audit_table(summary)}\n\n" + "\n".join(audit_sentences(summary)))
@@ -80,20 +75,15 @@ def run_audit(settings: AuditSettings) -> dict[str, Any]:
 
 
 def _audited_path(settings: AuditSettings) -> Path:
-    """Return OUT. Raises RequestError when it has no default, because the manifest is not a local file."""
-    if settings.out is not None:
-        return Path(settings.out)
+    """Return OUT. Raises RequestError when it has no default, or no audit has written it."""
     path = Path(str(settings.manifest))
-    if not path.is_file():
+    if settings.out is None and not path.is_file():
         raise RequestError(f"{settings.manifest} is not a local file; pass --out for the audited manifest")
     ending = ".jsonl" if path.suffix == ".jsonl" else ".json"
-    return path.with_name(f"{path.stem}.audited{ending}")
-
-
-def _check_out(out: Path) -> None:
-    """Raise RequestError when OUT would replace a file that no audit has written."""
+    out = Path(settings.out or path.with_name(f"{path.stem}.audited{ending}"))
     if out.exists() and not (out.with_suffix("") / SETTINGS_FILE).is_file():
         raise RequestError(f"{out} exists and was not written by an audit; choose another --out")
+    return out
 
 
 def _audit(samples: Sequence[Sample], settings: AuditSettings, out: Path) -> dict[str, Any]:

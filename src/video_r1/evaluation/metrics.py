@@ -1,8 +1,7 @@
-"""Evaluation figures: means, intervals and relative accuracy, vectorised over questions. No torch.
+"""Evaluation figures: means and intervals over questions, relative accuracy. No torch.
 
-N is the number of questions; scores are float64 in [0, 1]. Questions about one clip are right or wrong
-together, so intervals resample clips, each with all of its questions (`bootstrap_means`). `clips` has the
-clip of each question, [N] of anything hashable; None means a clip for each question.
+Scores are float64 [N] in [0, 1]. Questions about one clip are right or wrong together, so intervals resample
+clips, each with all of its questions. `clips` has the clip of each question; None means one for each.
 """
 
 import math
@@ -86,16 +85,13 @@ def mean_figure(scores: ArrayLike, clips: Clips = None, seed: int = 0) -> Figure
 def paired_difference(first: ArrayLike, second: ArrayLike, clips: Clips = None) -> Figure:
     """Return mean(first − second) of values [N] of the same questions, with its paired 95 % interval.
 
-    With scores of ordered and shuffled frames this is the temporal gap. Questions are drawn with both values,
-    so what makes a question hard both times does not widen the interval.
+    With scores of ordered and shuffled frames this is the temporal gap.
     """
     return mean_figure(np.subtract(first, second, dtype=np.float64), clips)
 
 
 def share_figure(right: int, count: int) -> Figure:
-    """Return right ÷ count (≥ 1) with its 95 % score interval (Wilson 1927), which holds for few answers too:
-    [0, 0.32] for 0 of 8.
-    """
+    """Return right ÷ count (≥ 1) with its 95 % score interval (Wilson 1927): [0, 0.32] for 0 of 8."""
     share, z = right / count, 1.959964
     middle = (share + z * z / (2 * count)) / (1 + z * z / count)
     half = z / (1 + z * z / count) * math.sqrt(share * (1 - share) / count + (z / (2 * count)) ** 2)
@@ -134,8 +130,7 @@ def overlap_figures(
 def task_mean(scores: ArrayLike, tasks: Sequence[str], clips: Clips = None) -> Figure:
     """Return the mean over task types of each task's mean: VSI-Bench's headline figure.
 
-    Over the two kinds of its questions, choices and numbers, it is the figure of Video-R1's table. scores:
-    [N]; tasks: [N]. The three difficulties of the relative direction are first averaged into one task. The
+    scores, tasks: [N]. The three difficulties of the relative direction are first averaged into one task. The
     interval resamples the clips within each task.
     """
     values, names = np.asarray(scores, dtype=np.float64), np.asarray(tasks, dtype=object)

@@ -26,8 +26,8 @@ def temporal_accuracy(
     `accuracy_shuffled` and `temporal_gap` (accuracy_video − accuracy_shuffled).
 
     settings: a TGRPOConfig. With another `temporal_contrast`, its name replaces `shuffled`. `questions` is
-    the number of answered questions, `skipped` that of questions without usable media. Every validation of a
-    run uses the same shuffled frames and the same seeds.
+    the number of answered questions, `skipped` that of others. Every validation of a run uses the same
+    shuffled frames and seeds.
     """
 
     def build(sample: Sample, media: Clips) -> Question:

@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from video_r1.data.answers import LETTERS, answer_of, options_of, parse_number, parse_options, split_options
+from video_r1.data.answers import LETTERS, answer_of, options_of, parse_options, split_options
 from video_r1.errors import ManifestError
 from video_r1.evaluation.benchmarks.spec import Place, Row, Tables, json_or_parquet
 
@@ -106,7 +106,6 @@ def read_timeblind(path: Path) -> Iterator[Row]:
 QUESTIONS_PER_TASK = 200  # of MVBench
 QUESTIONS_PER_TRACK = 300  # of VideoMMMU
 _TRACKS = ("Adaptation", "Comprehension", "Perception")
-_PICTURED = tuple("ABCD")
 _ABOVE = ("", "video/", "data0613/", "video/data0613/")
 
 
@@ -119,22 +118,6 @@ def videommmu_places(row: Row, tables: Tables) -> list[Place]:
 def videommmu_task(row: Row, tables: Tables) -> str:
     """Return the track of a reference row, whose questions are numbered from 1, track after track."""
     return _TRACKS[(int(row["problem_id"]) - 1) // QUESTIONS_PER_TRACK]
-
-
-def read_videommmu(path: Path) -> Iterator[Row]:
-    """Read VideoMMMU. As in the reference's JSON, an open answer that is a letter chooses among A to D in the
-    picture, and of a list of spellings (`['24/7', '3.429', '3.43]`) the first number counts.
-    """
-    for row in json_or_parquet(path):
-        answer = str(row["answer"]).strip()
-        if len(row.get("options") or ()) == 0:
-            if answer in _PICTURED:
-                row = {**row, "options": [f"{letter}. " for letter in _PICTURED]}
-            elif answer.startswith("["):
-                spellings = [each.strip(" []'\"") for each in answer.split(",")]
-                number = next((each for each in spellings if parse_number(each) is not None), answer)
-                row = {**row, "answer": number}
-        yield row
 
 
 def mmvu_places(row: Row, tables: Tables) -> list[Place]:
@@ -198,7 +181,7 @@ def read_charades_sta(path: Path) -> Iterator[Row]:
 
 
 SPECIAL: dict[str, dict[str, Any]] = {
-    "videommmu": {"read": read_videommmu, "find_places": videommmu_places, "find_task": videommmu_task},
+    "videommmu": {"find_places": videommmu_places, "find_task": videommmu_task},
     "mmvu": {"find_places": mmvu_places, "find_task": mmvu_task},
     "mvbench": {"find_places": mvbench_places, "find_task": mvbench_task},
     "tempcompass": {"read": read_tempcompass},
