@@ -65,10 +65,7 @@ def is_hub_id(name: str) -> bool:
 
 
 def check_checkpoint(path: str | Path, with_weights: bool = True) -> None:
-    """Raise ConfigError, without asking the hub, for a checkpoint folder that is missing or incomplete.
-
-    with_weights: the folder must hold a whole model.
-    """
+    """Raise ConfigError, without asking the hub, for a folder that is missing or no whole model."""
     folder = Path(path).expanduser()
     if folder.is_dir():
         if with_weights and (folder / "adapter_config.json").is_file():
@@ -95,9 +92,8 @@ def check_adapters(folder: Path) -> None:
 def ask_the_hub() -> None:
     """Check once a process that the hub can be reached; if not, set its client offline (HF_HUB_OFFLINE=1).
 
-    An offline client uses downloaded files and fails at once for the rest. Without this check it retries for
-    25 seconds, for each file, before it reports that there is no network. Call this before loading from the
-    hub.
+    An offline client uses downloaded files and fails at once for the rest; otherwise it retries for 25
+    seconds, for each file.
     """
     from huggingface_hub import constants, get_session
 

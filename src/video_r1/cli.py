@@ -60,8 +60,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def failed(message: object, code: int) -> int:
     """Print the message as one line on stderr and return the exit code.
 
-    A wrong request (2) is wrong in all processes of a run; one on each machine prints it, and the launcher
-    ends the others.
+    A wrong request (2) is wrong in all processes: one on each machine prints it, and ends the others.
     """
     if code == 2 and os.environ.get("LOCAL_RANK", "0") != "0":
         time.sleep(SECONDS_TO_BE_ENDED)
@@ -148,7 +147,7 @@ def carry_out(recipe: Recipe) -> int:
 
 
 def find_command(words: list[str]) -> tuple[str, list[str]]:
-    """Return the command's name and the words after it. Raises RequestError."""
+    """Return the command's name and the words after it."""
     if words[0] in COMMANDS:
         return words[0], words[1:]
     said = " ".join(words[:2])

@@ -64,10 +64,7 @@ class ManifestError(RequestError):
 
 
 class MediaError(VideoR1Error):
-    """Media file that cannot be used. The question is skipped and recorded, never scored.
-
-    Attributes: `path` (str), the file; `reason` (str), what is wrong with it.
-    """
+    """Media file (`path`) that cannot be used, and the `reason`. The question is recorded, never scored."""
 
     kind = "media"
 

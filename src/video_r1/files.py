@@ -49,12 +49,11 @@ def append_line(path: Path, record: Any) -> None:
 
 
 def part_of(path: Path, process: int) -> Path:
-    """Return the file in which a rank writes its part of `path`, until the parts are merged."""
+    """Return the file of a rank's part of `path`."""
     return path.with_name(f"part-{process}.{path.name}")
 
 
 def parts_of(path: Path) -> list[Path]:
-    """List the existing parts of `path`, of all ranks."""
     return sorted(path.parent.glob(f"part-*.{glob.escape(path.name)}"))
 
 
@@ -148,7 +147,6 @@ def replace_json(path: Path, value: Any) -> None:
 
 
 def flush(path: Path) -> None:
-    """Wait until a file, or the names in a folder, are on the disk."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -175,9 +173,8 @@ def follow_umask(folder: Path) -> None:
 def lock(file: IO[Any], how: int, of_process: bool = False) -> None:
     """Lock an open file until it is closed. An exclusive lock on NFS needs a file that is open for writing.
 
-    how: `fcntl.LOCK_SH` or `LOCK_EX`, with `LOCK_NB` not to wait. of_process: forked processes do not keep
-    the lock. A file system without locks gets one warning. Raises BlockingIOError when another process has
-    the lock and LOCK_NB is set.
+    how: `fcntl.LOCK_SH` or `LOCK_EX`, with `LOCK_NB` to raise BlockingIOError instead of waiting. of_process:
+    forked processes do not keep the lock. A file system without locks gets one warning.
     """
     try:
         (fcntl.lockf if of_process else fcntl.flock)(file, how)
@@ -193,10 +190,10 @@ def lock(file: IO[Any], how: int, of_process: bool = False) -> None:
 
 @contextmanager
 def claimed(folder: Path) -> Iterator[None]:
-    """Claim a folder for this process inside the block; create the folder if it is missing.
+    """Claim a folder, made if it is missing, for this process inside the block; claims may be nested.
 
-    The system releases the claim when the process ends. Claims of one process may be nested. If the block
-    fails, the lock file says why (`Claim`). Raises RequestError, which names the holder of the claim.
+    The system releases the claim when the process ends. If the block fails, the lock file says why (`Claim`).
+    Raises RequestError, which names the holder of the claim.
     """
     folder = folder.resolve()
     if folder in _claimed:
@@ -230,8 +227,8 @@ def claimed(folder: Path) -> Iterator[None]:
 
 
 class Claim(NamedTuple):
-    """Content of a folder's lock file: the process that claims it (or was killed), or how the last claim
-    ended ("failed", "stopped") and why. All fields are empty after work that succeeded.
+    """Content of a lock file: the process that claims the folder (or was killed), or how the last claim ended
+    ("failed", "stopped") and why. All fields are empty after work that succeeded.
     """
 
     process: int | None = None

@@ -16,7 +16,7 @@ Changes = dict[str, tuple[Any, Any]]  # setting: (recorded value, value now)
 
 
 def digest(value: Any, size: int = 8) -> str:
-    """Return a digest of a JSON value: `size` bytes as hexadecimal digits."""
+    """Return `size` bytes of a JSON value's hash as hexadecimal digits."""
     return hashlib.blake2b(json.dumps(value).encode(), digest_size=size).hexdigest()
 
 
@@ -52,10 +52,9 @@ def _told(name: str, old: Any, new: Any) -> Iterator[str]:
 
 
 def continue_or_refuse(path: Path, made_with: Mapping[str, Any], what: str) -> None:
-    """Write `made_with` to the JSON file `path`, unless results made with other settings are beside it.
+    """Write `made_with` to the JSON file `path`, or raise RequestError if it has other settings.
 
-    what: the work in the file's folder, e.g. "an evaluation". Raises RequestError, which names the settings
-    that changed.
+    what: the work in the file's folder, e.g. "an evaluation".
     """
     if path.is_file():
         changes = changed(json.loads(path.read_text(encoding="utf-8")), made_with)

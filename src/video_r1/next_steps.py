@@ -18,7 +18,6 @@ RESUMED |= {name: "continues with the remaining questions" for name in ("eval", 
 
 
 def next_steps(recipe: Recipe) -> list[str]:
-    """Return the lines that a command prints when it is done."""
     values, command = recipe.values(), recipe.command
     if command == "lab make":
         return [then("sft", "lab-sft", "--train_manifest", Path(values["folder"], "sft.json"))]

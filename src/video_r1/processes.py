@@ -1,7 +1,6 @@
 """Processes of one command: values shared over all ranks, lost ranks, and signals (Ctrl-C and SIGTERM).
 
-With a single process every collective function is the identity and torch is not imported, so that the
-studio's server runs without it.
+With a single process every collective function is the identity, and torch is not imported.
 """
 
 from __future__ import annotations
@@ -57,7 +56,6 @@ def gather(value: T, group: Any = None) -> list[T]:
 
 
 def own_share(work: Sequence[T]) -> Sequence[T]:
-    """Return this rank's part of the work: every n-th piece, with n ranks."""
     return work[process_index() :: process_count()]
 
 
@@ -65,9 +63,8 @@ def own_share(work: Sequence[T]) -> Sequence[T]:
 def process_group(folder: Path) -> Iterator[None]:
     """Join the processes that a launcher (accelerate, torchrun) started, for work shared in `folder`.
 
-    Each process has a whole model, and only rank 0 writes to standard output. The backend is gloo: it needs
-    no GPU and notices a lost rank at once, and the others raise VideoR1Error. Closing an engine of vLLM ends
-    the group, so no collective call may follow.
+    Only rank 0 writes to standard output. The backend is gloo: it needs no GPU and notices a lost rank at
+    once, and the others raise VideoR1Error. Closing an engine of vLLM ends the group.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) == 1 or _running():
         yield
@@ -83,7 +80,6 @@ def process_group(folder: Path) -> Iterator[None]:
 
 
 def wait_for_everyone() -> None:
-    """Wait until every rank is here."""
     if _running():
         _distributed().barrier()
 
@@ -169,7 +165,6 @@ class Interrupted(KeyboardInterrupt):
 
 
 def number_of(stop: KeyboardInterrupt) -> int:
-    """Return the number of the signal that caused `stop`."""
     return stop.number if isinstance(stop, Interrupted) else int(signal.SIGINT)
 
 

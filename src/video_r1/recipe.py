@@ -1,8 +1,7 @@
 """Recipes: a YAML file of flat `setting: value` lines plus overrides, resolved into checked settings.
 
-A recipe is a path or the name of a packaged recipe (`lab-tgrpo`). `base: RECIPE` inherits another recipe's
-settings, which the file's own lines override. A base's path is relative to the file's folder, all other paths
-to the working directory.
+`base: RECIPE` inherits another recipe's settings. A base's path is relative to the file's folder, all other
+paths to the working directory.
 """
 
 import dataclasses
@@ -67,16 +66,12 @@ class Recipe:
 def load_recipe(
     command: str, source: str | Path | None = None, overrides: Mapping[str, Any] | None = None
 ) -> Recipe:
-    """Read a recipe, apply the overrides and check everything.
+    """Read a recipe, apply the overrides (text or values of the right type) and check everything.
 
-    Args:
-        command: one of COMMANDS.
-        source: path or name of a recipe; None starts from the defaults.
-        overrides: setting name to value, as text from an option or already of the right type.
-
-    Settings that neither gives have the defaults of the protocol, then the frames, template and number format
-    that the checkpoint was trained with (settings/training_record.py). Raises ConfigError with every problem
-    and the origin of each setting, and RequestError when the recipe cannot be read.
+    source: path or name of a recipe; None starts from the defaults. Settings that are not given have the
+    defaults of the protocol, then the frames, template and number format that the checkpoint was trained with
+    (settings/training_record.py). Raises ConfigError with every problem and the origin of each setting, and
+    RequestError when the recipe cannot be read.
     """
     values, origins = read_recipe(source) if source is not None else ({}, {})
     made_for = take_facts(values, origins)
@@ -117,7 +112,6 @@ def load_recipe(
 
 
 def check_command(command: str, source: str, made_for: MadeFor, start: Any) -> None:
-    """Raise RequestError for a recipe of another command."""
     theirs = made_for.command
     if theirs in (None, command) or (command == "plan" and theirs in TRAINS):
         return
@@ -151,7 +145,6 @@ def check_machine(recipe: Recipe) -> None:
 def parse_values(
     command: str, values: Mapping[str, Any], types: Mapping[str, Any]
 ) -> tuple[dict[str, Any], list[Problem]]:
-    """Turn each value into its setting's type. Returns the parsed settings and the problems."""
     settings: dict[str, Any] = {}
     found: list[Problem] = []
     for name, value in values.items():
@@ -178,7 +171,6 @@ USUAL_NAMES = {
 
 
 def unknown_setting(command: str, name: str, known: Mapping[str, Any]) -> str:
-    """Return the message about a setting that the command does not have."""
     others = [other for other, each in COMMANDS.items() if name in each.types()]
     usual = [meant for meant in USUAL_NAMES.get(name, ()) if meant in known]
     close = usual or difflib.get_close_matches(name, known, n=1, cutoff=0.6)
@@ -188,10 +180,9 @@ def unknown_setting(command: str, name: str, known: Mapping[str, Any]) -> str:
 
 
 def save_resolved(settings: Recipe | Settings, folder: str | Path) -> Path:
-    """Write `config.yaml`, the resolved settings as a recipe that can be run again. Returns its path.
+    """Write `config.yaml`, all settings as a recipe that can be run again, in one step. Returns its path.
 
-    Takes a Recipe or one settings object (a TGRPOConfig, for example). The file is replaced in one step.
-    Raises RequestError when the folder cannot be written.
+    settings: a Recipe, or one object such as a TGRPOConfig. Raises RequestError.
     """
     path = Path(folder) / "config.yaml"
     try:

@@ -43,7 +43,7 @@ class MadeFor:
 
     @property
     def machine(self) -> str:
-        """Machine in words, such as "8 × 80 GB"."""
+        """Such as "8 × 80 GB"."""
         if not self.gpus:
             return "CPU" if self.gpus == 0 else ""
         memory = "" if self.gpu_memory is None else f"{(parse_bytes(self.gpu_memory) or 0) / 1e9:g} GB"
@@ -51,7 +51,7 @@ class MadeFor:
 
 
 def launcher(made_for: MadeFor, processes: int | str) -> list[str]:
-    """Return the words that start a command on several GPUs: accelerate with the sharding's config file."""
+    """Return the words that start a command on several GPUs."""
     file = RECIPES / "accelerate" / f"{ACCELERATE[made_for.sharding]}.yaml"
     words = ["accelerate", "launch", "--config_file", str(file), "--num_processes", str(processes)]
     deepspeed = RECIPES / "deepspeed" / f"{made_for.sharding}.json"
@@ -67,7 +67,6 @@ def model_folder(name: str | None) -> str | None:
 
 
 def packaged_recipes() -> list[str]:
-    """Return the names of the packaged recipes."""
     return sorted(path.stem for path in RECIPES.glob("*.yaml"))
 
 
@@ -112,7 +111,6 @@ def read_recipe(source: str | Path) -> tuple[dict[str, Any], dict[str, str]]:
 
 
 def read_one_recipe(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
-    """Read one recipe file without its base. Raises RequestError."""
     try:
         loader = LOADER(path.read_text(encoding="utf-8"))
         node = loader.get_single_node()
@@ -163,13 +161,11 @@ class Entry:
 
     @property
     def checkpoint(self) -> str:
-        """Published model that this recipe starts from, directly or through another recipe."""
         return checkpoint_behind(self.start)
 
 
 @cache
 def catalogue() -> tuple[Entry, ...]:
-    """Read all packaged recipes."""
     entries = []
     for name in packaged_recipes():
         values, origins = read_recipe(name)
