@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import json
-import os
 import shlex
 import signal
 import subprocess
@@ -24,32 +23,14 @@ from video_r1.settings.decoding import AskSettings
 from video_r1.settings.training import TGRPOSettings
 
 
-@pytest.mark.parametrize(
-    "words",
-    [
-        ["rl", "--help"],
-        ["rl", "lab-tgrpo", "--print_config"],
-        ["recipes"],
-    ],
-)
-def test_help_answers_at_once_without_torch(words: list[str]) -> None:
+@pytest.mark.parametrize("words", ["rl --help", "rl lab-tgrpo --print_config", "recipes"])
+def test_help_imports_nothing_slow(words: str) -> None:
     code = (
         "import sys\nfrom video_r1.cli import main\ncode = main(sys.argv[1:])\n"
-        "print('torch' in sys.modules, 'transformers' in sys.modules, code)"
+        "print(code, {'torch', 'transformers', 'datasets', 'matplotlib', 'openai'} & sys.modules.keys())"
     )
-    seconds = []
-    for _ in range(3):
-        before = os.times()
-        done = subprocess.run(
-            [sys.executable, "-c", code, *words], capture_output=True, text=True, check=True
-        )
-        after = os.times()
-        assert done.stdout.endswith("False False 0\n")
-        seconds.append(
-            after.children_user + after.children_system - before.children_user - before.children_system
-        )
-    # Processor time, the best of three, because other work runs beside this; importing torch takes longer.
-    assert min(seconds) < (0.5 if "--help" in words else 0.8)
+    done = subprocess.run([sys.executable, "-c", code, *words.split()], capture_output=True, text=True)
+    assert done.stdout.endswith("0 set()\n"), done.stderr
 
 
 @pytest.mark.parametrize("name", COMMANDS)
@@ -116,20 +97,14 @@ def test_several_questions(words: list[str]) -> None:
     (["rll"], "did you mean rl?"),
     (["ask", "lab-base", "no-such.mp4", "Why?"], "no-such.mp4: no such file"),
     (["data"], "say data make or data check"),
-    (["data", "lag"], "data lag is not a command"),
     (["rl", "no-such.yaml"], "no-such.yaml: no such recipe"),
     (["rl", "lab-tgrpo", "more"], "'more' is one word too many"),
     (["rl", "lab-tgrpo", "--beta"], "--beta needs a value"),
     (["rl", "lab-tgrpo", "--betta", "1"], "did you mean beta?"),
     (["rl", "lab-tgrpo", "--lr", "1"], "did you mean learning_rate?"),
-    (["sft", "lab-sft", "--epochs", "1"], "did you mean num_train_epochs?"),
-    (["sft", "lab-sft", "--model", "x"], "did you mean model_name_or_path? see"),
-    (["rl", "lab-tgrpo", "--endpoint", "http://x/v1"], "did you mean judge_endpoint?"),
     (["eval", "run", "m.json", "--endpoint", "http://x/v1"], "did you mean engine?"),
-    (["annotate", "m.json", "--url", "http://x/v1"], "did you mean teacher?"),
     (["rl", "lab-tgrpo", "--num_generations", "1"], "num_generations (option --num_generations) is 1"),
     (["eval", "run", "test.json", "--model", "other"], "model is given twice"),
-    (["lab", "make", "out", "--shortcut", "2"], "shortcut (option --shortcut) is 2.0"),
     (["annotate", "train.json", "--out", "cot.json"], "teacher is missing"),
 ])  # fmt: skip
 def test_a_wrong_request_is_one_line_and_exit_code_2(
@@ -150,14 +125,10 @@ def test_missing_files_are_refused_before_torch_is_imported(tmp_path: Path) -> N
     requests = {
         "data make none.csv --out x.json": "none.csv: no such manifest or table",
         "data check non.json": "non.json: no such manifest or table",
-        "data audit none/x.parquet --model lab-base": "none/x.parquet: no such manifest or table",
-        "rl lab-tgrpo --train_manifest none.json": "none.json: no such manifest or table",
         "sft lab-sft --train_manifest some.json --model_name_or_path runs/none": "runs/none: no such folder",
         "annotate some.json --teacher run --out o.json": "run: these are adapters",
         "eval lab-base": "eval needs a manifest or benchmarks",
         "eval lab-base --bench mvbnch": "'mvbnch' is neither a benchmark nor a manifest file",
-        "eval runs/none some.json": "runs/none: no such folder",
-        "ask runs/none some.json Why?": "runs/none: no such folder",
         "serve some.json": "some.json: this is a file",
         "merge runs/none out": "runs/none: there is no such folder",
         "plan lab-tgrpo --model_config runs/none": "runs/none: no such folder",
@@ -290,7 +261,6 @@ def test_secrets_are_neither_printed_nor_written(
 def test_commands_pass_their_settings_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The settings reach the function that does the work by the same names."""
     import video_r1.data.check
-    import video_r1.lab.clips
 
     seen: dict[str, Any] = {}
     monkeypatch.chdir(tmp_path)
@@ -303,10 +273,6 @@ def test_commands_pass_their_settings_on(tmp_path: Path, monkeypatch: pytest.Mon
         "manifest": "m.json", "media_root": "/data", "allow_urls": True, "media": False, "workers": None,
         "remote_cache": None, "remote_cache_gb": 50.0, "allowed_roots": [],
     }  # fmt: skip
-    monkeypatch.setattr(video_r1.lab.clips, "write_lab", lambda settings: seen.update(vars(settings)))
-    assert main(["lab", "make", "out", "--seed", "5", "--shortcut=0.5", "--shuffle_options"]) == 0
-    assert (seen["folder"], seen["train"], seen["test"], seen["seed"]) == ("out", 4000, 500, 5)
-    assert (seen["shortcut"], seen["shuffle_options"]) == (0.5, True)
 
 
 def test_public_names_are_there_on_first_use() -> None:

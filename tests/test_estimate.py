@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import re
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,7 +10,6 @@ import torch
 
 from benchmarks._sizes import PATCH, SIZES, build_model, question, text
 from benchmarks._timing import flops
-from video_r1.cli import main
 from video_r1.models.group_forward import group_logprobs
 from video_r1.plan.estimate import row_flops, step_seconds
 from video_r1.plan.memory import MemoryPlan, memory_plan, sharding_of
@@ -100,21 +97,3 @@ def test_vllms_share_has_to_suffice(config: Any) -> None:
     small = replace(plan.vllm, share=weights + profile + plan.vllm.question - 1)
     assert small.questions == 0 and not replace(plan, vllm=small).fits
     assert replace(small, share=small.least).questions == 1
-
-
-@pytest.mark.slow
-def test_plan_prints_it(
-    config: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    config.save_pretrained(tmp_path)
-    words = ["plan", "video-r1-3b-tgrpo", "--model_config", str(tmp_path), "--gpu", "h100"]
-    assert main(words) == 0
-    out = capsys.readouterr().out
-    assert "of 74.51 GiB" in out  # its memory is known
-    for part in ("prefill", "decoding", "reference", "update", "optimizer"):
-        assert f"\n  {part} " in out
-    assert "estimated, not measured" in out and "assumed: 50% of 989 TFLOP/s" in out
-    assert re.search(r"a step of 8 questions: [\d.]+ s .*; 1,000 steps: [\d.]+ hours\n", out)
-    assert main([*words, "--vllm_gpu_memory_utilization", "0.001"]) == 1
-    assert "vLLM's share is too small: set vllm_gpu_memory_utilization" in capsys.readouterr().out

@@ -1,4 +1,4 @@
-"""The set-up, on a machine with an NVIDIA GPU and as an image too, as far as they can be tried without."""
+"""The set-up, on a machine with an NVIDIA GPU too, as far as it can be tried without."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import os
 import re
 import subprocess
 import sys
-import tomllib
 from pathlib import Path
 
 import pytest
@@ -118,40 +117,3 @@ def test_the_set_up_ends_with_a_check_of_the_gpu(
     assert done.returncode == code and said in done.stderr
     assert ("update the NVIDIA driver" in done.stderr) == (code == 1)
     assert '"$venv/bin/python" setup/check_cuda.py\n' in SCRIPT
-
-
-# ---- Hooks, the image and how to cite
-
-
-def instructions() -> list[tuple[str, str]]:
-    """The Dockerfile's instructions, continued lines joined, without comments."""
-    text = (ROOT / "Dockerfile").read_text(encoding="utf-8")
-    lines = re.sub(r"(?m)^#.*\n", "", text).replace("\\\n", " ").splitlines()
-    return [(word, rest.strip()) for word, _, rest in (line.partition(" ") for line in lines if line.strip())]
-
-
-def test_the_image_has_all_that_users_can_install() -> None:
-    about = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    named = re.findall(r"-e '\.\[(.+)\]'", SCRIPT + (ROOT / "Dockerfile").read_text())
-    installed = {extra for extras in named for extra in extras.split(",")}
-    assert installed == about["optional-dependencies"].keys() - {"bench", "docs"}
-
-
-def test_the_image_does_not_run_as_root() -> None:
-    words = [word for word, _ in instructions()]
-    (user,) = [rest for word, rest in instructions() if word == "USER"]
-    assert user not in ("root", "0") and words.index("USER") > max(
-        i for i, w in enumerate(words) if w == "RUN"
-    )
-
-
-def test_the_image_has_what_its_steps_need() -> None:
-    """What is copied is there and not left out by .dockerignore; the set-up and the build need no more."""
-    copied = {name for word, rest in instructions() if word == "COPY" for name in rest.split()[:-1]}
-    assert all((ROOT / name).exists() for name in copied)
-    kept = (ROOT / ".dockerignore").read_text().splitlines()
-    assert kept[0] == "*" and copied == {line[1:] for line in kept if line.startswith("!")}
-    named = re.findall(r"[\w-]+\.(?:toml|txt)", SCRIPT) + ["setup", "src"]
-    assert {name for name in named if (ROOT / name).exists()} <= copied
-    about = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    assert {about["readme"], *about["license-files"]} <= copied

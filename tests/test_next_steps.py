@@ -28,10 +28,6 @@ LAUNCHED = f"accelerate launch --config_file {RECIPES}/accelerate"
     [
         ("lab make my/lab", ["video-r1 sft lab-sft --train_manifest my/lab/sft.json"]),
         (
-            "sft lab-sft --train_manifest lab/sft.json --output_dir 'my runs/a'",
-            ["video-r1 rl lab-tgrpo --model_name_or_path 'my runs/a' --train_manifest lab/rl.json"],
-        ),
-        (
             "sft qwen3-vl-4b-sft-lora --train_manifest cot.json --media_root /data --output_dir o",
             [
                 "video-r1 merge o o-merged",
@@ -52,10 +48,6 @@ LAUNCHED = f"accelerate launch --config_file {RECIPES}/accelerate"
                 "video-r1 eval runs/lab-tgrpo lab/test.json --order ordered,shuffled",
                 "video-r1 report runs/lab-tgrpo",
             ],
-        ),
-        (
-            "rl lab-tgrpo --train_manifest mine/rl.json --output_dir o",
-            ["video-r1 eval o held-out.json --order ordered,shuffled", "video-r1 report o"],
         ),
         ("eval run lab/test.json", ["video-r1 report run"]),
         (
@@ -133,15 +125,3 @@ def test_an_interrupted_command_says_how_to_go_on(
     signal.signal(number, before)
     captured = capsys.readouterr()
     assert said in captured.err and captured.err.startswith("video-r1: interrupted") and captured.out == ""
-
-
-def test_a_command_ends_with_what_is_next(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setattr("video_r1.lab.clips.write_lab", lambda settings: None)
-    words = ["lab", "make", str(tmp_path / "lab")]
-    assert main(words) == 0
-    assert capsys.readouterr().out == f"next: video-r1 sft lab-sft --train_manifest {tmp_path}/lab/sft.json\n"
-    monkeypatch.setenv("RANK", "1")
-    assert main(words) == 0
-    assert capsys.readouterr().out == ""
