@@ -33,10 +33,10 @@ def rationale(number: int, seed: int, index: int) -> str:
 class ChatEndpoint:
     """Answers "B" with a rationale to every question, unless the next event in `script[number]` is another.
 
-    Events: an HTTP status; "busy": 429 with Retry-After 0; "garbage", "empty": no chat completion; "half":
-    half an answer; "drop": no answer; "slow": a late answer; "one": one completion instead of all; "abort":
-    an aborted completion; "wrong": the wrong answer; "length": the token limit; "bare": no tags. `gate`:
-    requests that must be in flight before any is answered. `right`: the right answer.
+    Events: an HTTP status; "busy": 429 with Retry-After 0; "garbage", "empty": no chat completion; "drop": no
+    answer; "slow": a late answer; "one": one completion instead of all; "abort": an aborted completion;
+    "wrong": the wrong answer; "length": the token limit; "bare": no tags. `gate`: requests that must be in
+    flight before any is answered. `right`: the right answer.
     """
 
     def __init__(self, model: str = "teacher", owner: str = "tests") -> None:
@@ -118,22 +118,15 @@ class ChatEndpoint:
             text = f"<think>{rationale(number, seed, index)}</think>\n<answer>{answer}</answer>"
             message = {"role": "assistant", "content": "It is B." if event == "bare" else text}
             choices.append({"index": index, "message": message, "finish_reason": finish})
-        self.reply(handler, 200, {"choices": choices[::-1]}, cut=event == "half")
+        self.reply(handler, 200, {"choices": choices[::-1]})
 
-    def reply(
-        self,
-        handler: Any,
-        status: int,
-        value: Any,
-        headers: dict[str, str] | None = None,
-        cut: bool = False,
-    ) -> None:
+    def reply(self, handler: Any, status: int, value: Any, headers: dict[str, str] | None = None) -> None:
         text = value.encode() if isinstance(value, str) else json.dumps(value).encode()
         handler.send_response(status)
         for name, content in {"Content-Length": str(len(text)), **(headers or {})}.items():
             handler.send_header(name, content)
         handler.end_headers()
-        handler.wfile.write(text[: len(text) // 2] if cut else text)
+        handler.wfile.write(text)
         handler.close_connection = True
 
     def close(self) -> None:

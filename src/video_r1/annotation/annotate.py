@@ -120,7 +120,7 @@ def run_annotate(settings: AnnotateSettings) -> Counts:
                     run_share(
                         [batch for batch in batches if any(one.problem_id not in done for one in batch)],
                         lambda batch: sum(one.problem_id not in done for one in batch),
-                        lambda share: _record(asked.answers(share, done), journal, settings),
+                        lambda share: _record(asked.answers(share, done), journal),
                         "annotating",
                     )
             except KeyboardInterrupt as stop:
@@ -170,24 +170,12 @@ def _local_teacher(settings: AnnotateSettings) -> EngineTeacher:
     return EngineTeacher(engine, builder, Reader(budget, cache, settings.workers), settings)
 
 
-def _record(
-    answers: Generator[list[Answered]], journal: "Journal", settings: AnnotateSettings
-) -> Generator[tuple[int, dict[str, str]]]:
-    """Append the answers to the journal as they come; yield their number, and how many were kept so far."""
-    counts: Counter[str] = Counter()
+def _record(answers: Generator[list[Answered]], journal: "Journal") -> Generator[int]:
+    """Append the answers to the journal as they come; yield their number."""
     with closing(answers):
         for finished in answers:
             journal.append({"problem_id": sample.problem_id, **entry} for sample, entry in finished)
-            for sample, entry in finished:
-                is_kept = _verdict(sample, entry, settings).kept is not None
-                counts["failed" if "failed" in entry else "kept" if is_kept else "rejected"] += 1
-            yield len(finished), {name: str(count) for name, count in counts.items()}
-
-
-def _verdict(sample: Sample, entry: Mapping[str, Any], settings: AnnotateSettings) -> Verdict:
-    if "failed" in entry:
-        return Verdict(None, entry["failed"], [])
-    return judge(sample, [Completion(**completion) for completion in entry["completions"]], settings)
+            yield len(finished)
 
 
 def rejected_path(out: str | Path) -> Path:
@@ -204,8 +192,11 @@ def _write(samples: Sequence[Sample], journal: "Journal", settings: AnnotateSett
             if sample.problem_id not in journal:
                 continue
             entry = journal[sample.problem_id]
-            verdict = _verdict(sample, entry, settings)
             completions = entry.get("completions", [])
+            if "failed" in entry:
+                verdict = Verdict(None, entry["failed"], [])
+            else:
+                verdict = judge(sample, [Completion(**each) for each in completions], settings)
             if verdict.kept is not None:
                 chosen, text = verdict.judged[verdict.kept], completions[verdict.kept]["text"]
                 row = {

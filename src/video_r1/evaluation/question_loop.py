@@ -48,14 +48,14 @@ Built = TypeVar("Built")
 def run_share(
     work: Sequence[Work],
     size: Callable[[Work], int],
-    answer: Callable[[Sequence[Work]], Generator[tuple[int, dict[str, str]]]],
+    answer: Callable[[Sequence[Work]], Generator[int]],
     doing: str,
     answered: int = 0,
 ) -> None:
     """Answer this rank's share of the work, with a progress bar.
 
-    size: questions in a piece of work. answer: records answers, and yields the number of newly answered
-    questions with figures for the bar. doing: title of the bar; answered: questions of earlier runs.
+    size: questions in a piece of work. answer: records answers, and yields the numbers of questions that are
+    done. doing: title of the bar; answered: questions of earlier runs.
     """
     own = own_share(work)
     title = doing + (f" (process 1 of {process_count()})" if process_count() > 1 else "")
@@ -64,8 +64,8 @@ def run_share(
         closing(answer(own)) as finished,
         Progress(total, title, "questions", quiet=process_index() > 0, done=answered) as bar,
     ):
-        for count, figures in finished:
-            bar.update(count, **figures)
+        for count in finished:
+            bar.update(count)
 
 
 class BatchRead(NamedTuple, Generic[Built]):
@@ -243,9 +243,7 @@ class QuestionLoop(ABC):
                 batches.append(Batch(chosen, tuple(counts)))
         return batches
 
-    def ask(
-        self, reader: Reader, batches: Sequence[Batch], done: Mapping[Round, Set[Key]]
-    ) -> Generator[tuple[int, dict[str, str]]]:
+    def ask(self, reader: Reader, batches: Sequence[Batch], done: Mapping[Round, Set[Key]]) -> Generator[int]:
         """Ask the batches and append what is not done to this rank's files.
 
         A round of a batch is asked again as a whole or not at all, so that padding is the same.
@@ -271,7 +269,7 @@ class QuestionLoop(ABC):
                     self.ask_round(current, asked, done[current])
             failed = [{**quarantined(sample, error), "frames": read.frames} for sample, error in read.failed]
             append_records(own_file(self.quarantine), failed)
-            yield len(read.samples), {}
+            yield len(read.samples)
 
     def ask_round(self, current: Round, asked: Sequence[tuple[Sample, Prompt]], done: Set[Key]) -> None:
         (count, way), seed = current, self.settings.seed
