@@ -16,10 +16,9 @@ RewardFunction = Callable[..., Sequence[float | None]]
 
 
 def reward_columns(samples: Sequence[Sample]) -> dict[str, list[Any]]:
-    """Return every field of the samples as a column, also the rows' extra fields; None where a row lacks it.
+    """Return every field of the samples, extra ones too, as a column; None where a row lacks it.
 
-    A row of a TRL table has its own columns; in other rows no extra field replaces a field of Sample. The
-    `path` of several clips is a list.
+    Extra fields replace fields of Sample only in a TRL table. The `path` of several clips is a list.
     """
 
     def column(sample: Sample, name: str) -> Any:
@@ -46,10 +45,9 @@ def call_reward_function(
 ) -> Tensor:
     """Return the rewards of N completions by a user's function, [N] float32, nan where it gave None.
 
-    function: called once as `function(prompts=…, completions=…, completion_ids=…, **columns)`, every argument
-    a list of length N (see `reward_columns`); returns N numbers, or None where it does not apply. samples:
-    the sample of each completion. columns: prompts, completions and completion_ids. Raises RewardError, which
-    names the function and the sample, for an exception, a wrong number of rewards, or one that is not finite.
+    samples: of each completion, whose fields the function gets as well (`reward_columns`). columns: prompts,
+    completions and completion_ids. Raises RewardError, which names function and sample, for an exception, a
+    wrong number of rewards, or one that is not finite.
     """
     arguments = reward_columns(samples) | columns
     try:

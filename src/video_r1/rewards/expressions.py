@@ -1,8 +1,7 @@
 """Compares mathematical answers by the library math-verify, in a process that can be killed.
 
 An answer such as 9^{9^9} keeps sympy busy for hours, in C code that no signal handler and no thread
-interrupts. So a separate process compares, and the kernel ends it by an alarm; answers that it cannot compare
-in time count as different. It serves all threads, one comparison at a time.
+interrupts: the kernel ends the process by an alarm, and the answers count as different.
 """
 
 from __future__ import annotations
@@ -37,11 +36,11 @@ for line in sys.stdin:
 
 @lru_cache(100_000)
 def same_expression(answer: str, truth: str) -> bool:
-    """Return whether both texts are the same value, expression, set, interval or equation, LaTeX or plain.
+    """Whether both texts are the same value, expression, set, interval or equation, LaTeX or plain.
 
     "\\frac{1}{2}", "$0.5$", "1/2" and "50%" are one value; "x = 3" answers "3". Floats agree at six decimals.
-    Texts that cannot be parsed or compared within `SECONDS` are different. Raises VideoR1Error if the
-    process does not start, as without the package (`pip install 'video-r1[math]'`).
+    Texts that cannot be parsed or compared within `SECONDS` are different. Raises VideoR1Error without the
+    package.
     """
     answer, truth = answer.strip(), truth.strip()
     if not answer or not truth:
@@ -50,12 +49,11 @@ def same_expression(answer: str, truth: str) -> bool:
 
 
 def _delimited(text: str) -> str:
-    """Return the text as LaTeX: the library needs delimiters."""
     return text if any(sign in text for sign in _DELIMITERS) else f"${text}$"
 
 
 class _Comparer:
-    """The comparing process; started by the first question, and again after it was killed."""
+    """The comparing process, started again after it was killed. Serves all threads, one at a time."""
 
     def __init__(self) -> None:
         self.lock = threading.Lock()

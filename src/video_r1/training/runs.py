@@ -50,8 +50,7 @@ MAY_CHANGE = frozenset(
     vllm_server_base_url vllm_server_timeout vllm_gpu_memory_utilization vllm_enable_sleep_mode
     """.split()
 )
-"""Settings that may differ when a run is resumed: they do not affect the finished steps. (`check_processes`
-keeps the number of questions a step.)"""
+"""Settings that may differ when a run is resumed. (`check_processes` keeps the questions of a step.)"""
 
 
 @dataclass
@@ -96,10 +95,7 @@ class RunArguments(PromptSettings, ManifestSettings, LoadingSettings, TrainingAr
 
 
 def adopt(args: Any, model: Any) -> None:
-    """Set settings that were not given to the values recorded in the model's checkpoint.
-
-    Raises ConfigError if a model that is loaded already has another dtype than the settings.
-    """
+    """Set settings that were not given to those recorded in the model's checkpoint. Raises ConfigError."""
     if not isinstance(model, str | Path) and args.dtype not in ("auto", str(model.dtype).split(".")[-1]):
         raise ConfigError(
             f"dtype is {args.dtype}, but the model that is passed is loaded and has {model.dtype}: pass its "
@@ -112,7 +108,6 @@ def adopt(args: Any, model: Any) -> None:
 
 
 def record_training(folder: Path, args: Any, builder: PromptBuilder, model: Any) -> None:
-    """Record in a checkpoint how it was trained."""
     dtype = "bfloat16" if args.bf16 else "float16" if args.fp16 else str(model.dtype).removeprefix("torch.")
     facts = {"prompt_template": str(builder.template), "dtype": dtype}
     if rule := rule_of_training(model.config):
@@ -122,8 +117,8 @@ def record_training(folder: Path, args: Any, builder: PromptBuilder, model: Any)
 
 
 def earlier_run(folder: Path, settings: Mapping[str, Any]) -> tuple[Path | None, bool]:
-    """Return the folder's last complete checkpoint, if any, and whether the run is finished with these
-    settings. Raises ConfigError for other settings, or a number of ranks that cannot resume it.
+    """Return the folder's last complete checkpoint, if any, and whether the run is finished. Raises
+    ConfigError for other settings, or a number of ranks that cannot resume it.
     """
     checkpoint = last_whole_checkpoint(folder)
     if checkpoint is None:
@@ -171,12 +166,11 @@ def check_processes(checkpoint: Path, settings: Mapping[str, Any]) -> None:
 
 
 def run_recipe(recipe: Recipe, trainer: Callable[..., Trainer], config: type[Any]) -> Path:
-    """Train from a resolved recipe. Return the run folder, which is a checkpoint as well.
+    """Train from a resolved recipe, or resume; return the run folder. config: of the trainer's settings.
 
-    config: the dataclass of the trainer's settings. A run with a complete checkpoint resumes from it; a
-    finished run is not touched, and its model is not loaded. Raises ConfigError when the checkpoint belongs
-    to a run with other settings, RequestError when another command writes the folder, VideoR1Error when it
-    cannot be written, ManifestError, and what the trainer raises.
+    The model of a finished run is not loaded. Raises ConfigError when the folder belongs to a run with other
+    settings, RequestError when another command writes it, VideoR1Error when it cannot be written,
+    ManifestError, and what the trainer raises.
     """
     if recipe.values().get("resume_from_checkpoint"):
         raise ConfigError(
@@ -220,7 +214,7 @@ def changed_settings(here: Mapping[str, Any], folder: Path) -> dict[str, tuple[A
 
 
 def model_of(recipe: Recipe) -> tuple[PreTrainedModel, ProcessorMixin]:
-    """Load a recipe's model and processor; freeze parts and add adapters as it says. Raises ConfigError."""
+    """Load a recipe's model and processor, with frozen parts and adapters. Raises ConfigError."""
     settings = recipe.section(ModelSettings)
     assert settings.model_name_or_path is not None  # recipes without it are refused
     model = load_model(
@@ -246,9 +240,8 @@ Questions = (
 
 
 def as_samples(questions: Questions | dict[str, Questions] | None, places: RunArguments) -> Any:
-    """Read samples from a manifest's path, a dataset, or a list of rows or samples; by name for several sets;
-    None for None. Tables of TRL's form are converted, with their pictures in the run folder. Raises
-    ManifestError with every problem.
+    """Read samples from a manifest's path, a dataset, a list, or several by name. Pictures of TRL's tables go
+    to the run folder. Raises ManifestError with every problem.
     """
     if isinstance(questions, dict):
         return {name: as_samples(part, places) for name, part in questions.items()}

@@ -55,7 +55,7 @@ class SFTTrainer(QuestionTrainer):
         return self.example(sample, self.reader.media(sample))
 
     def example(self, sample: Sample, media: Shown) -> Example:
-        """Build a sample's prompt and response. Raises PromptError."""
+        """Raises PromptError."""
         prompt, response = self.builder.build_with_response(sample, media, response_text(sample))
         if len(response) > self.settings.max_response_length:
             raise PromptError(
@@ -68,7 +68,6 @@ class SFTTrainer(QuestionTrainer):
         return loaded
 
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: Any) -> tuple[list, Any]:
-        """Return the micro-batches of one optimizer step, and their response tokens ÷ the number of ranks."""
         pending, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
         ready = [self.ready(batch["pending"]) for batch in pending]
         tokens = sum(len(entry.content[1]) for part in ready for entry in part)
@@ -89,7 +88,6 @@ class SFTTrainer(QuestionTrainer):
         return (loss, {}) if return_outputs else loss
 
     def logprobs(self, model: nn.Module, examples: Sequence[Example]) -> GroupLogprobs:
-        """Compute each response token's log-prob, and whether it is the likeliest token."""
         prompts, responses = [prompt for prompt, _ in examples], [[response] for _, response in examples]
         with self.accelerator.autocast():
             return group_logprobs(model, prompts, responses, with_likeliest=True)

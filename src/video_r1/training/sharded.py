@@ -29,9 +29,8 @@ FORWARD_HOOKS = ("_forward_pre_hooks", "_forward_hooks")  # of a torch module
 
 @contextmanager
 def whole_weights(model: nn.Module, accelerator: Accelerator) -> Iterator[None]:
-    """Give every rank all weights inside; it may run any part of the model, without gradient.
-
-    model: as prepared by the accelerator. Every rank has to enter. No cost for a model that is not sharded.
+    """Give every rank all weights inside, to run any part of the model without gradient. Every rank enters.
+    model: as prepared by the accelerator.
     """
     if isinstance(model, FSDPModule):
         with _whole_fsdp(model):
@@ -125,9 +124,7 @@ OPTIMIZER_FILES = {"FSDP": ("optimizer.bin", "optimizer_0"), "DeepSpeed": ("late
 
 
 def check_kind(checkpoint: Path, kind: str) -> None:
-    """Raise ConfigError if a checkpoint has the optimizer's state of another kind of run, which would not be
-    read. kind: "FSDP", "DeepSpeed" or "".
-    """
+    """Raise ConfigError if a checkpoint has the optimizer's state of another kind of run than `kind`."""
     found = [
         name for name, files in OPTIMIZER_FILES.items() if any((checkpoint / file).exists() for file in files)
     ]
@@ -141,22 +138,17 @@ def check_kind(checkpoint: Path, kind: str) -> None:
 
 
 def zero_stage(accelerator: Accelerator) -> int | None:
-    """Return DeepSpeed's ZeRO stage; None without DeepSpeed."""
     plugin = getattr(accelerator.state, "deepspeed_plugin", None)
     return None if plugin is None else int(plugin.zero_stage)
 
 
 def loss_that_skips(loss: Tensor) -> Tensor:
-    """Return the loss; if it is not finite, one whose gradients are all nan: DeepSpeed skips such an update
-    on all ranks. (A loss that overflowed in one term may leave finite gradients.)
-    """
+    """Make all gradients nan if the loss is not finite, even in one term: DeepSpeed skips such an update."""
     return loss if bool(loss.detach().isfinite()) else loss * float("nan")
 
 
 def check_training_state(checkpoint: Path) -> None:
-    """Raise VideoR1Error if unpickling a checkpoint of DeepSpeed would run foreign code. This reads only the
-    names that its pickles call, no tensors.
-    """
+    """Raise VideoR1Error if unpickling a checkpoint of DeepSpeed would run foreign code."""
     latest = checkpoint / "latest"
     if not latest.is_file():
         return

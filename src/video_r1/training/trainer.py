@@ -162,7 +162,7 @@ class QuestionTrainer(Trainer, ABC):
         """Measure on held-out questions: figures by name."""
 
     def callback_of(self, kind: type[Kind]) -> Kind | None:
-        """Return the registered callback of this type. (The Trainer replaces callbacks when it resumes.)"""
+        """Return the callback of this type. (The Trainer replaces callbacks when it resumes.)"""
         return next((one for one in self.callback_handler.callbacks if isinstance(one, kind)), None)
 
     def whole_weights(self) -> AbstractContextManager[None]:
@@ -170,7 +170,6 @@ class QuestionTrainer(Trainer, ABC):
         return sharded.whole_weights(cast(nn.Module, self.model_wrapped), self.accelerator)
 
     def get_train_dataloader(self) -> DataLoader:
-        """Return a loader of questions that are being read in the background."""
         args, samples = self.settings, cast(list[Sample], self.train_dataset)
         if not samples:
             raise ConfigError("training needs a train_dataset with at least one question")
@@ -206,7 +205,6 @@ class QuestionTrainer(Trainer, ABC):
         return range(len(samples))
 
     def submit(self, slots: Sequence[Slot]) -> list[Future[Ready[Any]]]:
-        """Start reading the questions of these slots."""
         assert self.source is not None
         return [self.source.submit(slot) for slot in slots]
 
@@ -215,14 +213,13 @@ class QuestionTrainer(Trainer, ABC):
         return {"pending": self.submit(slots)}
 
     def ready(self, pending: Sequence[Future[Ready[Any]]]) -> list[Ready[Any]]:
-        """Wait for questions. Raises VideoR1Error when media are missing as a whole."""
+        """Wait for questions. Raises VideoR1Error when all media are missing."""
         with self.meter.seconds("decode"):
             ready = [question.result() for question in pending]
         self.meter.total("media/skipped", sum(entry.skipped for entry in ready))
         return ready
 
     def watched(self, loss: Tensor, problem_ids: Sequence[str | int]) -> Tensor:
-        """Show a micro-batch's loss (scalar) to the guard, which skips an update that is not finite."""
         self.guard.watch(loss.detach(), problem_ids)
         return sharded.loss_that_skips(loss) if self.is_deepspeed_enabled else loss
 
@@ -248,7 +245,6 @@ class QuestionTrainer(Trainer, ABC):
         return metrics
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Add the series gathered since the last logging step."""
         if "loss" in logs:
             logs = {**logs, **self.meter.drain()}
             logs["updates/skipped"] = self.guard.skipped
@@ -292,7 +288,7 @@ class QuestionTrainer(Trainer, ABC):
             super()._push_from_checkpoint(str(final))
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
-        """Do nothing: `_save_checkpoint` pushes the checkpoint once it is complete."""
+        """Nothing: `_save_checkpoint` pushes the checkpoint once it is complete."""
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         """Save as the Trainer does, without training_args.bin, a pickle of what config.yaml says."""
@@ -308,7 +304,7 @@ class QuestionTrainer(Trainer, ABC):
             follow_umask(folder)
 
     def publish_model(self) -> None:
-        """Save model and processor into the run folder. Raises VideoR1Error when that cannot be written."""
+        """Save model and processor into the run folder. Raises VideoR1Error."""
         unfinished = self.unfinished / "model"
         with naming_lost_processes(self.folder), checkpoints.writing("the model", self.folder):
             self.save_model(str(unfinished), _internal_call=True)
@@ -328,9 +324,8 @@ class QuestionTrainer(Trainer, ABC):
             super()._load_best_model()
 
     def restore_weights(self, folder: str | None, model: nn.Module | None = None) -> bool:
-        """Read a whole model's weights with from_pretrained; return False if the Trainer has to do it.
-
-        Published checkpoints name weights differently; the Trainer silently skips all that it does not find.
+        """Read a whole model's weights with from_pretrained; return False if the Trainer has to do it. (It
+        silently skips weights whose published names differ.)
         """
         model = self.model if model is None else model
         sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled
@@ -342,8 +337,7 @@ class QuestionTrainer(Trainer, ABC):
     @contextmanager
     def stopping_before_the_step(self) -> Iterator[None]:
         """Save the run as it was before this step if the judge does not answer inside; raise VideoR1Error, or
-        Interrupted if the run was told to stop. Completions have seeds of their own and no record changes
-        before all are judged, so the run can be resumed exactly.
+        Interrupted if the run was told to stop. No record has changed yet: the run can be resumed exactly.
         """
         try:
             yield
@@ -385,7 +379,7 @@ class QuestionTrainer(Trainer, ABC):
             return output
 
     def load_finished(self, checkpoint: Path) -> TrainOutput:
-        """Load a finished run from its last or best checkpoint; finish saving its model if it was killed."""
+        """Load a finished run; save its model if it was killed before that."""
         self.state = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME))
         if self.args.load_best_model_at_end:
             checkpoint = checkpoints.best_checkpoint(self.folder, self.state.best_global_step) or checkpoint
@@ -396,7 +390,6 @@ class QuestionTrainer(Trainer, ABC):
         return TrainOutput(self.state.global_step, math.nan, {})
 
     def train_on(self, resume_from_checkpoint: str | bool | None, *args: Any, **kwargs: Any) -> Any:
-        """Call the Trainer's own `train`. A checkpoint that would run code is refused."""
         if self.is_world_process_zero():
             shutil.rmtree(self.unfinished, ignore_errors=True)  # by a run that was killed
         if resume_from_checkpoint:
