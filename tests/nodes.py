@@ -53,10 +53,6 @@ class Nodes:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(int(number), signal.SIGKILL)
 
-    def unplug(self) -> None:
-        """Packets are lost from now on: nobody is told that a connection has ended."""
-        ip("-n", self.names[1], "link", "set", self.cables[1], "down")
-
     def said(self) -> str:
         return "\n".join(log.read_text(errors="replace")[-4000:] for log in self.logs if log.exists())
 

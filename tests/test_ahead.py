@@ -13,7 +13,6 @@ from tiny_questions import read_lines
 from torch import Tensor
 from transformers import TrainerCallback
 
-from video_r1.errors import ConfigError
 from video_r1.rollout.engine import SamplingSettings
 from video_r1.rollout.transformers import TransformersEngine
 from video_r1.training.tgrpo import TGRPOTrainer
@@ -133,21 +132,6 @@ def test_the_same_questions_in_the_same_order(
             )  # fmt: skip
         seen.append(asked)
     assert seen[0] == seen[1] and len(seen[0]) == 3
-
-
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"async_rollouts": 1}, "without a server"),
-        ({**SERVER, "async_rollouts": 2}, "0 or 1 step"),
-        ({**SERVER, "async_rollouts": 1, "vllm_importance_sampling_correction": False}, "one step old"),
-    ],
-)
-def test_settings(
-    checkpoint: Path, manifest: Path, tmp_path: Path, changes: dict[str, Any], message: str
-) -> None:
-    with pytest.raises(ConfigError, match=message):
-        make_trainer(checkpoint, manifest, tmp_path, **changes)
 
 
 def test_errors_of_the_background_are_raised(

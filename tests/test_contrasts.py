@@ -15,7 +15,6 @@ from test_prompts import PROCESSORS, make_clip, make_sample
 from tgrpo_trainers import first_step, make_trainer, policy_of
 from tiny_questions import read_lines, row
 
-from video_r1.data.decoding.media import Media
 from video_r1.data.manifests.records import load_manifest
 from video_r1.data.prompts import PromptBuilder, TextPrompts, blind_prompt, contrast_frames, contrast_prompt
 from video_r1.data.rollouts import Rollout
@@ -201,13 +200,6 @@ def test_a_clip_that_does_not_move_loses_nothing(
     sampled = torch.cat([rollout.logprobs for group in groups for rollout in group.ordered])
     packed = torch.cat([trainer.logprobs(policy_of(trainer), batch["batch"]).logprobs for batch in batches])
     assert (sampled - packed).abs().max() > 1e-3  # or there would be nothing to see
-
-
-def test_an_image_has_no_contrast() -> None:
-    image = Media(torch.zeros(1, 3, 28, 28, dtype=torch.uint8), torch.zeros(1), 0.0, "image")
-    builder, generator = PromptBuilder(PROCESSORS["qwen2_5_vl"]), torch.Generator()
-    for contrast in CONTRASTS:
-        assert contrast_prompt(make_sample(), image, builder, contrast, generator) is None
 
 
 @pytest.mark.parametrize("frames_as", ["images", "video"])

@@ -14,37 +14,24 @@ from video_r1.rewards.scoring import answer_scores, correct_mask, correctness, i
     [
         ("multiple choice", " B ", "B", 1.0),
         ("multiple choice", "b", "B", 0.0),
-        ("multiple choice", "", "B", 0.0),
         ("numerical", "3", "3.0", 1.0),  # the reference gives 0: only one of the two has a point
         ("numerical", "1200", "1,200", 1.0),  # and here: only one has a comma
-        ("numerical", "3.141", "3.14159", 1.0),  # both 3.14
         ("numerical", "0.006", "0", 0.0),
-        ("numerical", "-2", "2", 0.0),
-        ("numerical", "", "3", 0.0),
         ("numerical", "nan", "nan", 0.0),
         ("OCR", "3\n7\t2   9", "3 7 2 9", 1.0),
         ("OCR", "3 7 9", "3 7 2 9", 0.75),  # one word missing of four
-        ("OCR", "3 7 2 9 1", "3 7 2 9", 0.75),  # one too many, divided by the reference's four
         ("OCR", "7 3", "3 7 2 9", 0.25),  # 3 and 9 deleted, 2 replaced by 3
-        ("OCR", "a b c d e", "x y", 0.0),  # distance 5 ÷ 2, clipped
         ("OCR", "", "", 1.0),
-        ("OCR", "one two", "", 0.0),
-        ("free-form", "the cat sat on the mat", "the cat sat on the mat", 1.0),
         # ROUGE-1 5/6, ROUGE-2 3/5, ROUGE-L 5/6
         ("free-form", "the cat lay on the mat", "the cat sat on the mat", (5 / 6 + 3 / 5 + 5 / 6) / 3),
         # precision 1 and recall 3/5: 3/4; bigrams 1 and 2/4: 2/3
         ("free-form", "a red ball", "a red ball rolls left", (3 / 4 + 2 / 3 + 3 / 4) / 3),
-        # the same words in another order: ROUGE-1 1, ROUGE-2 0 of 1, ROUGE-L 1/2
-        ("free-form", "ball red", "red ball", (1 + 0 + 1 / 2) / 3),
         ("free-form", "cats running", "cat runs", 1.0),  # stems
-        ("free-form", "one", "one", (1 + 0 + 1) / 3),  # a single word has no bigrams
         ("free-form", "", "", 0.0),
         ("regression", "3", "4", 0.75),
         ("regression", "1,000", "2000", 0.5),
         ("regression", "9", "4", 0.0),  # off by 125 %
-        ("regression", "-3", "-4", 0.75),
         ("regression", "0", "0", 0.0),  # the formula has no score at a truth of 0
-        ("regression", "x", "4", 0.0),
     ],
 )
 def test_scores(problem_type: str, answer: str, truth: str, score: float) -> None:
@@ -62,7 +49,6 @@ def test_scores_of_whole_completions() -> None:
     ("problem_type", "score", "threshold", "correct"),
     [
         ("multiple choice", 1.0, 0.5, True),
-        ("multiple choice", 0.0, 0.5, False),
         ("OCR", 0.5, 0.5, False),
         ("free-form", 0.2, 0.5, False),
         ("free-form", 0.2, 0.1, True),

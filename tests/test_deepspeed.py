@@ -26,7 +26,6 @@ from tiny_questions import read_lines, write_manifest
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
 from video_r1.errors import VideoR1Error
-from video_r1.models.loading import load_model
 from video_r1.training.callbacks import UpdateGuard
 from video_r1.training.sharded import check_training_state
 
@@ -168,24 +167,6 @@ def test_zero3_with_vllm_in_the_processes(folder: Path) -> None:
     assert [line["step"] for line in steps] == [1, 2]
     assert all(line["sampler/logprob_difference"] < 1e-3 for line in steps)
     assert "log-probs differ" not in (folder / "process-0.log").read_text()
-
-
-@pytest.mark.slow
-def test_bf16(folder: Path) -> None:
-    """Policy and reference compute in bf16 alike; the optimizer's own weights and the angles of the positions
-    are float32, the saved weights bf16.
-    """
-    run = two_processes("rl", folder, "bf16-zero3", 3, "launch", bf16=True)
-    steps = [line for line in read_lines(run / "metrics.jsonl") if "policy/kl" in line]
-    assert steps[0]["policy/kl"] == 0.0 and 0.0 < steps[1]["policy/kl"] < 0.01
-    assert {value.dtype for value in load_file(run / "model.safetensors").values()} == {torch.bfloat16}
-    buffers = torch.load(run / "buffers-1.pt", weights_only=True)
-    expected = dict(load_model(folder / "model").named_buffers())
-    assert buffers.keys() == expected.keys() and any("inv_freq" in name for name in buffers)
-    for name, value in expected.items():
-        assert buffers[name].dtype == value.dtype and torch.equal(buffers[name], value), name
-    for state in training_state(run, 2):
-        assert {value.dtype for value in tensors_of(state) if value.numel() > 1000} == {torch.float32}
 
 
 @pytest.mark.parametrize(

@@ -83,16 +83,6 @@ def test_groups_are_written_down_once_for_all_updates_on_them(
     assert sampled == [True, False, True, False]
 
 
-def test_further_questions_follow_from_place_and_round() -> None:
-    through, fresh = source(bad=(3,)), source(bad=(3,))
-    slots = [Slot(0, place, round=number) for number in (1, 2, 3) for place in range(10)]
-    found = [through.ready(slot) for slot in slots]
-    again = {slot: fresh.ready(slot) for slot in reversed(slots)}
-    assert all(again[slot].content == entry.content for slot, entry in zip(slots, found, strict=True))
-    assert len({entry.content[0] for entry in found}) > 5
-    assert len({entry.content[1] for entry in found}) == len(found)  # each with a frame order of its own
-
-
 def test_the_record_of_a_question() -> None:
     """The running mean; and in an epoch only what the epochs before it have shown counts."""
     entry = updated(None, 0, 1.0)

@@ -125,14 +125,6 @@ def test_a_reply_that_is_no_number_leaves_the_group_out(
     assert not judge([group("right", "left")])[0].isnan().any()
 
 
-def test_failures_that_pass_are_tried_again(endpoint: JudgeEndpoint, tmp_path: Path) -> None:
-    endpoint.said |= {"left": [500, "garbage", "busy"], "right": ["drop", "empty"], "up": 400}
-    judge = open_judge(endpoint, tmp_path)
-    scores = judge([group("left", "right"), group("up", "left", number=2)])
-    assert scores[0].tolist() == pytest.approx([score("left"), score("right")])
-    assert scores[1].isnan().all()  # the request itself is wrong: too long, for example
-
-
 def test_wait_goes_on_when_it_is_back(
     endpoint: JudgeEndpoint, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

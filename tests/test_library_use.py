@@ -15,7 +15,7 @@ from tiny_questions import KINDS, read_lines, training_arguments, write_manifest
 from video_r1 import SFTConfig, SFTTrainer, TGRPOConfig, TGRPOTrainer
 from video_r1.cli import main
 from video_r1.data.manifests.records import load_manifest
-from video_r1.errors import ConfigError, ManifestError
+from video_r1.errors import ManifestError
 
 README = Path(__file__).parents[1] / "README.md"
 T_GRPO = README.parent / "docs" / "t-grpo.md"
@@ -108,11 +108,3 @@ def test_rows_are_checked_by_the_constructor(tmp_path: Path, monkeypatch: pytest
         SFTTrainer(model, args, train_dataset=[rows[0] | {"solution": None}])
     with pytest.raises(ManifestError, match="not generator"):
         SFTTrainer(model, args, train_dataset=(row for row in rows))  # pyright: ignore[reportArgumentType]
-
-
-def test_the_length_reward_follows_the_longest_completion() -> None:
-    """The lengths of the default are those of 768 tokens; given ones that nothing can reach are refused."""
-    assert TGRPOConfig(output_dir="run", max_completion_length=256, use_cpu=True).length_bounds == [106, 170]
-    assert TGRPOConfig(output_dir="run", max_completion_length=2000, use_cpu=True).length_bounds == [320, 512]
-    with pytest.raises(ConfigError, match="length_range starts at 320 tokens, above max_completion_length"):
-        TGRPOConfig(output_dir="run", max_completion_length=256, length_range=[320, 512], use_cpu=True)

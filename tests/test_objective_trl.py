@@ -78,7 +78,6 @@ def trl_loss(
         {"epsilon_high": 5.0, "level": "sequence"},
         {"delta": 1.3},
         {"quantile": 0.4},
-        {"cut": True},
         {"cut": True, "quantile": 0.4, "level": "sequence"},
     ],
 )

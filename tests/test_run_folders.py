@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -82,21 +80,6 @@ def test_two_commands_in_one_folder(tmp_path: Path, capsys: pytest.CaptureFixtur
     first.join()
     finish(recipe, tmp_path / "run")
     assert [line["step"] for line in read_lines(tmp_path / "run" / "metrics.jsonl")] == [1, 2, 3]
-
-
-@pytest.mark.slow
-@pytest.mark.dist
-def test_torchrun_without_a_gpu_trains_once(tmp_path: Path) -> None:
-    """Processes on a machine without a GPU are one run, though nothing says use_cpu."""
-    recipe = write_recipe(tmp_path, use_cpu=False, max_steps=2, per_device_train_batch_size=1)
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    words = [*launch, "-m", "video_r1", "rl", str(recipe), "--output_dir", str(tmp_path / "run")]
-    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(words, capture_output=True, text=True, timeout=500, env=environment)
-    assert done.returncode == 0, done.stderr[-3000:]
-    lines = read_lines(tmp_path / "run" / "metrics.jsonl")
-    assert [line["step"] for line in lines] == [1, 2]
-    assert (tmp_path / "run" / "model.safetensors").is_file()
 
 
 def test_a_demo_replaces_only_its_own_folders(tmp_path: Path) -> None:

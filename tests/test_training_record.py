@@ -13,8 +13,6 @@ from tgrpo_trainers import make_trainer
 from tiny_questions import training_arguments
 
 from video_r1 import SFTConfig, SFTTrainer
-from video_r1.data.templates import load_template
-from video_r1.errors import ConfigError
 from video_r1.recipe import load_recipe
 from video_r1.rollout.engine_factory import open_prompts
 from video_r1.settings.decoding import AskSettings, EvalSettings
@@ -105,12 +103,3 @@ def test_a_library_run_goes_by_it_too(
     trainer.train()
     record = json.loads((tmp_path / "rl" / RECORD).read_text())
     assert record["max_frames"] == 4 and record["prompt_template"].startswith("Look: ")
-
-
-def test_a_template_goes_through_the_record_unchanged(trained: Path, tmp_path: Path) -> None:
-    built_in = load_template(None)
-    (tmp_path / RECORD).write_text(json.dumps({"prompt_template": str(built_in)}))
-    assert load_template(tmp_path / RECORD) == built_in
-    (tmp_path / RECORD).write_text("[")
-    with pytest.raises(ConfigError, match=rf"{RECORD}: cannot be read .*; remove it, or copy it once more"):
-        load_recipe("serve", None, {"model": str(tmp_path)})
