@@ -62,15 +62,11 @@ def planned(model: Any, recipe: Recipe) -> MemoryPlan:
     return memory_plan(model.config, recipe, text_tokens=TEXT, device_type="cpu")
 
 
-def test_a_reference_that_follows_the_policy_is_float32() -> None:
-    """Mixed precision computes with the others in bf16, save for embeddings and norms."""
+def test_a_reference_is_rounded_in_mixed_precision() -> None:
+    """Save for embeddings and norms."""
     model = model_of(128, 4, 2048)
-    exact, rounded = (
-        planned(model, recipe_of(bf16=True, sync_ref_model=follows)).parts["reference"]
-        for follows in (True, False)
-    )
-    assert exact == pytest.approx(sum(weight.nbytes for weight in model.parameters()), rel=1e-3)
-    assert rounded < 0.8 * exact
+    exact = sum(weight.nbytes for weight in model.parameters())
+    assert planned(model, recipe_of(bf16=True)).parts["reference"] < 0.8 * exact
 
 
 def test_a_plan_that_does_not_fit_says_so(

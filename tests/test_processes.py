@@ -21,8 +21,7 @@ from torch import nn
 
 from video_r1.errors import ConfigError
 from video_r1.files import replace_json
-from video_r1.recipe import load_recipe
-from video_r1.training.runs import check_processes, model_of
+from video_r1.training.runs import check_processes
 from video_r1.training.sft import SFTConfig
 from video_r1.training.sharded import check_kind
 
@@ -109,18 +108,6 @@ def test_half_as_many_processes_go_on_exactly(folder: Path) -> None:
 def test_weights_for_vllm_are_gathered_once(folder: Path) -> None:
     """FSDP2 has gathered them for the hand-over; asking the shards again would send all of them twice."""
     run_processes(2, "distributed_work:handed_over", folder, environment=FSDP2)
-
-
-def test_attention_that_training_does_not_use_is_said(
-    folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    recipe = load_recipe("sft", None, {
-        "model_name_or_path": str(folder / "model"), "train_manifest": "x", "output_dir": str(tmp_path),
-        "attn_implementation": "eager",
-    })  # fmt: skip
-    model, _ = model_of(recipe)
-    assert "attn_implementation eager: only the vision tower uses it" in caplog.text
-    assert model.model.visual.config._attn_implementation == "eager"
 
 
 def test_another_number_of_questions_a_step_is_refused(tmp_path: Path) -> None:

@@ -161,9 +161,6 @@ def test_answers_are_counted(
             {
                 "scale_rewards": "task",
                 "temporal_rule": "weight",
-                "sync_ref_model": True,
-                "ref_model_sync_steps": 1,
-                "ref_model_mixup_alpha": 0.3,
                 "beta": 0.5,
             },
         ),

@@ -309,8 +309,7 @@ def _reference_bytes(policy: Policy, traced: Traced, weights: int, sharding: Sha
     """Return the bytes of a frozen copy in the compute dtype, or of reference adapters."""
     if not policy.copied:
         return traced.gradients * policy.stored
-    follows = isinstance(policy.training, TGRPOSettings) and policy.training.sync_ref_model
-    if policy.autocast is None or follows or sharding.fsdp:
+    if policy.autocast is None or sharding.fsdp:
         return weights // policy.stored
     return weights - traced.linear * (policy.dtype.itemsize - policy.autocast.itemsize)
 

@@ -131,9 +131,6 @@ class TGRPOSettings(JudgeSettings, TrainingSettings):
     min_p: float | None = setting(None, "must stay none: the sampled policy is the one that is trained")
     repetition_penalty: float = setting(1.0, "must stay 1: the sampled policy is the one that is trained")
     beta: float = setting(0.04, "weight of the KL term; 0 needs no reference model", at_least=0)
-    sync_ref_model: bool = setting(False, "move the reference model towards the policy at regular steps")
-    ref_model_sync_steps: int = setting(512, "steps between two updates of the reference model", above=0)
-    ref_model_mixup_alpha: float = setting(0.6, "share of the policy in each update", above=0, at_most=1)
     epsilon: float = setting(0.2, "clip range of the policy ratio", above=0)
     epsilon_high: float | None = setting(
         None, "upper clip range (default: epsilon); largest ratio of cispo", above=0
@@ -245,8 +242,6 @@ class TGRPOSettings(JudgeSettings, TrainingSettings):
             yield "epsilon_high", "is missing; loss_type cispo bounds the ratio by it: give one, such as 5"
         elif self.epsilon_high is not None and self.epsilon_high < self.epsilon:
             yield "epsilon_high", f"is {self.epsilon_high}, below epsilon ({self.epsilon}); raise it"
-        if self.sync_ref_model and self.beta == 0:
-            yield "sync_ref_model", "is true while beta is 0, so there is no reference; set one of them"
         if self.delta is not None and self.delta <= 1 + (self.epsilon_high or self.epsilon):
             yield "delta", f"is {self.delta}, not above 1 + epsilon_high, where the ratio is clipped already"
 

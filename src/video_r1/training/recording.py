@@ -9,12 +9,10 @@ from collections.abc import Sequence
 from pathlib import Path, PurePath
 from typing import Any
 
-import numpy as np
-import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from torch import Tensor
 
-from video_r1.data.decoding.media import Media, resize
+from video_r1.data.decoding.media import Media
 from video_r1.data.rollouts import Rollout, RolloutGroup
 from video_r1.files import append_line, draft_of
 
@@ -24,51 +22,38 @@ PROBLEM = 300  # characters kept of the question of a skipped group
 FRAME_SIDE, IMAGE_SIDE = 224, 672  # longest side of a saved frame of a clip, and of an image
 
 
-def save_strip(frames: Tensor, path: Path, max_side: int | None = None) -> dict[str, Any]:
-    """Write frames [T, 3, H, W] uint8 side by side, first to last, as one JPEG. Raises OSError.
+def save_strip(frames: Sequence[Tensor] | Tensor, path: Path, max_side: int = FRAME_SIDE) -> dict[str, Any]:
+    """Write frames [3, H, W] uint8 side by side, first to last, as one JPEG. Raises OSError.
 
-    A tile's longer side is at most `max_side` pixels (default: 224, or 672 of a single image); small frames
-    are not scaled up. Returns the `frames` object of rollouts.jsonl: `strip` (folder and file name, relative
-    to the run), `count` (T), `width` and `height` (of one tile, pixels).
+    A tile has the largest H and W, its longer side at most `max_side` pixels; other frames fit into it, on
+    black. Returns the `frames` object of rollouts.jsonl: `strip` (folder and file name, relative to the run),
+    `count`, `width` and `height` (of one tile, pixels).
     """
-    count, _, height, width = frames.shape
-    max_side = max_side or (IMAGE_SIDE if count == 1 else FRAME_SIDE)
-    scale = min(1.0, max_side / max(height, width), JPEG_SIDE_LIMIT / (count * width))
+    height, width = (max(frame.shape[side] for frame in frames) for side in (1, 2))
+    scale = min(1.0, max_side / max(height, width), JPEG_SIDE_LIMIT / (len(frames) * width))
     tile = (max(1, int(width * scale)), max(1, int(height * scale)))
-    strip = np.empty((tile[1], count * tile[0], 3), dtype=np.uint8)
-    for i, frame in enumerate(frames.permute(0, 2, 3, 1).cpu().numpy()):
-        image = Image.fromarray(np.ascontiguousarray(frame))
-        if image.size != tile:
+    strip = Image.new("RGB", (len(frames) * tile[0], tile[1]))
+    for place, frame in enumerate(frames):
+        image = Image.fromarray(frame.permute(1, 2, 0).contiguous().cpu().numpy())
+        if tuple(frame.shape[1:]) != (height, width):
+            image = ImageOps.pad(image, tile, Image.Resampling.LANCZOS)
+        elif image.size != tile:
             image = image.resize(tile, Image.Resampling.LANCZOS)
-        strip[:, i * tile[0] : (i + 1) * tile[0]] = np.asarray(image)
+        strip.paste(image, (place * tile[0], 0))
     path.parent.mkdir(parents=True, exist_ok=True)
     # Without chroma subsampling a tile's colours do not bleed into its neighbour.
     with draft_of(path) as draft:
-        Image.fromarray(strip).save(draft, "JPEG", quality=82, subsampling=0, optimize=True)
-    return {"strip": f"{path.parent.name}/{path.name}", "count": count, "width": tile[0], "height": tile[1]}
+        strip.save(draft, "JPEG", quality=82, subsampling=0, optimize=True)
+    facts = {"strip": f"{path.parent.name}/{path.name}", "count": len(frames)}
+    return {**facts, "width": tile[0], "height": tile[1]}
 
 
 def save_shown(shown: Sequence[Media], path: Path) -> dict[str, Any]:
-    """`save_strip` of the frames of all clips or images, as tiles of one size. Several clips add `clips`, the
-    number of frames of each.
-    """
-    if len(shown) == 1:
-        return save_strip(shown[0].frames, path)
+    """`save_strip` of the frames of all clips or images. Several add `clips`, each one's frames."""
     counts = [len(media.frames) for media in shown]
-    side = IMAGE_SIDE if max(counts) == 1 else None
-    return {**save_strip(same_size([media.frames for media in shown]), path, side), "clips": counts}
-
-
-def same_size(clips: Sequence[Tensor]) -> Tensor:
-    """Scale clips [T_i, 3, H_i, W_i] uint8 to fit the largest H and W, on black: [ΣT, 3, H, W]."""
-    height, width = (max(clip.shape[side] for clip in clips) for side in (2, 3))
-    tiles = torch.zeros(sum(map(len, clips)), 3, height, width, dtype=torch.uint8)
-    for clip, place in zip(clips, tiles.split([*map(len, clips)]), strict=True):
-        scale = min(height / clip.shape[2], width / clip.shape[3])
-        size = [round(scale * side) for side in clip.shape[2:]]
-        top, left = (height - size[0]) // 2, (width - size[1]) // 2
-        place[:, :, top : top + size[0], left : left + size[1]] = resize(clip, *size)
-    return tiles
+    side = IMAGE_SIDE if max(counts) == 1 else FRAME_SIDE
+    facts = save_strip([frame for media in shown for frame in media.frames], path, side)
+    return facts if len(shown) == 1 else {**facts, "clips": counts}
 
 
 def record_group(run_dir: Path, step: int, group: RolloutGroup, tokenizer: Any = None) -> None:

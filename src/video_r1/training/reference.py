@@ -5,21 +5,16 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils.fsdp_utils import fsdp2_prepare_model
-from safetensors.torch import load_model, save_model
 from torch import nn
-from transformers import PreTrainedModel, TrainerCallback, TrainerState
+from transformers import PreTrainedModel
 
-from video_r1.errors import ConfigError
 from video_r1.processes import process_count
 from video_r1.training.sharded import zero_stage
-
-SAVED_REFERENCE = Path("reference", "model.safetensors")  # in a checkpoint
 
 
 class Reference:
@@ -29,13 +24,13 @@ class Reference:
     weights are those of the run's start.
     """
 
-    def __init__(self, policy: PreTrainedModel, accelerator: Accelerator, follows: bool = False) -> None:
+    def __init__(self, policy: PreTrainedModel, accelerator: Accelerator) -> None:
         self.model: nn.Module | None = None
         self.adapters: dict[str, nn.Module] = {}
         if hasattr(policy, "disable_adapter"):
             self.adapters = frozen_adapters(policy, accelerator.device)
         else:
-            self.model = prepare_reference(frozen_copy(policy, accelerator, follows), accelerator)
+            self.model = prepare_reference(frozen_copy(policy, accelerator), accelerator)
 
     @contextmanager
     def in_place_of(self, policy: nn.Module, accelerator: Accelerator) -> Iterator[nn.Module]:
@@ -47,50 +42,6 @@ class Reference:
             inner: Any = accelerator.unwrap_model(policy)
             with starting_adapters(inner, self.adapters):
                 yield policy
-
-
-class ReferenceSync(TrainerCallback):
-    """Moves a reference towards the policy every few steps (TR-DPO, arXiv 2404.09656), weight by weight:
-
-        π_ref ← α π + (1 − α) π_ref
-
-    Raises ConfigError for adapters, whose mixture is not that of the models, and for sharded weights.
-    """
-
-    def __init__(self, reference: Reference, accelerator: Accelerator, every: int, alpha: float) -> None:
-        if reference.model is None:
-            raise ConfigError(
-                "sync_ref_model mixes whole models, and adapters are trained here; set it to false"
-            )
-        if accelerator.is_fsdp2 or zero_stage(accelerator) is not None:
-            raise ConfigError(
-                "sync_ref_model needs whole weights in every process; set it to false, or use DDP"
-            )
-        self.model = reference.model
-        self.accelerator = accelerator
-        self.every = every
-        self.alpha = alpha
-
-    def on_step_end(
-        self, args: Any, state: TrainerState, control: Any, model: Any = None, **rest: Any
-    ) -> None:
-        if state.global_step % self.every == 0:
-            policy: Any = self.accelerator.unwrap_model(model)
-            mix(self.model, policy, self.alpha)
-
-    def save(self, checkpoint: Path) -> None:
-        path = checkpoint / SAVED_REFERENCE
-        path.parent.mkdir(exist_ok=True)
-        save_model(self.model, str(path))
-
-    def load(self, checkpoint: Path) -> None:
-        load_model(self.model, checkpoint / SAVED_REFERENCE)
-
-
-@torch.no_grad()
-def mix(reference: nn.Module, policy: nn.Module, alpha: float) -> None:
-    for own, other in zip(reference.parameters(), policy.parameters(), strict=True):
-        own.copy_(torch.lerp(own.float(), other.to(own.device).float(), alpha))
 
 
 def frozen_adapters(policy: nn.Module, device: torch.device) -> dict[str, nn.Module]:
@@ -125,11 +76,9 @@ def starting_adapters(policy: nn.Module, adapters: dict[str, nn.Module]) -> Iter
         policy.train(was_training)
 
 
-def frozen_copy(model: PreTrainedModel, accelerator: Accelerator, follows: bool = False) -> PreTrainedModel:
-    """Copy the whole model, frozen; each weight `as_computed`, or exact if the copy `follows` the policy by
-    steps that bf16 would lose. Every rank calls it.
-    """
-    copies = whole_parameters(model) | ({} if follows else as_computed(model, accelerator))
+def frozen_copy(model: PreTrainedModel, accelerator: Accelerator) -> PreTrainedModel:
+    """Copy the whole model, frozen; each weight `as_computed`. Every rank calls it."""
+    copies = whole_parameters(model) | as_computed(model, accelerator)
     return copy.deepcopy(model, copies).eval().requires_grad_(False)
 
 

@@ -22,7 +22,6 @@ from video_r1.data.prompts import PromptBuilder
 from video_r1.errors import ConfigError
 from video_r1.files import is_finished, replace_json
 from video_r1.fingerprint import refuse_changed
-from video_r1.models.families import find_family
 from video_r1.models.loading import add_lora, load_model, load_processor, with_trained_parts
 from video_r1.processes import claimed_by_first, decided_by_first, process_count
 from video_r1.recipe import Recipe, plain, resolved
@@ -224,11 +223,6 @@ def model_of(recipe: Recipe) -> tuple[PreTrainedModel, ProcessorMixin]:
         settings.trust_remote_code,
         load_in_4bit=settings.load_in_4bit,
     )
-    if settings.attn_implementation is not None and find_family(model) is not None:
-        logger.warning(
-            "attn_implementation %s: only the vision tower uses it; the text model attends to rows of groups "
-            "with this project's function (docs/design.md)", settings.attn_implementation,
-        )  # fmt: skip
     set_seed(int(recipe.values()["seed"]))  # new adapters are drawn at random
     model = with_trained_parts(model, settings)
     return model, load_processor(settings.model_name_or_path, settings.trust_remote_code)

@@ -97,7 +97,7 @@ from video_r1.training.questions import (
     with_shuffled_options,
 )
 from video_r1.training.recording import record_group
-from video_r1.training.reference import Reference, ReferenceSync
+from video_r1.training.reference import Reference
 from video_r1.training.runs import Questions, RunArguments, run_recipe
 from video_r1.training.trainer import QuestionTrainer
 
@@ -253,13 +253,7 @@ class TGRPOTrainer(QuestionTrainer):
         )  # fmt: skip
         self.add_callback(StartChecks(self.check_start))
         policy = cast(PreTrainedModel, self.model)
-        follows = args.sync_ref_model
-        self.reference = Reference(policy, self.accelerator, follows) if args.beta != 0 else None
-        if follows and self.reference is not None:
-            every, alpha = args.ref_model_sync_steps, args.ref_model_mixup_alpha
-            sync = ReferenceSync(self.reference, self.accelerator, every, alpha)
-            self.add_callback(sync)
-            self.checkpoint_parts.append(sync)
+        self.reference = Reference(policy, self.accelerator) if args.beta != 0 else None
         self.vision_is_frozen = not any(
             weight.requires_grad for weight in vision_parameters(vision_language_model(policy))
         )

@@ -122,7 +122,6 @@ class QuestionTrainer(Trainer, ABC):
         self.source: QuestionSource[Any, Any] | None = None
         self.upcoming: deque[list[Any]] = deque()  # micro-batches of the next steps, being read
         self.steps_read_ahead = 1
-        self.checkpoint_parts: list[Any] = []  # with `save` and `load` of files of their own in a checkpoint
         self.checkpoints_go_to = self.folder
         self.described_by: Recipe | Settings = args if recipe is None else recipe
         run_folder = RunFolder(self.folder, self.described_by)
@@ -297,9 +296,6 @@ class QuestionTrainer(Trainer, ABC):
         (folder / TRAINING_ARGS_NAME).unlink(missing_ok=True)
         record_four_bits(self.model, folder)
         if self.args.should_save:
-            if folder.name.startswith(PREFIX_CHECKPOINT_DIR):
-                for part in self.checkpoint_parts:
-                    part.save(folder)
             record_training(folder, self.settings, self.builder, self.model)
             follow_umask(folder)
 
@@ -316,8 +312,6 @@ class QuestionTrainer(Trainer, ABC):
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         if not self.restore_weights(resume_from_checkpoint, model):
             super()._load_from_checkpoint(resume_from_checkpoint, model)
-        for part in self.checkpoint_parts:
-            part.load(Path(resume_from_checkpoint))
 
     def _load_best_model(self) -> None:
         if not self.restore_weights(self.state.best_model_checkpoint):
