@@ -5,9 +5,8 @@ The command line is not read by argparse (see cli.py); the parser here only desc
 
 import argparse
 import dataclasses
-import itertools
 import textwrap
-from collections.abc import Container, Iterable
+from collections.abc import Iterable
 from typing import Any, Literal, get_args, get_origin
 
 from video_r1.commands import COMMANDS, TRAINS
@@ -34,9 +33,6 @@ def command_help(name: str) -> str:
     """Return usage, examples and every setting of one command, grouped by section."""
     command = COMMANDS[name]
     lines = [f"usage: {usage(name)}", "", command.summary, ""]
-    if command.required:
-        needs = [section_help(kind, command.required, only=command.required) for kind in command.sections]
-        lines += ["required (a recipe may give it):", *itertools.chain(*needs), ""]
     lines += ["examples:", *(f"  video-r1 {example}" for example in command.examples), ""]
     if command.plans_training:
         paragraphs = [
@@ -68,17 +64,11 @@ def usage(name: str) -> str:
     return " ".join(["video-r1", name, *words, *["[--key value ...]"] * bool(command.sections)])
 
 
-def section_help(
-    kind: type[Settings], required: tuple[str, ...], only: Container[str] | None = None
-) -> list[str]:
-    """Return an entry for each setting: name, type, help and default. only: these settings (default: all that
-    are not required).
-    """
+def section_help(kind: type[Settings], required: tuple[str, ...]) -> list[str]:
+    """Return an entry for each setting: name, type, help and default."""
     lines: list[str] = []
     types, defaults, indent = own_field_types(kind), kind(), " " * COLUMN
     for field in dataclasses.fields(kind):
-        if field.name in required if only is None else field.name not in only:
-            continue
         default = "required" if field.name in required else default_text(getattr(defaults, field.name))
         left = f"  --{field.name} {describe_type(types[field.name]).removesuffix(' or none')}"
         if len(left) >= COLUMN:

@@ -72,7 +72,6 @@ COMMANDS: dict[str, Command] = {
         "make a checked manifest of a folder of clips and a table of questions",
         "data.making.make:run_make", "sections", (MakeSettings,), ("table",), ("table", "out"),
         ("data make questions.csv --media_root clips --out train.json",
-         "data make mc.csv --media_root NExTVideo --out nextqa.json --layout nextqa",
          "data make my.parquet --out my.json --columns problem=Q,options=a+b+c --answers from_1")),
     "data check": Command(
         "check a manifest and open its media", "data.check:run_check", "values", (CheckSettings,),
@@ -100,7 +99,6 @@ COMMANDS: dict[str, Command] = {
         "annotation.annotate:run_annotate", "sections", (AnnotateSettings,),
         ("manifest",), ("manifest", "teacher", "out"),
         ("annotate train.json --teacher Qwen/Qwen2.5-VL-7B-Instruct --engine vllm --out cot.json",
-         "annotate train.json --teacher http://host:8000/v1 --out cot.json --concurrency 2000",
          "annotate train.json --teacher http://host:8000/v1 --out cot.json --samples 4 --choose majority")),
     "sft": Command(
         "supervised cold start on rationales", "training.sft:run_sft", "recipe",
@@ -109,8 +107,7 @@ COMMANDS: dict[str, Command] = {
     "rl": Command(
         "T-GRPO or GRPO", "training.tgrpo:run_rl", "recipe",
         (ModelSettings, DataSettings, TGRPOSettings, VLLMSettings, PromptSettings), (), _TRAINING,
-        ("rl lab-tgrpo --learning_rate 1e-5",
-         "rl qwen3-vl-4b-tgrpo-lora --model_name_or_path Qwen/Qwen3-VL-4B-Instruct --train_manifest my.json",
+        ("rl qwen3-vl-4b-tgrpo-lora --model_name_or_path Qwen/Qwen3-VL-4B-Instruct --train_manifest my.json",
          "rl my.yaml --temporal_rule off --num_generations 16")),
     "plan": Command(
         "tokens, GPU memory and hours that a recipe of sft or rl needs", "plan.cached:run_plan", "recipe",
@@ -125,8 +122,7 @@ COMMANDS: dict[str, Command] = {
         "evaluation.evaluate:run_eval", "sections", (EvalSettings, BenchmarkSettings),
         ("model", "manifest"), ("model",),
         ("eval runs/rl test.json --order ordered,shuffled --frames 16,32,64",
-         "eval runs/rl --bench vsibench,mvbench --frames 16,32,64 --compare paper",
-         "eval runs/rl --bench tempcompass --allow_missing --temporal_gap")),
+         "eval runs/rl --bench vsibench,mvbench --frames 16,32,64 --compare paper")),
     "ask": Command(
         "ask a checkpoint about one video or image", "evaluation.ask:run_ask", "sections", (AskSettings,),
         ("model", "path", "question"), ("model", "path", "question"),
@@ -146,10 +142,10 @@ COMMANDS: dict[str, Command] = {
     "studio": Command(
         "a local page over run folders that follows them while they train", "studio.server:run_studio",
         "values", (StudioSettings,), ("folders",), (),
-        ("studio", "studio runs /mnt/shared/runs", "studio runs --host 0.0.0.0 --port 8080")),
+        ("studio", "studio runs --host 0.0.0.0 --port 8080")),
     "demo": Command(
         "the whole pipeline on made-up clips", "lab.demo:run_demo", "values", (DemoSettings,),
-        examples=("demo", "demo --quick", "demo --seed 1", "demo --family qwen3_5")),
+        examples=("demo", "demo --quick")),
     "completion": Command(
         "a script by which a shell completes commands, settings and recipes", "command_help:run_completion",
         "sections", (CompletionSettings,), ("shell",), ("shell",),

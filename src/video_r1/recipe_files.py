@@ -24,7 +24,6 @@ from video_r1.settings.types import parse
 
 PACKAGE = Path(str(resources.files("video_r1")))
 RECIPES = PACKAGE / "recipes"
-ACCELERATE = {"none": "ddp", "fsdp2": "fsdp2", "zero2": "zero2", "zero3": "zero3"}
 PACKAGED_MODEL = "lab-base"
 """Name of the small pretrained base that comes with the package."""
 LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # the first is ten times as fast
@@ -52,7 +51,8 @@ class MadeFor:
 
 def launcher(made_for: MadeFor, processes: int | str) -> list[str]:
     """Return the words that start a command on several GPUs."""
-    file = RECIPES / "accelerate" / f"{ACCELERATE[made_for.sharding]}.yaml"
+    kind = "ddp" if made_for.sharding == "none" else made_for.sharding
+    file = RECIPES / "accelerate" / f"{kind}.yaml"
     words = ["accelerate", "launch", "--config_file", str(file), "--num_processes", str(processes)]
     deepspeed = RECIPES / "deepspeed" / f"{made_for.sharding}.json"
     if deepspeed.is_file():
