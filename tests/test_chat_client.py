@@ -234,19 +234,6 @@ def test_an_annotation_outlives_one_of_its_endpoints(
     assert f"{first.url}: " in caplog.text and "skipped until it answers" in caplog.text
 
 
-def test_an_evaluation_shares_its_requests(tmp_path: Path) -> None:
-    manifest = write_questions(tmp_path, 8)
-    with chat_endpoint() as first, chat_endpoint() as second:
-        first.gate = second.gate = 4  # all eight are under way before any is answered
-        settings = EvalSettings(
-            manifest=str(manifest), engine=f"{first.url},{second.url}", out=str(tmp_path / "out"),
-            batch_size=8, **SIZES,
-        )  # fmt: skip
-        run_eval(settings)
-        assert len(first.requests) == len(second.requests) == 4
-    assert len(read_lines(tmp_path / "out" / "predictions-16.jsonl")) == 8
-
-
 def test_servers_of_different_models_are_refused(tmp_path: Path) -> None:
     manifest = write_questions(tmp_path, 1)
     with chat_endpoint() as first, chat_endpoint(model="student") as second:

@@ -81,12 +81,6 @@ class ScriptedEngine:
             for prompt in prompts
         ]
 
-    def update_weights(self, model: Any) -> None: ...
-
-    def rest(self) -> None: ...
-
-    def close(self) -> None: ...
-
 
 def evaluate(
     samples: Sequence[Sample], engine: Any, builder: PromptBuilder, *, folder: Path, **settings: Any
@@ -153,9 +147,7 @@ def test_every_contrast_beside_the_ordered_clip(builder: PromptBuilder, media: P
 class TwoWayEngine(ScriptedEngine):
     """With reasoning: right about the questions below 3, in 9 tokens. Directly: about those from 2, in 3."""
 
-    def generate(
-        self, prompts: Sequence[Prompt], sampling: SamplingSettings, counts: Sequence[int] | None = None
-    ) -> list[list[Rollout]]:
+    def generate(self, prompts: Sequence[Prompt], sampling: Any, counts: Any = None) -> list[list[Rollout]]:
         super().generate(prompts, sampling, counts)
         self.longest = [*getattr(self, "longest", []), sampling.max_tokens]
         rollouts = []
@@ -377,9 +369,7 @@ def test_scores_of_outputs(
 class SpanEngine(ScriptedEngine):
     """Answers 2 s to 6 s to ordered frames and 4 s to 8 s to shuffled ones."""
 
-    def generate(
-        self, prompts: Sequence[Prompt], sampling: SamplingSettings, counts: Sequence[int] | None = None
-    ) -> list[list[Rollout]]:
+    def generate(self, prompts: Sequence[Prompt], sampling: Any, counts: Any = None) -> list[list[Rollout]]:
         spans = {"ordered": "[2, 6]", "shuffled": "[4, 8]"}
         texts = (f'<think>t</think><answer>{{"time": {spans[prompt.order]}}}</answer>' for prompt in prompts)
         return [[Rollout(torch.zeros(3, dtype=torch.int64), torch.zeros(3), text, "stop")] for text in texts]

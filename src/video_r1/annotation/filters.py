@@ -129,8 +129,8 @@ def judge(sample: Sample, completions: Sequence[Completion], settings: AnnotateS
     """Apply all filters to a question's K rationales and choose one of those that pass.
 
     best: the highest score, then the answer that most of the K agree with, then the earliest. majority: the
-    same among answers that more than half of the K agree with, because a right answer that the teacher mostly
-    does not give was luck. Answers agree if one scores above the threshold against the other.
+    same among answers that more than half of the K agree with; a rare right answer was luck. Answers agree if
+    one scores above the threshold against the other.
     """
     kind = sample.problem_type
     judged = [judge_one(sample, completion, settings) for completion in completions]
@@ -158,20 +158,15 @@ def judge_one(sample: Sample, completion: Completion, settings: AnnotateSettings
     answer = read_answer(text, kind, options) if extract_answer(text) else ""
     truth = sample.answer
     score = correctness(kind, answer, truth)
-    references = (sample.problem, *options, truth)
     count, (shortest, longest) = len(words_of(rationale)), settings.length_range
-    checks = {
-        "cut off": lambda: "it reached the token limit" if completion.finish_reason == "length" else None,
-        "refusal": lambda: refusal(text, completion.finish_reason),
-        "tags": lambda: tags(text),
-        "length": lambda: None if shortest <= count <= longest else f"its rationale has {count} words",
-        "language": lambda: language(rationale, references),
-        "repetition": lambda: repetition(rationale),
-        "score": lambda: (
-            None if above(score, settings.threshold) else f"its answer {answer!r} scores {score:.2f}"
-        ),
+    faults = {
+        "cut off": "it reached the token limit" if completion.finish_reason == "length" else None,
+        "refusal": refusal(text, completion.finish_reason),
+        "tags": tags(text),
+        "length": None if shortest <= count <= longest else f"its rationale has {count} words",
+        "language": language(rationale, (sample.problem, *options, truth)),
+        "repetition": repetition(rationale),
+        "score": None if above(score, settings.threshold) else f"its answer {answer!r} scores {score:.2f}",
     }
-    for name, check in checks.items():
-        if detail := check():
-            return Judged(answer, score, name, detail)
-    return Judged(answer, score, "", "")
+    found = ((name, detail) for name, detail in faults.items() if detail)
+    return Judged(answer, score, *next(found, ("", "")))
