@@ -109,6 +109,10 @@ class Says:
     def generate(self, prompts: Any, sampling: Any, counts: Any = None) -> list[list[Rollout]]:
         return [[Rollout(torch.tensor([1]), torch.zeros(1), self.text, "stop")]]
 
+    has_own_weights = True
+
+    def update_weights(self, model: Any) -> None: ...
+    def rest(self) -> None: ...
     def close(self) -> None: ...
 
 

@@ -27,13 +27,8 @@ class Coverage(NamedTuple):
     """Numbers of questions behind the figures."""
 
     questions: int  # asked
-    annotated: int  # in the annotation file
-    published: int | None  # in the benchmark; None for a user's manifest
+    whole: int  # in the benchmark or the user's manifest
     missing: tuple[str, ...]  # media files
-
-    @property
-    def whole(self) -> int:
-        return self.annotated if self.published is None else self.published
 
     @property
     def complete(self) -> bool:
@@ -85,9 +80,9 @@ def load_questions(
         check_benchmark(name)
         samples, source = load_manifest(name, media_root), ""
         name = title = Path(name).stem
-        kind, published = None, None
+        kind, whole = None, len(samples)
     else:
-        root, title, published = Path(media_root or BENCHMARK_ROOT), benchmark.title, benchmark.questions
+        root, title, whole = Path(media_root or BENCHMARK_ROOT), benchmark.title, benchmark.questions
         kind, rows = _rows(benchmark, root, annotation)
         manifest_folder.mkdir(parents=True, exist_ok=True)
         manifest = manifest_folder / "manifest.json"
@@ -103,8 +98,7 @@ def load_questions(
     if problems and not (present and allow_missing):
         rest = ". Pass --allow_missing to evaluate the rest" if present else ""
         raise RequestError(f"{title}: {'; '.join(problems)}{rest}")
-    coverage = Coverage(len(present), len(samples), published, missing)
-    return Questions(name, title, by_clip(present), coverage, kind, benchmark)
+    return Questions(name, title, by_clip(present), Coverage(len(present), whole, missing), kind, benchmark)
 
 
 def where_to_get(benchmark: Benchmark, root: Path | str = "DIR") -> str:
