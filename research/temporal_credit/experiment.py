@@ -23,6 +23,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
@@ -385,10 +386,10 @@ def main() -> int:
     jobs = [cell for cell in cells(seeds) if cell.arm in arms]
     jobs = [cell for cell in jobs if not (cell.folder(given.out) / "result.json").exists()]
     failed = 0
-    with multiprocessing.get_context("spawn").Pool(given.workers, maxtasksperchild=1) as pool:
-        pending = [(cell, pool.apply_async(work, (given.out, cell))) for cell in jobs]
-        for cell, result in pending:
-            error = result.get()
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(given.workers, mp_context=context, max_tasks_per_child=1) as pool:
+        for cell, result in [(cell, pool.submit(work, given.out, cell)) for cell in jobs]:
+            error = result.result()
             failed += bool(error)
             print(f"{cell.folder(given.out)}: {error or 'done'}", flush=True)
     return min(failed, 1)
