@@ -8,7 +8,7 @@ A table stands behind a comment that says what makes it and of which files, besi
 
 Without a name every table whose files are there is written anew. A NAME of RUNS (`all`: each of them) is run
 first, and what it prints becomes docs/figures/NAME.json. A demo's file is its summary.json, an audit's its
-audit.json, the study's its study.json, as they were written; study.png is drawn of the last.
+audit.json, as they were written. Tables of research/temporal_credit are made by its analysis.py.
 """
 
 from __future__ import annotations
@@ -20,19 +20,16 @@ import re
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from research.temporal_credit.figure import draw_study
-from research.temporal_credit.study import CONTROL
-from research.temporal_credit.tables import by_rate, differences_table, means_table, over_rates
+from research.temporal_credit.analysis import first_study, first_study_power
 from video_r1.evaluation.audit import audit_sentences
 from video_r1.files import replace_json, replace_text
 
 DOCS = Path(__file__).parents[1] / "docs"
 STUDY = DOCS.parent / "research" / "temporal_credit"
-PAGES = [*sorted(DOCS.glob("*.md")), STUDY / "README.md"]
+PAGES = [*sorted(DOCS.glob("*.md")), *sorted(STUDY.glob("*.md"))]
 RUNS = {
     "update": "update",
     "update-256": "update --completion 256",
@@ -335,33 +332,13 @@ def contrast_units(found: Sequence[Figures]) -> str:
     return rows_of(("", "Δ", "ranks of Δ", "tokens", "same key tokens"), rows)
 
 
-def study_means(rate: float, found: Sequence[Any]) -> str:
-    """What the study measured of each arm, with this share of the training clips marked."""
-    return means_table(by_rate(found[0])[rate])
-
-
-def study_differences(rate: float, found: Sequence[Any]) -> str:
-    """The differences of the study's arms to plain GRPO."""
-    return differences_table(by_rate(found[0])[rate], CONTROL)
-
-
-def study_differences_all(found: Sequence[Any]) -> str:
-    """The same over all shares together, of the arms and seeds that have run at each."""
-    return differences_table(over_rates(found[0]), CONTROL)
-
-
 MAKERS: dict[str, Callable[[Sequence[Any]], str]] = {
     made.__name__: made
     for made in (
         demo, demo_seconds, audit, ratios, update, states, likelihood, sft, decode, annotation, launches,
-        gpu_steps, contrast_units, study_differences_all,
+        gpu_steps, contrast_units, first_study, first_study_power,
     )
 }  # fmt: skip
-MAKERS |= {
-    f"{maker.__name__}_{100 * rate:.0f}": partial(maker, rate)
-    for maker in (study_means, study_differences)
-    for rate in (0.0, 0.5, 0.9)
-}
 """By the name behind `figures`."""
 
 
@@ -385,8 +362,6 @@ def main() -> None:
     names = parser.parse_args().names
     for name in RUNS if "all" in names else names:
         run(name)
-    results = json.loads((STUDY / "study.json").read_text(encoding="utf-8"))
-    draw_study(results, CONTROL, STUDY / "study.png")
     for page in PAGES:
         text = page.read_text(encoding="utf-8")
         if (anew := written_anew(text, page.parent)) != text:

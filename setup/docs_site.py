@@ -23,14 +23,14 @@ OUTSIDE = {
     "contributing.md": "CONTRIBUTING.md",
     "changelog.md": "CHANGELOG.md",
     "study.md": f"{STUDY}/README.md",
+    "first_study.md": f"{STUDY}/first_study.md",
 }
-PICTURES = {"study.png": f"{STUDY}/study.png"}
 LINK = re.compile(r"(!?)\[([^\]]*)\]\(([^)\s#:]+)((?:#[^)\s]*)?)\)")
 SETTINGS = re.compile(r"<!-- settings: ([\w.]+):(\w+) -->")
 
 
 def on_files(files: Files, config: Any) -> Files:
-    for page, name in (OUTSIDE | PICTURES).items():
+    for page, name in OUTSIDE.items():
         files.append(File.generated(config, page, abs_src_path=str(ROOT / name)))
     return files
 
@@ -42,7 +42,7 @@ def on_page_markdown(markdown: str, page: Any, config: Any, files: Files) -> str
 
 def moved(text: str, page: str) -> str:
     """Return the text of a page with the links of the repository's files turned into those of the site."""
-    places = {name: page for page, name in (OUTSIDE | PICTURES).items()}
+    places = {name: page for page, name in OUTSIDE.items()}
     source = posixpath.dirname(OUTSIDE.get(page, f"docs/{page}"))
 
     def link(match: re.Match[str]) -> str:

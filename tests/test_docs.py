@@ -128,7 +128,9 @@ def test_every_page_is_in_the_navigation() -> None:
     config = (ROOT / "mkdocs.yml").read_text(encoding="utf-8")
     listed = re.findall(r"(?m)^ +- (?:\w+: )?([\w/-]+\.md)$", config.partition("\nnav:\n")[2])
     pages = {path.relative_to(DOCS).as_posix() for path in DOCS.rglob("*.md")}
-    assert sorted(listed) == sorted(pages | {"index.md", "contributing.md", "changelog.md", "study.md"})
+    assert sorted(listed) == sorted(
+        pages | {"index.md", "contributing.md", "changelog.md", "study.md", "first_study.md"}
+    )
 
 
 def test_every_public_name_and_setting_is_in_the_api_pages() -> None:

@@ -1,0 +1,145 @@
+"""Tables and pictures of the experiment, and the pooled model of the first study.
+
+    python -m research.temporal_credit.analysis collect runs/credit     # results.json.gz of all finished runs
+    python -m research.temporal_credit.analysis                         # tables.md and diagram.png of it
+    python -m research.temporal_credit.analysis first                   # the first study's pooled table
+
+The model of a figure y is y = arm + block, least squares over all runs together. A block is what runs of
+    python -m research.temporal_credit.analysis         # tables and picture of it
+(Bonferroni).
+"""
+
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+HERE = Path(__file__).parent
+Run = Mapping[str, Any]
+Figure = Callable[[Run], float]
+
+
+class Effect(NamedTuple):
+    """Difference of an arm to the control in the pooled model, with its interval. runs: of the arm."""
+
+    mean: float
+    low: float
+    high: float
+    runs: int
+
+    def __str__(self) -> str:
+        text = f"{self.mean:+.3f} [{self.low:+.3f}, {self.high:+.3f}]"
+        return f"**{text}**" if self.low > 0 or self.high < 0 else text
+
+
+class Pooled(NamedTuple):
+    effects: dict[str, Effect]
+    deviation: float  # residual standard deviation of a run
+    freedom: int
+
+
+def pooled(
+    runs: Sequence[Run], figure: Figure, control: str, blocks: Sequence[str], level: float = 0.95
+) -> Pooled:
+    """Fit arm + block to the runs that share a block with another arm. blocks: keys of a run."""
+    arms = [control, *sorted({run["arm"] for run in runs} - {control})]
+    places = {key: n for n, key in enumerate(dict.fromkeys(tuple(run[b] for b in blocks) for run in runs))}
+    design = np.zeros((len(runs), len(arms) - 1 + len(places)))
+    for row, run in zip(design, runs, strict=True):
+        if run["arm"] != control:
+            row[arms.index(run["arm"]) - 1] = 1
+        row[len(arms) - 1 + places[tuple(run[b] for b in blocks)]] = 1
+    values = np.array([figure(run) for run in runs])
+    found, _, rank, _ = np.linalg.lstsq(design, values, rcond=None)
+    freedom = len(runs) - int(rank)
+    deviation = math.sqrt(float(((values - design @ found) ** 2).sum()) / freedom)
+    errors = deviation * np.sqrt(np.diag(np.linalg.pinv(design.T @ design)))
+    width = t_quantile(1 - (1 - level) / 2 / (len(arms) - 1), freedom)
+    count = {arm: sum(run["arm"] == arm for run in runs) for arm in arms}
+    effects = {
+        arm: Effect(found[i], found[i] - width * errors[i], found[i] + width * errors[i], count[arm])
+        for i, arm in enumerate(arms[1:])
+    }
+    return Pooled(effects, deviation, freedom)
+
+
+def detectable(deviation: float, runs: int, freedom: int, arms: int, power: float = 0.8) -> float:
+    """Return the difference of two arms of `runs` runs each that is found with this probability.
+
+    At 5 % for all `arms` comparisons together.
+    """
+    return (
+        deviation * math.sqrt(2 / runs) * (t_quantile(1 - 0.025 / arms, freedom) + t_quantile(power, freedom))
+    )
+
+
+def t_quantile(probability: float, freedom: int) -> float:
+    """Return the quantile of Student's t distribution for a probability above 0.5.
+
+    Found by bisection on the distribution function, which is a finite sum for a whole number of degrees of
+    freedom (Abramowitz and Stegun, 26.7.3 and 26.7.4).
+    """
+    low, high = 0.0, 1.0
+    while _within(high, freedom) < 2 * probability - 1:
+        high *= 2
+    for _ in range(80):
+        middle = (low + high) / 2
+        low, high = (middle, high) if _within(middle, freedom) < 2 * probability - 1 else (low, middle)
+    return high
+
+
+def _within(t: float, freedom: int) -> float:
+    """Return P(|T| < t)."""
+    angle = math.atan(t / math.sqrt(freedom))
+    term = total = math.cos(angle) if freedom % 2 else 1.0
+    for step in range(2 + freedom % 2, freedom - 1, 2):
+        term *= math.cos(angle) ** 2 * (step - 1) / step
+        total += term
+    if freedom % 2 == 0:
+        return math.sin(angle) * total
+    return 2 / math.pi * (angle + (math.sin(angle) * total if freedom > 1 else 0.0))
+
+
+def accuracy(view: str) -> Figure:
+    return lambda run: run["accuracy"][view]
+
+
+def markdown(head: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
+    lines = [head, ["---"] * len(head), *rows]
+    return "".join(f"| {' | '.join(map(str, line))} |\n" for line in lines)
+
+
+def first_study(found: Sequence[Any]) -> str:
+    """Tabulate the pooled differences to GRPO of first_study.json over its rates of marked clips."""
+    ordered, lying = _first_models(found[0])
+    rows = [(arm, effect.runs, effect, lying.effects[arm]) for arm, effect in ordered.effects.items()]
+    return markdown(("arm", "runs", "in order, no marks", "lying marks (rates 0.5 and 0.9)"), rows)
+
+
+def first_study_power(found: Sequence[Any]) -> str:
+    """Tabulate the differences that the first study would have found with probability 0.8."""
+    names = ("in order, no marks", "lying marks (rates 0.5 and 0.9)")
+    rows = [
+        (name, f"{model.deviation:.3f}")
+        + tuple(f"{detectable(model.deviation, n, model.freedom, 11):.3f}" for n in (3, 5, 9, 15))
+        for name, model in zip(names, _first_models(found[0]), strict=True)
+    ]
+    return markdown(("", "deviation of a run", "3 runs an arm", "5", "9", "15"), rows)
+
+
+def _first_models(runs: Sequence[Run]) -> tuple[Pooled, Pooled]:
+    runs = [run for run in runs if run["arm"] != "unmarked"]
+    marked = [run for run in runs if run["rate"] > 0]
+    fitted = (runs, "ordered"), (marked, "lying")
+    one, two = (pooled(chosen, accuracy(view), "grpo", ("seed", "rate")) for chosen, view in fitted)
+    return one, two
+
+
+def main() -> None:
+    raise SystemExit("nothing yet")
+
+
+if __name__ == "__main__":
+    main()

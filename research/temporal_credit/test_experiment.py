@@ -1,0 +1,85 @@
+"""The study of temporal credit: its data against the oracle, its statistics against figures by hand."""
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from research.temporal_credit import experiment
+from research.temporal_credit.analysis import accuracy, detectable, pooled, t_quantile
+from research.temporal_credit.experiment import add_twins, index_of, made_lab, packed, twin_row
+from video_r1.data.manifests.records import load_manifest
+from video_r1.lab.scenes import MARKS
+
+
+@pytest.mark.parametrize(
+    ("probability", "freedom", "value"),  # from the tables of Student's t
+    [(0.975, 1, 12.706), (0.975, 4, 2.776), (0.9975, 9, 3.690)],
+)
+def test_quantiles_of_student(probability: float, freedom: int, value: float) -> None:
+    assert t_quantile(probability, freedom) == pytest.approx(value, abs=5e-4)
+
+
+def runs(differences: dict[str, list[float]]) -> list[dict[str, Any]]:
+    """One control run a seed, and arms that differ from it by these amounts."""
+    base = [0.3, 0.5, 0.4]
+    made = [{"arm": "grpo", "seed": seed, "accuracy": {"lying": value}} for seed, value in enumerate(base)]
+    for arm, moved in differences.items():
+        for seed, by in enumerate(moved):
+            made.append({"arm": arm, "seed": seed, "accuracy": {"lying": base[seed] + by}})
+    return made
+
+
+def test_pooled_model_with_one_arm_is_the_paired_test() -> None:
+    model = pooled(runs({"gate": [0.1, 0.2, 0.3]}), accuracy("lying"), "grpo", ("seed",))
+    effect = model.effects["gate"]
+    half = 4.3027 * 0.1 / math.sqrt(3)  # t of 2 degrees of freedom, deviation 0.1 of three differences
+    assert (effect.mean, effect.runs, model.freedom) == (pytest.approx(0.2), 3, 2)
+    assert effect.high - effect.mean == pytest.approx(half, rel=1e-4)
+    assert str(effect).startswith("+0.200 [-0.048")
+
+
+def test_pooled_model_shares_the_deviation_and_takes_missing_runs() -> None:
+    model = pooled(runs({"gate": [0.1, 0.2, 0.3], "half": [0.1]}), accuracy("lying"), "grpo", ("seed",))
+    assert model.effects["gate"].mean == pytest.approx(0.2)
+    assert model.effects["half"].mean == pytest.approx(
+        0.15
+    )  # of the block's runs: 0.1 and 0.1 − 0.0 … 0.2 ÷ 2
+    assert model.effects["half"].high - model.effects["half"].mean > (
+        model.effects["gate"].high - model.effects["gate"].mean
+    )
+    assert detectable(0.02, 10, 80, 8) == pytest.approx(0.02 * math.sqrt(0.2) * (2.809 + 0.846), rel=2e-3)
+
+
+def test_twins_have_the_answers_of_the_reversed_clips(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(experiment, "QUESTIONS", 8)
+    made_lab(tmp_path, 3, train=12, test=0, shortcut=1.0)
+    add_twins(tmp_path, 3)
+    twins = load_manifest(str(tmp_path / "twins.json"), str(tmp_path))
+    placebo = load_manifest(str(tmp_path / "placebo.json"), str(tmp_path))
+    assert 8 <= len(twins) <= 9 and len(placebo) == len(twins)
+    for plain, twin, true in zip(twins[::2], twins[1::2], placebo[1::2], strict=True):
+        assert (twin.problem_id, twin.play, twin.path) == (
+            f"{plain.problem_id}-reversed",
+            "reversed",
+            plain.path,
+        )
+        assert twin.extra["mark"] == plain.extra["mark"] in (plain.answer, "")
+        assert true.answer == twin.answer and true.play == "reversed"
+        assert true.extra["mark"] == (true.answer if plain.extra["mark"] and true.answer in MARKS else "")
+        assert (true.path == twin.path) == (not plain.extra["mark"])
+    rows = json.loads((tmp_path / "rl.json").read_text())
+    rotation = next(row for row in rows if row["data_source"] == "lab/rotation")
+    twin = twin_row(rotation, 0)
+    assert twin is not None and {twin["solution"], rotation["solution"]} == {
+        "<answer>A</answer>", "<answer>B</answer>",
+    }  # fmt: skip
+
+
+def test_answers_are_packed_in_the_order_of_the_test() -> None:
+    records = [{"problem_id": f"lab-1-test-{n:06d}", "score": n % 2} for n in (2, 0, 1, 3)]
+    assert packed(records) == "50" and index_of({"problem_id": "lab-1-test-000007-reversed"}) == 7
