@@ -22,13 +22,14 @@ PROBLEM = 300  # characters kept of the question of a skipped group
 FRAME_SIDE, IMAGE_SIDE = 224, 672  # longest side of a saved frame of a clip, and of an image
 
 
-def save_strip(frames: Sequence[Tensor] | Tensor, path: Path, max_side: int = FRAME_SIDE) -> dict[str, Any]:
+def save_strip(frames: Sequence[Tensor] | Tensor, path: Path, max_side: int | None = None) -> dict[str, Any]:
     """Write frames [3, H, W] uint8 side by side, first to last, as one JPEG. Raises OSError.
 
-    A tile has the largest H and W, its longer side at most `max_side` pixels; other frames fit into it, on
-    black. Returns the `frames` object of rollouts.jsonl: `strip` (folder and file name, relative to the run),
-    `count`, `width` and `height` (of one tile, pixels).
+    A tile has the largest H and W, its longer side at most `max_side` pixels (224; of one image: 672); other
+    frames fit into it, on black. Returns the `frames` object of rollouts.jsonl: `strip` (folder and file name,
+    relative to the run), `count`, `width` and `height` (of one tile, pixels).
     """
+    max_side = max_side or (IMAGE_SIDE if len(frames) == 1 else FRAME_SIDE)
     height, width = (max(frame.shape[side] for frame in frames) for side in (1, 2))
     scale = min(1.0, max_side / max(height, width), JPEG_SIDE_LIMIT / (len(frames) * width))
     tile = (max(1, int(width * scale)), max(1, int(height * scale)))
