@@ -26,8 +26,8 @@ def save_strip(frames: Sequence[Tensor] | Tensor, path: Path, max_side: int | No
     """Write frames [3, H, W] uint8 side by side, first to last, as one JPEG. Raises OSError.
 
     A tile has the largest H and W, its longer side at most `max_side` pixels (224; of one image: 672); other
-    frames fit into it, on black. Returns the `frames` object of rollouts.jsonl: `strip` (folder and file name,
-    relative to the run), `count`, `width` and `height` (of one tile, pixels).
+    frames fit into it, on black. Returns the `frames` object of rollouts.jsonl: `strip` (folder and file
+    name, relative to the run), `count`, `width` and `height` (of one tile, pixels).
     """
     max_side = max_side or (IMAGE_SIDE if len(frames) == 1 else FRAME_SIDE)
     height, width = (max(frame.shape[side] for frame in frames) for side in (1, 2))
