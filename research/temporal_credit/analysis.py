@@ -2,21 +2,26 @@
 
     python -m research.temporal_credit.analysis collect runs/credit     # results.json.gz of all finished runs
     python -m research.temporal_credit.analysis                         # tables.md and diagram.png of it
-    python -m research.temporal_credit.analysis first                   # the first study's pooled table
 
 The model of a figure y is y = arm + block, least squares over all runs together. A block is what runs of
-    python -m research.temporal_credit.analysis         # tables and picture of it
-(Bonferroni).
+different arms share: seed, and where they differ cue and skill. Intervals hold for all arms of a table
+together (Bonferroni).
 """
 
+import gzip
+import json
 import math
+import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
+from statistics import fmean
 from typing import Any, NamedTuple
 
 import numpy as np
 
 HERE = Path(__file__).parent
+RESULTS = Path(__file__).parent / "results.json.gz"
+VIEWS = ("lying", "true", "ordered", "shuffled", "twins")
 Run = Mapping[str, Any]
 Figure = Callable[[Run], float]
 
@@ -111,6 +116,62 @@ def markdown(head: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
     return "".join(f"| {' | '.join(map(str, line))} |\n" for line in lines)
 
 
+PREDICTED = {
+    "grpo": (0.0, False), "apart-0.3": (0.3, False), "apart-1": (1.0, False), "apart-3": (3.0, False),
+    "gate": (0.9, True), "gate-frozen": (0.9, True), "pairs": (0.0, False), "pairs-gate": (0.9, True),
+}  # fmt: skip
+"""α of each arm of the diagram, and whether it is a gate."""
+DROP = 0.9  # d of looking; that of reading the mark is 0
+
+
+def looking_wins(run: Run) -> float:
+    """Return q_T's reward minus q_S's by the inequalities of README.md; above 0: the run learns to look."""
+    alpha, gated = PREDICTED[run["arm"]]
+    looks, cue = run["cold_start"]["accurate"], run["cue"]
+    if run["arm"].startswith("pairs"):
+        cue = cue / 2
+    if gated:
+        return looks * (1 - alpha * (1 - DROP)) - cue * (1 - alpha)
+    return looks * (1 + alpha * DROP) - cue
+
+
+def moved(run: Run) -> float:
+    """Return by how much RL changed the accuracy with lying marks."""
+    return run["accuracy"]["lying"] - run["cold_start"]["lying"]
+
+
+def diagram(runs: Sequence[Run]) -> str:
+    """Tabulate the phase diagram: measured change, and the side on which the inequalities put it."""
+    cells: dict[tuple[str, float], dict[str, list[Run]]] = {}
+    for run in runs:
+        if run["part"] == "diagram":
+            cells.setdefault((run["skill"], run["cue"]), {}).setdefault(run["arm"], []).append(run)
+    rows = []
+    for (skill, cue), arms in sorted(cells.items(), reverse=True):
+        row = [skill, f"{cue:g}"]
+        for arm in PREDICTED:
+            found = arms.get(arm, [])
+            expected = "+" if found and fmean(map(looking_wins, found)) > 0 else "−"
+            row.append(f"{fmean(map(moved, found)):+.2f} ({expected})" if found else "–")
+        rows.append(row)
+    return markdown(("cold start", "cue", *PREDICTED), rows)
+
+
+def confirmation(runs: Sequence[Run]) -> str:
+    """Tabulate the confirmation: means, and the differences to GRPO in the pooled model."""
+    chosen = [run for run in runs if run["part"] == "confirmation"]
+    if len({run["arm"] for run in chosen}) < 2:
+        return ""
+    models = {view: pooled(chosen, accuracy(view), "grpo", ("seed",)) for view in ("lying", "ordered")}
+    rows = []
+    for arm in dict.fromkeys(run["arm"] for run in chosen):
+        own = [run for run in chosen if run["arm"] == arm]
+        means = [f"{fmean(map(accuracy(view), own)):.3f}" for view in VIEWS]
+        effects = [str(model.effects[arm]) if arm != "grpo" else "" for model in models.values()]
+        rows.append((arm, len(own), *means, *effects))
+    return markdown(("arm", "seeds", *VIEWS, "lying − grpo", "ordered − grpo"), rows)
+
+
 def first_study(found: Sequence[Any]) -> str:
     """Tabulate the pooled differences to GRPO of first_study.json over its rates of marked clips."""
     ordered, lying = _first_models(found[0])
@@ -137,8 +198,26 @@ def _first_models(runs: Sequence[Run]) -> tuple[Pooled, Pooled]:
     return one, two
 
 
+def collect(out: Path) -> list[Run]:
+    """Gather the results of all finished runs in results.json.gz, with those that are there already."""
+    found = {(run["part"], run["skill"], run["seed"], run["arm"], run["cue"]): run for run in kept()}
+    for path in sorted(out.glob("*/*/result.json")):
+        run = json.loads(path.read_text("utf-8"))
+        found[run["part"], run["skill"], run["seed"], run["arm"], run["cue"]] = run
+    runs = [found[key] for key in sorted(found)]
+    packed = gzip.compress(json.dumps(runs).encode(), mtime=0)
+    RESULTS.write_bytes(packed)
+    print(f"{RESULTS.name}: {len(runs)} runs, {len(packed):,} bytes")
+    return runs
+
+
+def kept() -> list[Run]:
+    return json.loads(gzip.decompress(RESULTS.read_bytes())) if RESULTS.exists() else []
+
+
 def main() -> None:
-    raise SystemExit("nothing yet")
+    runs = collect(Path(sys.argv[2])) if sys.argv[1:2] == ["collect"] else kept()
+    print(f"{diagram(runs)}\n{confirmation(runs)}")
 
 
 if __name__ == "__main__":
