@@ -22,7 +22,6 @@ complete_word() {
 @pytest.mark.parametrize(
     ("words", "found"),
     [
-        (("rec",), "recipes"),
         (("data", "c"), "check"),
         (("rl", "video-r1-3"), "video-r1-3b-tgrpo video-r1-3b-tgrpo-lora"),
         (("rl", "lab-tgrpo", "--temporal_ru"), "--temporal_rule"),
@@ -30,7 +29,6 @@ complete_word() {
             ("rl", "lab-tgrpo", "--temporal_rule", "likelihood_"),
             "likelihood_step likelihood_apart likelihood_gate",
         ),
-        (("rl", "lab-tgrpo", "--warmup_st"), "--warmup_steps"),
         (("plan", "lab-tgrpo", "--sharding", "z"), "zero2 zero3"),
     ],
 )
@@ -46,7 +44,6 @@ def test_bash_completes(words: tuple[str, ...], found: str, capsys: pytest.Captu
     assert done.stdout.split() == found.split(), done.stderr
 
 
-@pytest.mark.parametrize("shell", ["zsh", "tcsh"])
-def test_other_shells_have_a_script(shell: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["completion", shell]) == 0
+def test_zsh_has_a_script(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["completion", "zsh"]) == 0
     assert "--temporal_rule" in capsys.readouterr().out

@@ -31,8 +31,6 @@ SETTINGS: dict[str, Any] = {
     ("words", "machine"),
     [
         ("video-r1-7b-tgrpo", (8, True, 80 * GB, "rl")),
-        ("qwen3-vl-4b-tgrpo-lora", (1, False, 24 * GB, "rl")),
-        ("video-r1-7b-tgrpo --gpus 1", (1, False, 80 * GB, "rl")),
         ("video-r1-7b-tgrpo --sharding none --gpu h200", (8, False, 141 * GB, "rl")),
         ("video-r1-7b-tgrpo-lora --gpus 4 --sharding zero3", (4, True, 80 * GB, "rl")),
         ("mine.yaml", (8, True, 48 * GB, "sft")),

@@ -102,7 +102,7 @@ def test_recipes_are_listed(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["recipes"]) == 0
     lines = capsys.readouterr().out.splitlines()
     rows = {line.split()[0]: line for line in lines if line}
-    assert {*packaged_recipes(), "recipe"} < {*rows}
+    assert {*packaged_recipes(), "recipe"} == {*rows}
     assert all(entry.about and entry.about in rows[entry.name] for entry in catalogue())
     for name, words in {
         "video-r1-7b-tgrpo-4x96": "rl       4 × 96 GB  Qwen/Qwen2.5-VL-7B-Instruct ",

@@ -39,7 +39,7 @@ class Progress(AbstractContextManager):
 
     def __init__(self, total: int, description: str, unit: str, quiet: bool = False, done: int = 0) -> None:
         self.total, self.description, self.unit, self.done = total, description, unit, done
-        self._before, self._quiet, self._closed = done, quiet, False
+        self._before, self._quiet = done, quiet
         self._started = self._last_line = time.monotonic()
         self._figures: list[str] = []
         if sys.stderr.isatty():
@@ -55,36 +55,32 @@ class Progress(AbstractContextManager):
             self._print_line()
 
     def close(self) -> None:
-        """Print the last line. A second call does nothing."""
-        if not self._closed:
-            self._closed = True
-            self._print_line()
+        """Print the last line."""
+        self._print_line(last=True)
 
-    def _print_line(self) -> None:
-        self._last_line = time.monotonic()
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+    def _print_line(self, last: bool = False) -> None:
+        self._last_line = now = time.monotonic()
         if self._quiet:
             return
-        line = f"{self.description}: {', '.join(self._parts())}"
-        if sys.stderr.isatty() and not self._closed:
-            shown = line[: shutil.get_terminal_size().columns - 1]
-            print(f"{CLEAR_LINE}{shown}", end="", file=sys.stderr, flush=True)
-        else:
-            tell(textwrap.fill(line, COLUMNS, subsequent_indent="  ", break_on_hyphens=False))
-
-    def _parts(self) -> list[str]:
-        elapsed = max(time.monotonic() - self._started, 1e-9)
+        elapsed = max(now - self._started, 1e-9)
         rate = (self.done - self._before) / elapsed
         left = self.total - self.done
-        going = left > 0 and rate > 0 and not self._closed
+        going = left > 0 and rate > 0 and not last
         when = f"{_clock(left / rate)} left" if going else f"{_clock(elapsed)} taken"
         if 0 < rate < 1:
             speed = f"{1 / rate:.1f} s/{self.unit.removesuffix('s')}"
         else:
             speed = f"{rate:.2f} {self.unit}/s"
-        return [f"{self.done}/{self.total}", speed, when, *self._figures]
-
-    def __exit__(self, *error: object) -> None:
-        self.close()
+        parts = [f"{self.done}/{self.total}", speed, when, *self._figures]
+        line = f"{self.description}: {', '.join(parts)}"
+        if sys.stderr.isatty() and not last:
+            shown = line[: shutil.get_terminal_size().columns - 1]
+            print(f"{CLEAR_LINE}{shown}", end="", file=sys.stderr, flush=True)
+        else:
+            tell(textwrap.fill(line, COLUMNS, subsequent_indent="  ", break_on_hyphens=False))
 
 
 def tell(text: str) -> None:
@@ -105,7 +101,7 @@ def tidy_output() -> None:
         if not library.filters:
             library.addFilter(lambda record, word=word: word not in record.getMessage())
     own = logging.getLogger(__package__)
-    if not any(isinstance(handler, Warnings) for handler in own.handlers):
+    if not own.handlers:
         own.addHandler(Warnings(logging.WARNING))
 
 

@@ -71,12 +71,11 @@ def packaged_recipes() -> list[str]:
 
 
 def find_recipe(source: str | Path) -> Path | None:
-    """Find a recipe by path or packaged name (`lab-tgrpo`, `recipes/lab-tgrpo.yaml`), or return None."""
+    """Find a recipe by path or packaged name (`lab-tgrpo`), or return None."""
     path = Path(source)
-    if path.is_file():
-        return path
-    packaged = RECIPES / f"{path.name.removesuffix('.yaml')}.yaml"
-    return packaged if path.parent in (Path("."), Path("recipes")) and packaged.is_file() else None
+    if not path.is_file() and path.parent == Path("."):
+        path = RECIPES / f"{path.name.removesuffix('.yaml')}.yaml"
+    return path if path.is_file() else None
 
 
 def read_recipe(source: str | Path) -> tuple[dict[str, Any], dict[str, str]]:
@@ -203,6 +202,3 @@ def run_recipes() -> None:
         for entry in entries
     )
     print(table(("recipe", "command", "machine", "model", "what"), rows, words=True))
-    print(
-        "\nvideo-r1 COMMAND RECIPE --print_config shows a recipe's settings, video-r1 plan RECIPE its memory."
-    )

@@ -32,10 +32,7 @@ def plan_lines(recipe: Recipe) -> Iterator[str]:
     recipe = of_stage(recipe)
     known, published = find_family(config) is not None, is_published(str(source))
     processor = None if known or published else load_processor(str(source))
-    plan = memory_plan(
-        config, recipe, gpu_memory=memory, sharding=sharding, text_tokens=settings.text_tokens,
-        processor=processor,
-    )  # fmt: skip
+    plan = memory_plan(config, recipe, gpu_memory=memory, sharding=sharding, processor=processor)
     table = " (the built-in table)" if published else ""
     yield f"shape of {source}{table}; on {sharding.name}"
     if not known:
@@ -46,7 +43,7 @@ def plan_lines(recipe: Recipe) -> Iterator[str]:
     if kind is not None:
         yield from ("", *describe_time(config, plan, kind))
     if plan.fits is False:
-        yield from remedy_lines(config, plan, settings.text_tokens)
+        yield from remedy_lines(config, plan)
 
 
 def gpu_memory(recipe: Recipe) -> int | None:
@@ -115,7 +112,7 @@ def memory_lines(plan: MemoryPlan) -> Iterator[str]:
     yield f"\n{verdict}: {plan.peak / unit:,.2f} of {plan.gpu_memory / unit:,.2f} {name_of_unit}"
 
 
-def remedy_lines(config: Any, plan: MemoryPlan, text_tokens: int) -> Iterator[str]:
+def remedy_lines(config: Any, plan: MemoryPlan) -> Iterator[str]:
     """Yield each fitting change as soon as it is found; finding one takes as long as the plan itself."""
     one, found = plan.sharding.processes == 1, False
     machine = f"{plan.sharding.processes} GPU{'' if one else 's'} of {(plan.gpu_memory or 0) / 1e9:.3g} GB"
@@ -126,7 +123,6 @@ def remedy_lines(config: Any, plan: MemoryPlan, text_tokens: int) -> Iterator[st
             changed(plan.recipe, settings),
             gpu_memory=plan.gpu_memory,
             sharding=sharding_of({}, gpus, "fsdp2") if gpus else plan.sharding,
-            text_tokens=text_tokens,
             processor=plan.processor,
         )
         if made.fits:

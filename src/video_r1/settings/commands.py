@@ -140,7 +140,6 @@ class PlanSettings(Settings):
     gpus: int | None = setting(None, "GPUs that train (default: the recipe's machine, else 1)", above=0)
     sharding: GPUSharding | None = setting(None, "sharing of the model between GPUs (default: the recipe's)")
     model_config: str | None = setting(None, "model to plan: a folder or hub id (default: the recipe's)")
-    text_tokens: int = setting(300, "tokens of a prompt's text: question, options, instruction", above=0)
     max_response_length: int = setting(2048, "longest response in tokens, of a recipe for sft", above=0)
 
     def problems(self) -> Iterator[Problem]:
