@@ -457,7 +457,7 @@ def served_model(endpoint: Endpoint, wanted: str | None, prefix: str = "") -> tu
     """Return the name of the model to ask for, and whether the endpoint is vLLM. Waits for one that starts.
 
     prefix: start of the settings that errors name, as in judge_model. Raises ConfigError if nothing answers,
-    the key is refused, or the model cannot be chosen. A service without a list of models needs `wanted`.
+    the key is refused, or the model cannot be chosen.
     """
     url = endpoint.url
     try:
@@ -485,5 +485,5 @@ def served_model(endpoint: Endpoint, wanted: str | None, prefix: str = "") -> tu
 
 
 def endpoint_urls(text: str) -> tuple[str, ...]:
-    """Return the addresses in a setting, without trailing slashes; a host alone gets the usual `/v1`."""
+    """Return the addresses in a setting; a host alone gets the usual `/v1`."""
     return tuple(url if has_path(url) else f"{url}/v1" for url in addresses(text))

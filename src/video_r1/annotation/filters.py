@@ -1,7 +1,6 @@
 """Filters of a teacher's rationales, and the choice among a question's rationales. Pure functions.
 
-Each filter returns None, or the fault in a few words. Filters are cheap and keep what they cannot judge for
-sure: the main filter is the score of the answer.
+Each filter returns None, or the fault in a few words. The main filter is the score of the answer.
 """
 
 import re
@@ -59,8 +58,6 @@ def refusal(text: str, finish_reason: str = "stop") -> str | None:
 
 def tags(text: str) -> str | None:
     """Require `<think>…</think>` then `<answer>…</answer>`, each tag once, neither empty, nothing else."""
-    if not text.strip():
-        return "it is empty"
     if format_reward(text.strip()) != 1.0:
         return "it is not <think>…</think> <answer>…</answer>, each tag once"
     if not rationale_of(text) or not extract_answer(text):

@@ -31,15 +31,15 @@ from video_r1.seeds import derived_seed
 from video_r1.settings.decoding import AnnotateSettings
 from video_r1.settings.frames import FrameBudget
 
+# A question with `completions` (text and finish_reason of each), or `failed` (media, prompt or endpoint) and
+# the `reason` in words.
 Answered = tuple[Sample, dict[str, Any]]
-"""A question with `completions` (text and finish_reason of each), or with the reason for which it has none:
-`failed` (media, prompt or endpoint) and `reason` in words."""
 Batches = Sequence[Sequence[Sample]]
 Done = Container[str | int]  # problem_ids
 
 
 def sample_seed(seed: int, problem_id: str | int, draw: int = 0) -> int:
-    """Return a seed in [0, 2^31) for one question, the same in every run and on every machine."""
+    """Return a seed in [0, 2^31) for one question."""
     return derived_seed(seed, problem_id, draw, bits=31)
 
 
@@ -77,9 +77,8 @@ FAILED_IN_A_ROW = 50  # unanswered questions, after which the endpoint is at fau
 class EndpointTeacher:
     """A model at an OpenAI-compatible endpoint. frames_as: see `chat_request`. One object serves one run.
 
-    A question whose request fails eight times, or is refused as wrong, is given up and listed. VideoR1Error
-    is raised when the endpoint does not answer at all for `wait` seconds, refuses the key or the model, or
-    fails at 50 questions in a row.
+    A question whose request fails eight times, or is refused as wrong, is given up. VideoR1Error is raised
+    when the endpoint stays away, refuses the key or the model, or fails at 50 questions in a row.
     """
 
     def __init__(

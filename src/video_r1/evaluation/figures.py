@@ -62,10 +62,7 @@ def gap_page(results: Mapping[str, Mapping[str, Any]], model: str) -> str:
 
 
 def _lines(result: Mapping[str, Any]) -> Iterator[Line]:
-    """Yield the lines of a benchmark: itself, its pair metrics, and its task types, largest gap first.
-
-    A line is a frame count in one contrast; the first is that of shuffled frames, if asked.
-    """
+    """Yield the lines of a benchmark: itself, its pair metrics, and its task types, largest gap first."""
     own, pairs, tasks = {}, {}, {}
     for frames, figures in result["frames"].items():
         shown = ((own, {result["title"]: figures}), (pairs, figures.get("by_pairs", {})),

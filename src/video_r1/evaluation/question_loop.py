@@ -287,11 +287,10 @@ class QuestionLoop(ABC):
 
     def merge(self) -> dict[Round, Answers]:
         """On rank 0: merge the files of all ranks in the manifest's order; return the answers by round."""
-        names = [*self.orders, *(name for name in get_args(Order) if name not in self.orders)]
         places = {sample.problem_id: place for place, sample in enumerate(self.samples)}
 
         def place(record: Mapping[str, Any]) -> tuple[int, int]:  # questions not asked now come last
-            rank = names.index(record["order"]) if "order" in record else self.counts.index(record["frames"])
+            rank = get_args(Order).index(record["order"]) if "order" in record else record["frames"]
             return places.get(record["problem_id"], len(places)), rank
 
         found = {each: self.answered(each) for each in self.rounds}

@@ -26,9 +26,8 @@ from video_r1.settings.frames import Order
 
 CLIPS_KEPT = 4  # clips whose frames stay in memory
 
+# Called with a prompt's number and a piece of its first completion, or "" when another completion has grown.
 Hear = Callable[[int, str], object]
-"""Callback for the first completion of each prompt as it is written, with the prompt's number and a piece of
-text, and with "" when another completion has grown. An exception from it ends the answer."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,9 +1,7 @@
 """Declaration of a benchmark, and the conversion of its published rows to manifest rows.
 
-A declaration (`<name>.toml`) names the source of annotations and media, the published fields, the clip's
-window, the question's wording and the headline figure. `manifest_rows` and `reference_rows` are the same for
-every benchmark. Templates such as `"{video ID}-{Question ID}"` are filled from a row; a row of the published
-annotation also has `file` and `folder`, the names of its file without extension and of its folder.
+Templates of a declaration (`<name>.toml`), such as `"{video ID}-{Question ID}"`, are filled from a row; a row
+of the published annotation also has `file` and `folder`, the names of its file without extension and folder.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
