@@ -28,7 +28,6 @@ def train(folder: Path, processes: int, scale: str, rule: str) -> None:
     if scale == "selected":  # over the end of an epoch, which is two steps
         changes = {
             "dynamic_sampling": 2,
-            "difficulty_range": [0.1, 0.8],
             "max_steps": 3,
             "rewards": mostly_equal,
         }

@@ -151,9 +151,6 @@ class TGRPOSettings(JudgeSettings, TrainingSettings):
         "group", "standard deviation that divides advantages; task: a running one per problem type"
     )
     dynamic_sampling: int = setting(0, "rounds that replace groups of equal rewards (DAPO)", at_least=0)
-    difficulty_range: list[float] | None = setting(
-        None, "skip questions whose running accuracy is outside, e.g. 0.05,0.95 (default: keep all)"
-    )
     num_iterations: int = setting(1, "updates on each batch of rollouts", above=0)
     temporal_rule: TemporalRule = setting(
         "margin",
@@ -211,9 +208,6 @@ class TGRPOSettings(JudgeSettings, TrainingSettings):
             if every >= 1 and every % iterations:
                 said = f"is {every:g}, no multiple of num_iterations ({self.num_iterations})"
                 yield name, f"{said}; a checkpoint between two updates on the same rollouts cannot be resumed"
-        bounds = [0.0, 1.0] if self.difficulty_range is None else self.difficulty_range
-        if len(bounds) != 2 or not 0 <= bounds[0] < bounds[1] <= 1:
-            yield "difficulty_range", f"is {bounds}; it must be two shares from 0 to 1, smaller one first"
         lengths = self.length_bounds
         if len(lengths) != 2 or not 0 <= lengths[0] <= lengths[1]:
             yield "length_range", f"is {lengths}; it must be two token counts, smaller one first"

@@ -7,9 +7,7 @@ run therefore sees exactly what an uninterrupted one sees.
 
 from __future__ import annotations
 
-import math
 import threading
-from bisect import bisect_left
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, fields, is_dataclass, replace
@@ -20,8 +18,6 @@ from typing import Any, Generic, NamedTuple, TypeVar
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset, Sampler
-from transformers import TrainerCallback, TrainerState
-from transformers.trainer_callback import ExportableState
 
 from video_r1.data.answers import option_prefix
 from video_r1.data.manifests.records import Sample
@@ -30,7 +26,7 @@ from video_r1.data.rollouts import RolloutGroup
 from video_r1.errors import MediaError, PromptError, VideoR1Error
 from video_r1.files import append_line
 from video_r1.models.group_forward import VisualFeatures
-from video_r1.processes import gather, gather_lists
+from video_r1.processes import gather
 from video_r1.training.objective import without_variance
 from video_r1.training.recording import group_facts
 
@@ -120,8 +116,6 @@ class QuestionSource(Generic[Loaded, Content]):
     reader: Reader
     quarantine: Path
     cache_bytes: int = 0
-    choices: Callable[[Sequence[Sample], int], Sequence[int]] = lambda samples, epoch: range(len(samples))
-    """Function of the samples and the epoch: indices of the samples to choose from, ascending."""
 
     def __post_init__(self) -> None:
         self.kept: dict[int, Loaded] = {}
@@ -169,16 +163,11 @@ class QuestionSource(Generic[Loaded, Content]):
         return loaded
 
     def draw(self, slot: Slot, attempt: int = 0) -> int:
-        """Draw the index of a slot's sample. Attempts and rounds above 0 draw replacements, and so does a
-        question that is not among the epoch's choices.
-        """
-        choices = self.choices(self.samples, slot.epoch)
+        """Draw the index of a slot's sample. Attempts and rounds above 0 draw replacements."""
         if attempt == slot.round == 0:
-            index = int(epoch_order(self.seed, slot.epoch, len(self.samples))[slot.index])
-            if index in choices[bisect_left(choices, index) :][:1]:
-                return index
+            return int(epoch_order(self.seed, slot.epoch, len(self.samples))[slot.index])
         generator = self.generator("replacement", slot, attempt)
-        return choices[int(torch.randint(len(choices), (1,), generator=generator))]
+        return int(torch.randint(len(self.samples), (1,), generator=generator))
 
     def generator(self, purpose: str, slot: Slot, attempt: int) -> torch.Generator:
         further = () if slot.round == 0 else ("round", slot.round)
@@ -237,13 +226,12 @@ class Asked(NamedTuple):
 
 class Selection(NamedTuple):
     """The groups that a step learns from, and their visual features; groups without variance, as lines of
-    left_out.jsonl; everything that was asked, by round.
+    left_out.jsonl, each with its slot.
     """
 
     groups: list[RolloutGroup]
     vision: list[VisualFeatures | None] | None
     skipped: list[tuple[Slot, dict[str, Any]]]
-    rounds: list[Asked]
 
 
 def select_groups(first: Asked, ask: Callable[[list[Slot]], Asked], limit: int) -> Selection:
@@ -255,13 +243,11 @@ def select_groups(first: Asked, ask: Callable[[list[Slot]], Asked], limit: int) 
     """
     groups, vision = list(first.groups), first.vision and list(first.vision)
     flat_groups = [[group_facts(group)] if teaches_nothing(group) else [] for group in groups]  # by round
-    rounds = [first]
     for number in range(1, limit + 1):
         flat = [place for place, group in enumerate(groups) if teaches_nothing(group)]
         if not any(gather(len(flat))):
             break
         further = ask([first.slots[place]._replace(round=number) for place in flat])
-        rounds.append(further)
         for n, place in enumerate(flat):
             if teaches_nothing(further.groups[n]):
                 flat_groups[place].append(group_facts(further.groups[n]))
@@ -276,78 +262,8 @@ def select_groups(first: Asked, ask: Callable[[list[Slot]], Asked], limit: int) 
             reason = "tried" if n > 0 else "no variance" if by is None else "replaced"
             line = {**facts, "reason": reason, "round": n, "replaced_by": by}
             skipped.append((slot._replace(round=n), line))
-    return Selection(groups, vision, skipped, rounds)
+    return Selection(groups, vision, skipped)
 
 
 def teaches_nothing(group: RolloutGroup) -> bool:
     return bool(without_variance(group.total_reward[None]))
-
-
-Accuracy = tuple[float | None, int, float]
-"""Running accuracy of a question before the epoch in which it was last asked (None: never), that epoch, and
-the running accuracy now."""
-
-
-class Difficulty(TrainerCallback, ExportableState):
-    """Running accuracy of each question; selects those in [low, high] (`difficulty_range`).
-
-        a ← (a + p) ÷ 2,   p the share of correct ordered completions when it is asked; a = p at first
-
-    Only earlier epochs decide what an epoch asks: media are read some steps ahead, and a resumed run has to
-    read the same ones. The record is the same on every rank and is saved in trainer_state.json.
-    """
-
-    def __init__(self, low: float, high: float) -> None:
-        self.low, self.high = low, high
-        self.record: dict[str, Accuracy] = {}
-        self.kept: dict[int, Sequence[int]] = {}  # by epoch
-
-    def state(self) -> dict[str, Any]:
-        return {"args": {"low": self.low, "high": self.high}, "attributes": {"record": self.record}}
-
-    def on_train_begin(self, args: Any, state: TrainerState, control: Any, **rest: Any) -> None:
-        callbacks: Any = state.stateful_callbacks  # of a new run or of the checkpoint
-        saved = callbacks[type(self).__name__]["attributes"]["record"]
-        self.record = {name: (before, epoch, now) for name, (before, epoch, now) in saved.items()}
-        self.kept = {}
-
-    def add(self, groups: Sequence[RolloutGroup], epochs: Sequence[int]) -> None:
-        """Add groups that were asked in these epochs. Every rank calls it with its own groups."""
-        own = [(str(g.sample.problem_id), epoch, g.p) for g, epoch in zip(groups, epochs, strict=True)]
-        everyone, _ = gather_lists(own)
-        for name, epoch in sorted({(name, epoch) for name, epoch, _ in everyone}):
-            shares = [p for other, _, p in everyone if other == name]
-            self.record[name] = updated(self.record.get(name), epoch, math.fsum(shares) / len(shares))
-
-    def choices(self, samples: Sequence[Sample], epoch: int) -> Sequence[int]:
-        """Return the indices of an epoch's questions, ascending: accuracy unknown or in range.
-
-        Raises VideoR1Error if none is left.
-        """
-        if epoch not in self.kept:
-            known = [accuracy_before(self.record.get(str(sample.problem_id)), epoch) for sample in samples]
-            kept = [n for n, a in enumerate(known) if a is None or self.low <= a <= self.high]
-            if not kept:
-                easy = sum(a is not None and a > self.high for a in known)
-                raise VideoR1Error(
-                    f"difficulty_range [{self.low:g}, {self.high:g}] leaves none of {len(samples):,} "
-                    f"questions for epoch {epoch + 1}: {easy:,} are answered right more often, "
-                    f"{len(samples) - easy:,} less often. Widen it, or train for fewer epochs"
-                )
-            self.kept = {epoch: range(len(samples)) if len(kept) == len(samples) else kept}
-        return self.kept[epoch]
-
-
-def updated(accuracy: Accuracy | None, epoch: int, share: float) -> Accuracy:
-    if accuracy is None:
-        return None, epoch, share
-    before, last, now = accuracy
-    return before if last == epoch else now, epoch, (now + share) / 2
-
-
-def accuracy_before(accuracy: Accuracy | None, epoch: int) -> float | None:
-    """Return a question's accuracy at the start of the epoch; None if it was unknown."""
-    if accuracy is None:
-        return None
-    before, last, now = accuracy
-    return now if last < epoch else before

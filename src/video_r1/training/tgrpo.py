@@ -89,7 +89,6 @@ from video_r1.training.objective import (
 )
 from video_r1.training.questions import (
     Asked,
-    Difficulty,
     Ready,
     Selection,
     Slot,
@@ -196,11 +195,9 @@ class TGRPOTrainer(QuestionTrainer):
     (default: by the settings). recipe: the source of config.yaml (default: `args`). The positional order is
     TRL's; arguments that only reward models and quantised loading need are refused.
 
-    A function of `reward_funcs` is called once a step with the rank's ordered completions (and once before
-    the first step). Each argument is a list with one entry per completion: `prompts` and `completions` are
-    texts without chat markup, `completion_ids` lists of ints, and every field of the rows comes by its name
-    (None if a row lacks it). It returns a finite number for each completion, or None if it does not apply.
-    Its name is used in the series `reward/<name>` and in `reward_weights`.
+    A function of `reward_funcs` is called once a step (and once before the first) with lists of one entry
+    per ordered completion of the rank: texts without chat markup, ids, and every field of the rows by its
+    name. It returns a finite number for each, or None if it does not apply (docs/t-grpo.md).
 
     Raises ConfigError and ManifestError when it is built; `train` raises VideoR1Error when no reward is in
     reach, when media are missing as a whole or the loss stays not finite.
@@ -245,8 +242,6 @@ class TGRPOTrainer(QuestionTrainer):
         callbacks = list(callbacks or [])
         if args.scale_rewards == "task":
             callbacks.append(TaskMoments())
-        if args.difficulty_range is not None:
-            callbacks.append(Difficulty(*args.difficulty_range))
         super().__init__(
             model, args, train_dataset, eval_dataset, processing_class, peft_config, callbacks, recipe,
             optimizers,
@@ -491,20 +486,8 @@ class TGRPOTrainer(QuestionTrainer):
             return {"pending": [], "iteration": iteration}
         return {**super().begin_reading(slots), "iteration": iteration}
 
-    def choices(self, samples: Sequence[Sample], epoch: int) -> Sequence[int]:
-        """Return the indices of the samples inside `difficulty_range`, or all."""
-        difficulty = self.callback_of(Difficulty)
-        return super().choices(samples, epoch) if difficulty is None else difficulty.choices(samples, epoch)
-
     def record_selection(self, selected: Selection) -> None:
-        """Record how often each question was right, and the groups of all ranks that teach nothing."""
-        if (difficulty := self.callback_of(Difficulty)) and self.source:
-            samples = self.source.samples
-            for asked in selected.rounds:
-                difficulty.add(asked.groups, [slot.epoch for slot in asked.slots])
-                for slot in asked.slots[:1]:
-                    kept = difficulty.choices(samples, slot.epoch)
-                    self.meter.add("questions/kept", len(kept), len(samples))
+        """Record the groups of all ranks that teach nothing."""
         if self.settings.dynamic_sampling > 0:
             replaced = sum(line["reason"] == "replaced" for _, line in selected.skipped)
             self.meter.add("groups/replaced", replaced, len(selected.groups))

@@ -181,7 +181,6 @@ class QuestionTrainer(Trainer, ABC):
             reader=self.reader,
             quarantine=self.folder / "quarantine.jsonl",
             cache_bytes=args.media_cache_mb * 2**20,
-            choices=self.choices,
         )
         step_batches = args.gradient_accumulation_steps * args.world_size
         iterations = getattr(args, "num_iterations", 1)
@@ -198,10 +197,6 @@ class QuestionTrainer(Trainer, ABC):
                 break
             self.upcoming.append(batches)
         return self.upcoming.popleft() if self.upcoming else [], None
-
-    def choices(self, samples: Sequence[Sample], epoch: int) -> Sequence[int]:
-        """Return the indices of the samples that the epoch chooses from, ascending."""
-        return range(len(samples))
 
     def submit(self, slots: Sequence[Slot]) -> list[Future[Ready[Any]]]:
         assert self.source is not None
