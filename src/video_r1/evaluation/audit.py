@@ -192,19 +192,11 @@ def _audited_rows(
 
 
 def audit_figures(audited: Audited, contrast: Contrast) -> dict[str, Any]:
-    """Return the figures over all questions, and over each modality, problem type and source:
+    """Return the figures over all questions, and over each modality, problem type and source.
 
-        {"constant_answers": sentences about letters that are right much too often,
-         "all": {"questions", "chance",
-                 "views": {view: {"rate", "interval95", "questions", "answered": {"share", "interval95"}}},
-                 "needs_order": {"share", "interval95", "questions", "other_way"},
-                 "temporal_gap": {"gap", "interval95", "questions"},
-                 "never_right", "always_right"},
-         "by_modality": {name: as "all"}, "by_type": …, "by_source": …}
-
-    chance: share of questions that the best constant answers get right, a letter for each number of options.
-    needs_order: share of questions that are answered in order and not with the contrast clip; other_way: the
-    reverse, which only chance explains. These two and the gap are over the videos that have both rates.
+    Their fields are in docs/data-format.md, at `audit.json`. needs_order: share of questions that are answered
+    in order and not with the contrast clip; other_way: the reverse, which only chance explains. These two and
+    the gap are over the videos that have both rates.
     """
     constant = [str(each) for each in _constant(audited) if each.stands_out]
     figures: dict[str, Any] = {"constant_answers": constant, "all": _figures(audited, contrast)}
