@@ -194,7 +194,7 @@ def _audited_rows(
 def audit_figures(audited: Audited, contrast: Contrast) -> dict[str, Any]:
     """Return the figures over all questions, and over each modality, problem type and source.
 
-    Their fields are in docs/data-format.md, at `audit.json`. needs_order: share of questions that are answered
+    Their fields are in docs/data-format.md (`audit.json`). needs_order: share of questions that are answered
     in order and not with the contrast clip; other_way: the reverse, which only chance explains. These two and
     the gap are over the videos that have both rates.
     """
