@@ -87,15 +87,11 @@ def test_a_recipe_trains_its_checkpoint_with_the_papers_settings(name: str, form
     assert (values["dtype"], values["learning_rate"] > 1e-6) in (("float32", False), ("bfloat16", True))
     assert values["output_dir"] == f"runs/{name}".removesuffix("-4x96")
 
-
-@pytest.mark.parametrize(("name", "form"), RECIPES)
-def test_a_recipe_says_what_it_is_for(name: str, form: str) -> None:
-    checkpoint, (gpus, memory) = MACHINES[form]
+    gpus, memory = MACHINES[form][1]
     entry = next(entry for entry in catalogue() if entry.name == name)
     assert entry.made_for == MadeFor(command_of(name), gpus, f"{memory}GB", "fsdp2" if gpus > 1 else "none")
     assert entry.checkpoint == checkpoint
     assert ("LoRA" in entry.about) == name.endswith("-lora")
-    assert load_recipe(command_of(name), name).made_for == entry.made_for
 
 
 def test_recipes_are_listed(capsys: pytest.CaptureFixture[str]) -> None:

@@ -61,8 +61,7 @@ def after_plan(recipe: Recipe) -> list[str]:
     for name, value in recipe.overrides.items():
         if name in COMMANDS[command].types() or name in recipe.training:
             several = value if isinstance(value, list) else [value]
-            dashed = isinstance(value, str) and value.startswith("--")
-            words += [f"--{name}={value}"] if dashed else [f"--{name}", *([] if value is True else several)]
+            words += [f"--{name}", *([] if value is True else several)]
     sharding = values["sharding"] or (recipe.made_for.sharding if gpus > 1 else "none")
     said = (
         f"the recipe counts on {usual} GPUs, not {gpus}: scale gradient_accumulation_steps by {usual}/{gpus}"

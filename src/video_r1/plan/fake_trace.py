@@ -1,9 +1,7 @@
 """A model without storage, and the bytes of the tensors that live while it runs.
 
-Tensors have shapes but no memory (torch's FakeTensorMode); every allocation is counted while it lives. So the
-memory that a model keeps for its backward pass, with or without gradient checkpointing, adapters or mixed
-precision, is not estimated from formulas. Attention, experts and layers with a state have stand-ins that
-allocate what the GPU kernels allocate.
+Tensors have shapes but no memory (torch's FakeTensorMode); every allocation is counted while it lives.
+Attention, experts and layers with a state have stand-ins that allocate what the GPU kernels allocate.
 """
 
 import copy
@@ -198,10 +196,8 @@ CHUNK = 64  # tokens of the gated delta rule between two states
 
 
 class KernelMemory(torch.autograd.Function):
-    """Memory of a fused kernel, whose backward pass makes the inputs' gradients.
-
-    allocate: returns the results for the inputs, and what is kept: first tensors of the inputs' shapes.
-    scratch: allocates what exists during the backward pass only, for what was kept.
+    """Memory of a fused kernel. allocate: makes the results and what is kept, first tensors of the inputs'
+    shapes. scratch: makes what exists during the backward pass only.
     """
 
     @staticmethod
@@ -221,10 +217,7 @@ class KernelMemory(torch.autograd.Function):
 def attention(
     module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **unused: Any
 ) -> tuple[Tensor, None]:
-    """Allocate what an attention kernel without score matrix allocates: [B, H, S, D] -> [B, S, H, D].
-
-    It keeps query, key, value, result and log-sum-exp.
-    """
+    """Allocate what an attention kernel without score matrix allocates: [B, H, S, D] -> [B, S, H, D]."""
 
     def allocate(*inputs: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
         out = query.new_empty(query.transpose(1, 2).shape)

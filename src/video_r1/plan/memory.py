@@ -1,9 +1,8 @@
 """GPU memory that a recipe needs, before any weights are loaded: `video-r1 plan RECIPE`.
 
-The update and the prefill are traced without storage (trace.py). Counted are weights, gradients, optimizer
-states, keys and values of the completions, and what FSDP2 and ZeRO-3 gather: all weights while ranks sample,
-layers in an update. Not counted: the CUDA context and the allocator's unused blocks (1 to 2 GB on common
-GPUs, for which a limit in GB, not GiB, leaves room), and the pixels of a batch.
+The update and the prefill are traced without storage (trace.py); the rest is counted. Not counted: the CUDA
+context and the allocator's unused blocks (1 to 2 GB on common GPUs, for which a limit in GB, not GiB, leaves
+room), and the pixels of a batch.
 """
 
 import json
@@ -130,12 +129,8 @@ def head_size(text: Any) -> int:
 
 @dataclass(frozen=True, slots=True)
 class MemoryPlan:
-    """Bytes on one GPU.
-
-    `parts`: weights, gradients, optimizer, reference, gathered (weights of other ranks), activations (kept
-    for the backward pass), KV cache, vLLM; they do not all exist at once. `phases`: peaks while sampling
-    (rollout), in forward and backward (update), in the optimizer step and while weights are sent to vLLM
-    (weight sync).
+    """Bytes on one GPU. parts: do not all exist at once; "gathered" are weights of other ranks. phases: peaks
+    while sampling (rollout), in forward and backward (update), in the optimizer step and the weight sync.
     """
 
     recipe: Recipe
@@ -289,8 +284,7 @@ def _sampling(
 ) -> tuple[int, int]:
     """Return the bytes of the KV cache of prompts and completions, and the peak of sampling beyond weights.
 
-    The peak is in the prefill, when caches of its parts are joined, or while decoding. The cache's capacity
-    for completions, `first`, doubles whenever it is full.
+    first: the cache's capacity for completions, which doubles whenever it is full.
     """
     waves = math.ceil(sequences / MAX_SEQUENCES)
     of_a_token = traced.prompt_cache / (sampled * row.prompt) / waves
@@ -317,8 +311,8 @@ def _reference_bytes(policy: Policy, traced: Traced, weights: int, sharding: Sha
 def _gathered(traced: Traced, sharding: Sharding, policy: Policy) -> tuple[int, int, int]:
     """Return the bytes of gathered weights of other ranks in an update, in the optimizer step, in a rollout.
 
-    A rollout gathers all weights of the policy. An update under FSDP2 gathers layers with their gradients,
-    and weights of no layer (head, norms). Of the reference, the latter stay gathered.
+    An update under FSDP2 gathers layers with their gradients, and weights of no layer (head, norms), which
+    stay gathered for the reference.
     """
     if not sharding.weights:
         return 0, 0, 0

@@ -1,12 +1,9 @@
 """Bytes of one update and of one prefill, counted without making the tensors (fake_trace.py).
 
-Both run through the model's own transformers code and this project's head.
-
-A known family runs its vision tower too, with windows and positions computed beforehand from the grid.
-On the general path (models/general_forward.py) a row is a prompt and a completion, all rows live until the
-backward pass, and the processor says how many tokens a clip has. The towers differ, so they are counted: a
-layer keeps 17 numbers a patch and hidden unit (arXiv 2205.05198, equation 2, without attention scores, which
-kernels do not keep).
+Both run through the model's own transformers code and this project's head. On the general path
+(models/general_forward.py) a row is a prompt and a completion, and the processor says how many tokens a clip
+has. The tower is counted: a layer keeps 17 numbers a patch and hidden unit (arXiv 2205.05198, equation 2,
+without attention scores, which kernels do not keep).
 """
 
 from __future__ import annotations
@@ -240,10 +237,8 @@ def _loss(
 
 
 def _tower_bytes(model: Any, policy: Policy, row: Row) -> tuple[int, int]:
-    """Return the activations of one layer of the tower for one question, and those of all that are kept.
-
-    Every layer keeps its own if the tower trains, one layer if it is frozen. With gradient checkpointing one
-    layer and the inputs of all are kept.
+    """Return the activations of one layer of the tower for one question, and those of all that are kept: of
+    every layer if the tower trains, with gradient checkpointing of one and the inputs of all.
     """
     vision = model.config.vision_config
     layer = NUMBERS_KEPT * (policy.autocast or policy.dtype).itemsize * row.patches * vision.hidden_size
