@@ -93,10 +93,7 @@ T = TypeVar("T", bound=type[Settings])
 
 
 def settings_docs(kind: T) -> T:
-    """Add every setting's name, type, default and help to the class's docstring, for `help(TGRPOConfig)`.
-
-    Use it as a decorator above `@dataclass`.
-    """
+    """Add every setting's name, type, default and help to the docstring, for `help(TGRPOConfig)`."""
     types, lines = own_field_types(kind), []
     for field in dataclasses.fields(kind):
         hint = types.get(field.name, field.type)

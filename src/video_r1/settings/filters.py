@@ -60,7 +60,6 @@ class Keep:
         return self._cached(*map(rates.get, self._order))
 
     def keeps(self, rates: Mapping[str, float | None]) -> bool:
-        """Return whether a question with these rates is kept."""
         return self.truth(rates) != FALSE
 
 

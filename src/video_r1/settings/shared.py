@@ -27,7 +27,6 @@ class RemoteSettings(Settings):
     remote_cache_gb: float = setting(50.0, "size limit of that folder; oldest files are removed", above=0)
 
     def remote_files(self) -> dict[str, Any]:
-        """Return these settings under the names of FrameBudget."""
         return {"remote_cache": self.remote_cache, "remote_bytes": int(self.remote_cache_gb * 1e9)}
 
 
@@ -117,13 +116,11 @@ class ManifestSettings(PlacesSettings):
     bad_rows: BadRows = setting("stop", "rows that are no question: stop, or leave_out (skip and list)")
 
     def manifest_options(self) -> dict[str, Any]:
-        """Return the keyword arguments for `load_manifest`."""
         names = ("media_root", "allow_urls", "allowed_roots", "bad_rows")
         return {name: getattr(self, name) for name in names}
 
 
 def problems_of_out(out: str | None) -> Iterator[Problem]:
-    """Yield what is wrong with the name of an output manifest."""
     if out is not None and not out.endswith(MANIFEST_EXTENSIONS):
         yield "out", f"is {out!r}; it must end in {' or '.join(MANIFEST_EXTENSIONS)}"
 

@@ -227,7 +227,6 @@ class TGRPOSettings(JudgeSettings, TrainingSettings):
                 yield name, f"{said}: leave it at {off}, and change temperature or the rewards"
 
     def loss_problems(self) -> Iterator[Problem]:
-        """Yield contradictions between the loss type, its clip ranges and the reference model."""
         if self.loss_type not in LOSS_TYPES and ":" not in self.loss_type:
             near = difflib.get_close_matches(self.loss_type, LOSS_TYPES, 1)
             hint = f"; did you mean {near[0]}?" if near else ""

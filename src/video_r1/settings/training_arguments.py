@@ -12,9 +12,7 @@ from typing import Any, Literal
 
 @cache
 def training_argument_types() -> dict[str, Any]:
-    """Return name and type of every field of the constructor. An enum becomes the Literal of its values, so
-    that a misspelt choice is found.
-    """
+    """Return name and type of every field of the constructor, an enum as the Literal of its values."""
     module, types = _module("training_args"), {}
     for node in _class_body(module, "TrainingArguments"):
         given = not isinstance(node, ast.AnnAssign) or "init=False" not in ast.unparse(node)
@@ -24,14 +22,12 @@ def training_argument_types() -> dict[str, Any]:
 
 
 def _module(name: str) -> ast.Module:
-    """Parse a module of transformers without importing it."""
     package = importlib.util.find_spec("transformers")
     assert package is not None and package.submodule_search_locations
     return ast.parse(Path(package.submodule_search_locations[0], f"{name}.py").read_text(encoding="utf-8"))
 
 
 def _class_body(module: ast.Module, name: str) -> list[ast.stmt]:
-    """Return the statements of a class; [] if the module has no such class."""
     classes = [node for node in module.body if isinstance(node, ast.ClassDef) and node.name == name]
     return classes[0].body if classes else []
 

@@ -3,8 +3,8 @@
     {"fps": 2.0, "min_frames": 4, "max_frames": 8, "frame_pixels": 3136, "image_pixels": 3136,
      "prompt_template": "{question}…", "dtype": "float32", "positions": "transformers"}
 
-A model answers badly, without an error, when it gets other frames or another prompt than in training. So
-every command that loads the checkpoint has these values as its defaults. Other programs ignore the file.
+A model answers badly, without an error, when it gets other frames or another prompt than in training: the
+defaults of every command that loads the checkpoint are these values.
 
 dtype: number format of the model's computation. positions: rule for positions after a video, for models where
 vLLM has another one (rollout/vllm/mrope.py).

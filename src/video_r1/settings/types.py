@@ -23,12 +23,10 @@ else:
 
 
 def alternatives(hint: Any) -> tuple[Any, ...]:
-    """Return the members of a union, or the type itself."""
     return get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
 
 
 def takes_list(hint: Any) -> bool:
-    """Return whether several words may follow the option."""
     return any((get_origin(option) or option) is list for option in alternatives(hint))
 
 
@@ -113,7 +111,6 @@ def parse(value: Any, hint: Any) -> Any:
 
 
 def _parse_one(value: Any, hint: Any) -> Any:
-    """Parse a value of a type that is no union."""
     hint = getattr(hint, "__supertype__", hint)
     origin, arguments = get_origin(hint) or hint, get_args(hint)
     wrong = ValueError(describe_type(hint))
@@ -151,7 +148,6 @@ def _parse_one(value: Any, hint: Any) -> Any:
 
 
 def _choices(hint: Any) -> tuple[Any, ...]:
-    """Return the values that a Literal allows."""
     return get_args(hint) if get_origin(hint) is Literal else ()
 
 
@@ -176,7 +172,6 @@ def _pairs(value: Any, wrong: ValueError) -> Mapping[Any, Any]:
 
 
 def _flow(text: str) -> Any:
-    """Parse a list or a mapping in one line of JSON or YAML; return None for anything else."""
     try:
         return yaml.safe_load(text)
     except (ValueError, yaml.YAMLError):
