@@ -71,9 +71,9 @@ def packaged_recipes() -> list[str]:
 
 
 def find_recipe(source: str | Path) -> Path | None:
-    """Find a recipe by path or packaged name (`lab-tgrpo`), or return None."""
+    """Find a recipe by path or packaged name (`lab-tgrpo`, `recipes/lab-tgrpo.yaml`); or None."""
     path = Path(source)
-    if not path.is_file() and path.parent == Path("."):
+    if not path.is_file() and path.parent in (Path("."), Path("recipes")):
         path = RECIPES / f"{path.name.removesuffix('.yaml')}.yaml"
     return path if path.is_file() else None
 
