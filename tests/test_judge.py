@@ -247,7 +247,7 @@ def test_terms_of_the_settings() -> None:
         reward_terms(["format"], TGRPOSettings(judge_endpoint=url))
     in_place = TGRPOSettings(judge_endpoint=url, judge_as="accuracy")
     assert "judge" not in reward_terms(None, in_place).names
-    with pytest.raises(ConfigError, match="while judge_as is accuracy"):
+    with pytest.raises(ConfigError, match="or judge_as is accuracy"):
         reward_terms(["judge"], in_place)
 
 

@@ -235,10 +235,7 @@ def reward_terms(
         f"names 'temporal' while temporal_rule is {settings.temporal_rule}, which adds none; set margin": (
             "temporal" in names and not asked_for["temporal"]
         ),
-        "names 'judge' while judge_endpoint is not set; give its address": (
-            "judge" in names and settings.judge_endpoint is None
-        ),
-        "names 'judge' while judge_as is accuracy; remove one of them": (
+        "names 'judge' while judge_endpoint is not set, or judge_as is accuracy; change one of them": (
             "judge" in names and not asked_for["judge"]
         ),
         "does not name 'judge' while judge_endpoint is set; add it, or set judge_as to accuracy": (

@@ -56,9 +56,7 @@ class StartChecks(TrainerCallback):
 
 
 def check_rewards(groups: list[RolloutGroup]) -> None:
-    """Raise VideoR1Error when no completion of any group, on any rank, earns a reward. Warn when all earn the
-    same.
-    """
+    """Raise VideoR1Error when no completion of any group, on any rank, earns a reward."""
     mine = [
         (float(total), rollout.finish_reason == "length", len(rollout.token_ids), rollout.text)
         for group in groups
@@ -78,11 +76,6 @@ def check_rewards(groups: list[RolloutGroup]) -> None:
             f"none of {len(completions)} completions earns any reward, so there is nothing to learn from: no "
             f"right answer in <think>…</think><answer>…</answer> among them. {remedy}. One of them: "
             f"{texts[0][:160]!r}. (preflight_questions 0 skips this check.)"
-        )
-    if len(set(totals)) == 1:
-        logger.warning(
-            "preflight: all %d completions earn the same reward; groups without variance teach nothing",
-            len(completions),
         )
 
 

@@ -91,9 +91,8 @@ def record_group(run_dir: Path, step: int, group: RolloutGroup, tokenizer: Any =
 
 def group_facts(group: RolloutGroup) -> dict[str, Any]:
     """Record of a group that a step learns nothing from; `reward` is that of all its ordered completions."""
-    names = ("problem_id", "problem", "problem_type", "data_type", "data_source")
     return {
-        **{name: getattr(group.sample, name) for name in names},
+        **{name: getattr(group.sample, name) for name in RECORDED if name not in ("options", "answer")},
         "problem": group.sample.problem[:PROBLEM],
         "accuracy": _number(group.p),
         "p_shuffled": group.p_shuffled,
