@@ -19,7 +19,7 @@ from video_r1.data.decoding.decoders import read_media
 from video_r1.data.manifests.records import load_manifest
 from video_r1.data.prompts import PromptBuilder
 from video_r1.errors import ConfigError
-from video_r1.models.loading import add_lora, freeze_vision, load_model, load_processor, size_multiple
+from video_r1.models.loading import load_model, load_processor, size_multiple
 from video_r1.rollout.engine_factory import open_engine
 from video_r1.settings.decoding import EvalSettings
 from video_r1.settings.frames import FrameBudget
@@ -63,37 +63,6 @@ def test_tgrpo_learns_and_its_checkpoint_is_plain(
     assert any("q_proj" in name for name in changed)
     policy = trainer.logprobs(cast(Any, trainer.model), trainer.step.batches[0]).logprobs
     assert bool(policy.isfinite().all())
-
-
-@pytest.mark.slow
-def test_a_run_is_continued_exactly(checkpoints: dict[str, Path], manifest: Path, tmp_path: Path) -> None:
-    def run(folder: Path, **changes: Any) -> dict[str, torch.Tensor]:
-        trainer = make_trainer(checkpoints["smolvlm"], str(manifest), folder, save_steps=1, **changes)
-        trainer.train(resume_from_checkpoint=changes.get("max_steps") == 3 and folder.name == "parts")
-        return weights(trainer)
-
-    whole = run(tmp_path / "whole", max_steps=3)
-    run(tmp_path / "parts", max_steps=2)
-    continued = run(tmp_path / "parts", max_steps=3)
-    for name, weight in whole.items():
-        torch.testing.assert_close(continued[name], weight, rtol=0, atol=0, msg=name)
-
-
-def test_frozen_tower_and_adapters(checkpoints: dict[str, Path], manifest: Path, tmp_path: Path) -> None:
-    """The features of a frozen tower are made once for old, new and reference policy."""
-    model = load_model(checkpoints["internvl"])
-    freeze_vision(model)
-    trainer = make_trainer(
-        add_lora(model), load_manifest(manifest)[:3], tmp_path, max_steps=2, beta=0.04,
-        temporal_rule="likelihood",
-        contrast_unit="patch", num_iterations=2,
-    )  # fmt: skip
-    encoded: list[int] = []
-    model.get_encoder("image").register_forward_hook(lambda *given: encoded.append(1))  # pyright: ignore[reportAttributeAccessIssue]
-    trainer.train()
-    # three questions in both orders to sample or to compare, and once for both updates
-    assert trainer.state.global_step == 2 and len(encoded) <= 3 * 3
-    assert trainer.vision_is_frozen and all(batch.vision for batch in trainer.step.batches)
 
 
 @pytest.mark.parametrize("family", ["smolvlm", pytest.param("glm46v", marks=pytest.mark.slow)])

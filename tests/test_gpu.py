@@ -377,9 +377,3 @@ def test_speed_of_rollouts(figures: Figures) -> None:
     figures |= benchmark(
         "rollout", "--size", "3b", "--dtype", "bfloat16", "--completion", "128", "--rounds", "2"
     )
-
-
-def test_decoding_of_clips_beside_a_step(figures: Figures) -> None:
-    """Time a whole step that decodes its own clips."""
-    figures |= benchmark("step", "--size", "small", "--rounds", "2")
-    assert figures["equal"]

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import itertools
-import random
 import runpy
-import shutil
 import sysconfig
 from dataclasses import replace
 from pathlib import Path
@@ -135,26 +132,3 @@ def test_the_set_up_names_a_missing_compiler(
     with pytest.raises(SystemExit, match="0"):
         runpy.run_path(str(Path(__file__).parents[1] / "setup" / "check_cuda.py"))
     assert "install a C compiler (gcc) and Python's headers (python3." in capsys.readouterr().err
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(shutil.which("c++") is None, reason="torch.compile needs a C++ compiler on a CPU")
-@torch.no_grad()
-def test_rows_of_any_length_share_a_compiled_kernel() -> None:
-    """FlexAttention is compiled for the first row and once more for all lengths, not for every row."""
-    torch.compiler.reset()
-    frames = torch._dynamo.utils.counters["frames"]
-    compiled = frames["ok"]
-    numbers = random.Random(0)
-    training = itertools.cycle([True, False])
-    for _ in range(4):
-        prompts = [numbers.randint(100, 400) for _ in range(numbers.choice([1, 2]))]
-        completions = [[numbers.randint(5, 150) for _ in range(4)] for _ in prompts]
-        layout = row_layout(prompts, completions, torch.device("cpu"))
-        q, k, v = (torch.randn(1, heads, layout.groups[-1].ends[-1], 16) for heads in (4, 2, 2))
-        module: Any = torch.nn.Module().train(next(training))
-        mask = block_mask(prompts, completions, torch.device("cpu"))
-        flex, _ = flex_attention_forward(module, q, k, v, mask, scaling=0.3)
-        pieces, _ = groups_attention_forward(module, q, k, v, None, scaling=0.3, group_layout=layout)
-        torch.testing.assert_close(flex, pieces, atol=1e-5, rtol=0)
-    assert frames["ok"] - compiled == 2

@@ -327,29 +327,6 @@ def test_recordings(
     assert shared_prefix.first_capacity("cuda") == 256
 
 
-def test_a_step_can_be_repeated() -> None:
-    """A recording runs it twice: the cache holds the same tokens afterwards, at addresses that stay."""
-    engine = TransformersEngine(build_model("qwen2_5_vl"), PROCESSORS["qwen2_5_vl"])
-    engine.stop_ids = []  # else completions would leave, and their room with them
-    keys: list[tuple[int, torch.Tensor]] = []
-    plain = shared_prefix.plain_step
-
-    def twice(tokens: torch.Tensor, position: torch.Tensor, *rest: Any) -> torch.Tensor:
-        first = plain(tokens, position, *rest)
-        torch.testing.assert_close(plain(tokens, position, *rest), first, rtol=0, atol=0)
-        (room, _) = rest[0].room[0]
-        keys.append((room.data_ptr(), room.clone()))
-        return first
-
-    prompts, settings = build_prompts("qwen2_5_vl"), SamplingSettings(n=2, max_tokens=66, seed=1)
-    expected = engine.generate(prompts, settings)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(shared_prefix, "plain_step", twice)
-        assert_same(engine.generate(prompts, settings), expected)
-    assert len({address for address, _ in keys}) == 2  # room for 64 tokens, and for 128
-    assert bool(keys[10][1][:, :, :11].abs().sum(-1).all()) and not bool(keys[10][1][:, :, 11:].any())
-
-
 @pytest.mark.usefixtures("process_group")
 def test_fsdp_runs_no_hooks_while_it_samples(monkeypatch: pytest.MonkeyPatch) -> None:
     """They fork streams, and a decoding step with such a fork cannot be recorded as a CUDA graph."""

@@ -235,17 +235,9 @@ def test_a_refused_request_is_not_repeated(loopback: Server, tmp_path: Path) -> 
     assert len(loopback.requests) == 1
 
 
-@pytest.mark.parametrize(
-    ("changed", "message"),
-    [
-        ({"positions": "vllm"}, "positions is vllm, not transformers; start it with video-r1 serve"),
-    ],
-)
-def test_a_server_that_was_started_otherwise(
-    loopback: Server, tmp_path: Path, changed: dict[str, Any], message: str
-) -> None:
-    loopback.served |= changed
-    with pytest.raises(ConfigError, match=message):
+def test_a_server_that_was_started_otherwise(loopback: Server, tmp_path: Path) -> None:
+    loopback.served["positions"] = "vllm"
+    with pytest.raises(ConfigError, match="positions is vllm, not transformers; start it with"):
         engine(loopback.url, tmp_path)
 
 
@@ -255,15 +247,6 @@ def test_weights_of_another_model_are_not_sent(loopback: Server, tmp_path: Path)
     with pytest.raises(ConfigError, match="whose hidden_size is 4096, the trained one has"):
         client.update_weights(TINY)
     assert loopback.loaded == "" and "/pause" not in loopback.calls
-
-
-def test_weights_that_the_server_has_are_not_sent_again(loopback: Server, tmp_path: Path) -> None:
-    client = engine(loopback.url, tmp_path)
-    client.update_weights(copy.deepcopy(TINY))
-    sent = loopback.calls.count("/pause")
-    loopback.script = ["error", "half", "abort"]
-    client.generate(prompts(4), SETTINGS)
-    assert loopback.calls.count("/pause") == sent  # what others have under way is not aborted
 
 
 def test_no_server(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
