@@ -114,8 +114,9 @@ def replacing(path: Path) -> Iterator[TextIO]:
 
 @contextmanager
 def writing_rows(path: Path) -> Iterator[Callable[[Mapping[str, Any]], None]]:
-    """Write manifest rows one by one; the file appears in one step (`replacing`). A name that ends in .json
-    gets a JSON list, any other JSON lines. Values that JSON lacks (times, decimals) are written as text.
+    """Write manifest rows one by one, as a JSON list (.json) or JSON lines; the file appears in one step.
+
+    Values that JSON lacks (times, decimals) are written as text.
     """
     is_list, written = path.suffix == ".json", 0
     with replacing(path) as file:

@@ -114,12 +114,9 @@ def gather_lists(own: Sequence[T], group: Any = None) -> tuple[list[T], slice]:
 
 
 def is_lost_process(error: BaseException) -> bool:
-    """Return whether a collective call failed because another rank, its machine or the network is gone, or
-    did not answer within `ddp_timeout`. (gloo has no error class: its messages name its source file.)
-    """
-    return isinstance(error, _distributed().DistError) or (
-        isinstance(error, RuntimeError) and "gloo/" in str(error)
-    )
+    """Return whether a collective call failed because another rank is gone or did not answer in time."""
+    gloo = isinstance(error, RuntimeError) and "gloo/" in str(error)  # its messages name its source file
+    return gloo or isinstance(error, _distributed().DistError)
 
 
 @contextmanager
