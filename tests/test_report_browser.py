@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -163,30 +162,6 @@ def test_frames_of_both_orders_stand_beside_the_completions(page: Page, tmp_path
     assert texts(page, ".ordered .card")[0].startswith("advantage +0.70total 1accuracy 15 tokens")
     assert texts(page, ".ordered .card .think") == ["x"] and texts(page, ".ordered .card .answer") == ["B"]
     assert texts(page, ".shuffled .advantage") == []
-
-
-def test_a_frame_can_be_shown_large(page: Page, tmp_path: Path) -> None:
-    group = group_of()
-    wide = group.prompt.media[0].frames.repeat(1, 1, 8, 15)  # 224 x 420 pixels, a clip at the training budget
-    media = replace(group.prompt.media[0], frames=wide)
-    record_group(tmp_path, 10, replace(group, prompt=replace(group.prompt, media=(media,))))
-    show(page, build_report(tmp_path), width=1280)
-    width = "document.querySelector('{}').getBoundingClientRect().width"
-    assert page.evaluate(width.format(".ordered .tile canvas")) > 125
-    before = texts(page, ".position")
-    page.evaluate("document.querySelectorAll('.shuffled button.frame')[1].click()")
-    settle(page)
-    assert page.evaluate(width.format("dialog canvas")) > 600
-    assert texts(page, "dialog output") == ["frame 1 of 3 · 0.5 s"]
-    level = "document.querySelector('dialog canvas').getContext('2d').getImageData(90, 60, 1, 1).data[0]"
-    assert page.evaluate(level) == 10
-    page.keyboard.press("ArrowRight")  # the next frame of this order, not the next question
-    assert texts(page, "dialog output") == ["frame 2 of 3 · 1.0 s"] and texts(page, ".position") == before
-    assert page.evaluate(level) == 120
-    page.evaluate("document.querySelector('dialog .close').click()")
-    settle(page)
-    assert texts(page, "dialog") == []
-    fits(page)
 
 
 @pytest.mark.parametrize(("width", "dark"), [(1280, True), (390, False)])

@@ -265,28 +265,6 @@ def test_studio_pages_through_a_manifest(page: Page, folder: Path, tmp_path: Pat
 
 
 @pytest.mark.slow
-def test_studio_works_by_keyboard(page: Page, address: str) -> None:
-    page.goto(address)
-    link = page.get_by_role("link", name="other")
-    expect(link).to_be_visible()
-    for _ in range(40):
-        page.keyboard.press("Tab")
-        if link.evaluate("node => node === document.activeElement"):
-            break
-    page.keyboard.press("Enter")
-    expect(page.locator(".headline path.main").first).to_be_visible()
-    expect(page.locator(".card").first).to_be_visible()
-    before = page.locator(".position").inner_text()
-    page.keyboard.press("ArrowLeft")
-    expect(page.locator(".position")).not_to_have_text(before)
-    page.goto(f"{address}#/compare/other/demo%2Frl")
-    expect(page.locator(".headline path.main").first).to_be_visible()
-    for width in (390, 2560):
-        page.set_viewport_size({"width": width, "height": 900})
-        fits(page)
-
-
-@pytest.mark.slow
 def test_studio_says_that_its_server_is_gone_and_goes_on(chromium: Browser, folder: Path) -> None:
     shown = chromium.new_page()
     with studio(folder) as (address, _):

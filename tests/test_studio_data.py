@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import threading
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -144,27 +142,3 @@ def test_a_tree_that_takes_long_is_listed_less_often(tmp_path: Path, monkeypatch
         library.runs()
         now[0] += 1
     assert looks == [100.0, 133.0]
-
-
-def test_nobody_waits_while_runs_are_looked_for_again(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    library, looking, done = Library([tmp_path]), threading.Event(), threading.Event()
-
-    def look(root: Path, depth: int) -> list[Path]:
-        looking.set()
-        done.wait(60)
-        return [tmp_path]
-
-    monkeypatch.setattr(folders, "find_run_folders", lambda root, depth: [tmp_path])
-    before = library.runs()
-    library._runs._renewed_at = 0.0
-    monkeypatch.setattr(folders, "find_run_folders", look)
-    with ThreadPoolExecutor(2) as threads:
-        first = threads.submit(library.runs)
-        assert looking.wait(60)
-        try:
-            assert threads.submit(library.runs).result(20) is before
-        finally:
-            done.set()
-        assert first.result(20) is not before
