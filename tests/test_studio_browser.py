@@ -38,7 +38,7 @@ from video_r1.settings.frames import CONTROLS
 
 pytest.importorskip("starlette", reason="the extra studio is not installed")
 pytest.importorskip("playwright", reason="playwright is not installed")
-from playwright.sync_api import Browser, Locator, Page, Route, expect
+from playwright.sync_api import Browser, Locator, Page, expect
 
 SLOW = 60_000
 LIVE = 2000  # milliseconds from a written line to the screen
@@ -303,40 +303,6 @@ def drawn(video: Locator) -> bool:
         pixels = np.asarray(picture.convert("L"), dtype=float)
     height, width = pixels.shape
     return pixels[height // 8 : height * 5 // 8, width * 3 // 8 : width * 5 // 8].std() > 4
-
-
-class HeldClips:
-    """Clips that come only when they are let go."""
-
-    def __init__(self, page: Page) -> None:
-        self.page, self.waiting = page, list[Route]()
-        page.route("**/api/clip*", lambda route: self.waiting.append(route))
-
-    def let_go(self) -> None:
-        for route in self.waiting:
-            route.continue_()
-        self.page.unroute("**/api/clip*")
-
-
-@pytest.mark.slow
-def test_clips_of_rollouts_show_their_first_frame(page: Page, address: str) -> None:
-    held = HeldClips(page)
-    page.goto(f"{address}#/run/rl")
-    videos = [page.locator(f".column.{order} video") for order in ("ordered", "shuffled")]
-    for video in videos:
-        expect(video).to_be_visible()
-        page.wait_for_function("video => video.poster", arg=video.element_handle())
-        page.wait_for_timeout(100)
-        assert drawn(video)
-    before = page.locator(".cards").first.bounding_box()
-    held.let_go()
-    for video in videos:
-        page.wait_for_function("v => v.readyState > 1 && !v.poster && !v.seeking", arg=video.element_handle())
-        assert drawn(video)
-    assert page.locator(".cards").first.bounding_box() == before
-    # The contrast begins with its own first frame.
-    frame = page.locator(".column.shuffled .tile").first.get_attribute("data-frame")
-    assert (videos[1].evaluate("video => video.currentTime") > 0) == (frame != "0")
 
 
 @pytest.mark.slow

@@ -13,28 +13,23 @@ const unplayable = () => make("p", { class: "quiet" }, "This browser does not pl
 
 /**
  * The clip or image of a row as a browser plays it, or a word of why it does not; several beside each other. group: the
- * recorded one, whose frames stand there until the clip's own have come.
+ * recorded one, whose shape the clip has before it has come.
  */
 function player(clip, isImage, row = {}, group = null) {
   const files = row.files ?? [null];
-  const begins = group && firstFrames(group);
-  const known = begins?.length === files.length;
   return besideEachOther(isImage ? "Image" : "Clip", files.map((frames, i) =>
-    filePlayer({ ...clip, ...(i ? { file: i } : {}) }, isImage, row, frames, known ? { group, frame: begins[i] } : null)));
+    filePlayer({ ...clip, ...(i ? { file: i } : {}) }, isImage, row, frames, group)));
 }
-
-/** Numbers of the first frames of a group's clips. */
-const firstFrames = ({ count, clips }) => (clips?.length ? clips.map((_, i) => clips.slice(0, i).reduce((sum, n) => sum + n, 0)) : count ? [0] : []);
 
 const besideEachOther = (name, players) => (players.length === 1 ? players[0]
   : make("div", { class: "players" }, players.map((node, i) => make("figure", {}, node, make("figcaption", { class: "quiet" }, `${name} ${i + 1} of ${players.length}`)))));
 
-/** One file. frames: of a folder of them, which is shown frame by frame. still: {group, frame} that stands there until then. */
-function filePlayer(clip, isImage, row, frames, still) {
+/** One file. frames: of a folder of them, which is shown frame by frame. */
+function filePlayer(clip, isImage, row, frames, group) {
   if (frames) {
     const { count, fps } = frames;
     const times = Array.from({ length: count }, (_, i) => i / fps).filter((time) => time >= (row.start ?? 0) && time < (row.end ?? Infinity));
-    return framePlayer(clip, times, 1000 / fps, frames, still);
+    return framePlayer(clip, times, 1000 / fps, frames, group);
   }
   const times = `#t=${row.start || BEGINNING}${row.end ? `,${row.end}` : ""}`;
   const failed = () => node.replaceChildren(unplayable());
@@ -42,33 +37,17 @@ function filePlayer(clip, isImage, row, frames, still) {
     ? make("img", { src: clipAddress(clip), alt: "the image", error: failed })
     : make("video", { src: clipAddress(clip) + times, controls: true, muted: true, playsinline: true, preload: "metadata", error: failed });
   const node = make("div", { class: "player" }, screen);
-  if (still) standIn(still, screen, "loadeddata");
+  holdPlace(screen, group);
   return node;
 }
 
-/** Gives a screen the shape of a group's frames, and a video one of them to show until the `event` that it has its own. */
-function standIn({ group, frame }, screen, event) {
-  screen.style.aspectRatio = `${group.width} / ${group.height}`;
-  if (!group.strip || screen.tagName !== "VIDEO") return;
-  let address = "";
-  let needed = true;
-  const strip = new Image();
-  strip.addEventListener("load", () => frameCanvas(group, strip, frame, []).toBlob((picture) => {
-    if (needed && picture) screen.poster = address = URL.createObjectURL(picture);
-  }));
-  strip.src = group.strip;
-  screen.addEventListener(event, () => {
-    needed = false;
-    screen.removeAttribute("poster");
-    URL.revokeObjectURL(address);
-  }, { once: true });
+/** Gives a screen the shape of a group's frames, so that nothing moves when the clip comes. */
+function holdPlace(screen, group) {
+  if (group?.count) screen.style.aspectRatio = `${group.width} / ${group.height}`;
 }
 
-/**
- * Frames of a clip at their times, one after the other: of a file that seeks, or the pictures of a folder (`frames`).
- * still: as of `filePlayer`.
- */
-function framePlayer(clip, times, pace, frames, still) {
+/** Frames of a clip at their times, one after the other: of a file that seeks, or the pictures of a folder (`frames`). */
+function framePlayer(clip, times, pace, frames, group) {
   const failed = () => node.replaceChildren(unplayable());
   const picture = (time) => clipAddress({ ...clip, frame: Math.max(0, Math.min(frames.count - 1, Math.round(time * frames.fps))) });
   const screen = frames
@@ -91,7 +70,7 @@ function framePlayer(clip, times, pace, frames, still) {
   } }, name);
   const node = make("div", { class: "player" }, screen, make("p", { class: "control" }, play, said));
   screen.addEventListener("loadedmetadata", () => { if (at < 0) screen.currentTime = times[0]; });
-  if (still) standIn(still, screen, "seeked");
+  holdPlace(screen, group);
   return node;
 }
 
@@ -106,12 +85,12 @@ function groupClip(group, order) {
   const place = { manifest: clip.manifest, row: clip.row };
   if (order === "ordered") return [oneOfSeveral(clip), player(place, false, clip, group)];
   const told = group.timestamps.filter((time) => time !== null).length === group.count;
-  if (!group.permutation?.length || !told || clip.files.length !== firstFrames(group).length) return "";
+  if (!group.permutation?.length || !told || clip.files.length !== (group.clips?.length || 1)) return "";
   return besideEachOther("Clip", clip.files.map((frames, i) => {
     const isOf = (frame) => partOf(group, frame).clip === i;
     const shown = group.permutation.filter(isOf);
     const times = shown.map((frame) => (clip.start ?? 0) + group.timestamps[frame]);
     const pace = paceOf(group.timestamps.filter((_, frame) => isOf(frame)));
-    return framePlayer({ ...place, ...(i ? { file: i } : {}) }, times, pace, frames, { group, frame: shown[0] });
+    return framePlayer({ ...place, ...(i ? { file: i } : {}) }, times, pace, frames, group);
   }));
 }
