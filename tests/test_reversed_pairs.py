@@ -1,15 +1,21 @@
 """`data pairs`: the answer about the reversed clip by rules on words, and the manifest with its twins."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from test_temporal import group
 from tiny_models import moving_square, write_clip
 
 from video_r1.cli import main
 from video_r1.data.making.reversal import Reversals, Unknown
 from video_r1.data.manifests.records import load_manifest
+from video_r1.data.reading import derived_generator
+from video_r1.training.metrics import Meter, describe_groups
+from video_r1.training.questions import epoch_order, pair_of
 
 WORDS = Reversals()
 WAYS = ["left", "right", "up", "down"]
@@ -91,6 +97,27 @@ def test_the_manifest_with_twins(tmp_path: Path, capsys: pytest.CaptureFixture[s
     written = (tmp_path / "made.json").read_text()
     assert main([*words[:-1], str(tmp_path / "made.json")]) == 2  # never over a file of somebody else's
     assert (tmp_path / "made.json").read_text() == written
+
+
+def test_twins_are_asked_in_one_step(tmp_path: Path) -> None:
+    (tmp_path / "made.json").write_text(
+        json.dumps([{**rows(tmp_path)[0], "problem_id": number} for number in range(6)])
+    )
+    alone = load_manifest(str(tmp_path / "made.json"))
+    drawn = torch.randperm(6, generator=derived_generator(3, "epoch", 1)).tolist()
+    assert epoch_order(3, alone, 1) == drawn
+    assert main(["data", "pairs", str(tmp_path / "made.json"), "--out", str(tmp_path / "pairs.json")]) == 0
+    samples = load_manifest(str(tmp_path / "pairs.json"))
+    order = epoch_order(3, samples, 1)
+    assert sorted(order) == list(range(12)) and order != sorted(order)
+    for one, other in zip(order[::2], order[1::2], strict=True):
+        assert (
+            pair_of(samples[one]) == pair_of(samples[other]) == (str(samples[min(one, other)].problem_id), 2)
+        )
+    meter = Meter()
+    twins = [replace(group("1100"), sample=samples[0]), replace(group("1000"), sample=samples[1])]
+    describe_groups(meter, [*twins, replace(group("1111"), sample=samples[2])], ())
+    assert meter.drain()["temporal/pair_accuracy"] == 0.125
 
 
 def test_further_words(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

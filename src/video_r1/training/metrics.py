@@ -17,6 +17,7 @@ from video_r1.data.rollouts import Rollout, RolloutGroup
 from video_r1.models.group_forward import GroupLogprobs
 from video_r1.processes import gather, process_count
 from video_r1.training.objective import PolicyLoss, without_variance
+from video_r1.training.questions import pair_of
 
 SKIPPED_GROUPS = "left_out.jsonl"  # in a run folder: groups that its steps learnt nothing from
 VISIBLE_CHANGE = 0.01  # of an advantage; advantages of a group have deviation 1
@@ -89,7 +90,10 @@ class Meter:
 
 def describe_groups(meter: Meter, groups: Sequence[RolloutGroup], phrases: Sequence[str]) -> None:
     """Add one step's rewards, their deviations inside a group, temporal gap, completions, flat groups."""
+    pairs: dict[tuple[str, int], list[float]] = defaultdict(list)
     for group in groups:
+        if pair := pair_of(group.sample):
+            pairs[pair].append(group.p)
         sample = group.sample
         for term, values in {**group.rewards, "total": group.total_reward}.items():
             # A user's function may return no reward for a completion (nan).
@@ -115,6 +119,9 @@ def describe_groups(meter: Meter, groups: Sequence[RolloutGroup], phrases: Seque
             meter.add("completion/truncated", rollout.finish_reason == "length")
             meter.add("completion/self_reflection", has_self_reflection(rollout.text, phrases))
         meter.add("groups/no_variance", bool(without_variance(group.total_reward[None])))
+    for (_, size), shares in pairs.items():
+        if len(shares) == size:  # all of them in this step, on this rank
+            meter.add("temporal/pair_accuracy", math.prod(shares))
 
 
 def describe_credit(meter: Meter, group: RolloutGroup) -> None:

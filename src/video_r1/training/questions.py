@@ -11,7 +11,7 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, fields, is_dataclass, replace
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any, Generic, NamedTuple, TypeVar
 
@@ -122,6 +122,7 @@ class QuestionSource(Generic[Loaded, Content]):
         self.kept_bytes = 0
         self.unusable: set[int] = set()
         self.lock = threading.Lock()
+        self.order = lru_cache(maxsize=4)(partial(epoch_order, self.seed, self.samples))
 
     def submit(self, slot: Slot) -> Future[Ready[Content]]:
         """Start reading the slot's question; `result()` raises the errors of `ready`."""
@@ -165,7 +166,7 @@ class QuestionSource(Generic[Loaded, Content]):
     def draw(self, slot: Slot, attempt: int = 0) -> int:
         """Draw the index of a slot's sample. Attempts and rounds above 0 draw replacements."""
         if attempt == slot.round == 0:
-            return int(epoch_order(self.seed, slot.epoch, len(self.samples))[slot.index])
+            return self.order(slot.epoch)[slot.index]
         generator = self.generator("replacement", slot, attempt)
         return int(torch.randint(len(self.samples), (1,), generator=generator))
 
@@ -197,10 +198,22 @@ def with_shuffled_options(sample: Sample, generator: torch.Generator) -> Sample:
     return replace(sample, options=options, solution=f"<answer>{letter}</answer>")
 
 
-@lru_cache(maxsize=4)
-def epoch_order(seed: int, epoch: int, questions: int) -> Tensor:
-    """Draw the order of an epoch: [questions] int64."""
-    return torch.randperm(questions, generator=derived_generator(seed, "epoch", epoch))
+def epoch_order(seed: int, samples: Sequence[Sample], epoch: int) -> list[int]:
+    """Draw the order of an epoch, as indices of samples; a clip and its reversed twin stand together."""
+    drawn = torch.randperm(len(samples), generator=derived_generator(seed, "epoch", epoch)).tolist()
+    together: dict[object, list[int]] = {}
+    for index in drawn:
+        pair = pair_of(samples[index])
+        together.setdefault(pair[0] if pair else (index,), []).append(index)
+    return [index for indices in together.values() for index in indices]
+
+
+def pair_of(sample: Sample) -> tuple[str, int] | None:
+    """Return the name of a sample's pair and the number of its questions (`data pairs`); None without one."""
+    match sample.extra.get("pairs"):
+        case {"pair accuracy": [name, int(size)]}:
+            return str(name), size
+    return None
 
 
 def tensor_bytes(value: Any) -> int:
