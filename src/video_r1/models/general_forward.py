@@ -33,12 +33,12 @@ Encoded = dict[str, Tensor | list[Tensor]]
 
 def encode_prompts(model: Any, prompts: Sequence[Prompt]) -> list[Encoded | None]:
     """Return the towers' output for each prompt; None if the model's forward needs the pixels."""
+    if "mm_encoder_outputs" not in inspect.signature(model.forward).parameters:
+        return [None] * len(prompts)
     return [_encoded(model, prompt) for prompt in prompts]
 
 
 def _encoded(model: Any, prompt: Prompt) -> Encoded | None:
-    if "mm_encoder_outputs" not in inspect.signature(model.forward).parameters:
-        return None
     outputs: Encoded = {}
     for kind in ("image", "video"):
         encoder = getattr(model.base_model, f"get_{kind}_features", None)

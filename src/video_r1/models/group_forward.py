@@ -302,9 +302,8 @@ def through_wrapper(model: nn.Module, function: Callable[[], Result]) -> Result:
     replaced = inner.__dict__.get("forward")
 
     def restore() -> None:
-        if replaced is None:
-            inner.__dict__.pop("forward", None)
-        else:
+        inner.__dict__.pop("forward", None)
+        if replaced is not None:
             inner.forward = replaced
 
     def forward(*args: Any, **kwargs: Any) -> Result:

@@ -19,7 +19,6 @@ import uuid
 from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -304,13 +303,13 @@ class ServerEngine(RolloutEngine):
 
     def _reach(self) -> None:
         """Check that one of the servers answers and is still the same. Raises as `_max_length` does."""
-        *others, last = self.urls
-        for url in others:
-            with suppress(ServerFailure):
+        for url in self.urls:
+            try:
                 self._max_length(url)
                 return self._failover.is_back(url)
-        self._max_length(last)
-        self._failover.is_back(last)
+            except ServerFailure:
+                if url == self.urls[-1]:
+                    raise
 
     def _max_length(self, url: str) -> int:
         """Return the longest sequence in tokens. Raises ServerFailure, and ConfigError for another server."""

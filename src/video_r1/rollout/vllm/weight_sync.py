@@ -206,14 +206,11 @@ class NCCLSync:
         sync = self
 
         class Present(base.WeightSource):
-            """The present weights."""
-
             def metadata(self) -> list[Any]:
                 return [base.ParamMeta(name, w.dtype, tuple(w.shape)) for name, w in sync.weights.items()]
 
             def __iter__(self) -> Iterator[tuple[str, Tensor]]:
-                for name, tensor in sync.weights.items():
-                    yield name, tensor.to(sync.device)
+                return ((name, tensor.to(sync.device)) for name, tensor in sync.weights.items())
 
         parts = urllib.parse.urlsplit(self.url)
         with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:  # sends nothing
