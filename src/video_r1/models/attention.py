@@ -15,7 +15,7 @@ import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -275,8 +275,7 @@ def groups_attention_forward(
 def _flex(
     query: Tensor, key: Tensor, value: Tensor, layout: RowLayout, scale: float, module: nn.Module
 ) -> Tensor:
-    mask: Any = layout.block_mask
-    return flex_attention_forward(module, query, key, value, mask, scaling=scale)[0]
+    return flex_attention_forward(module, query, key, value, cast(Any, layout.block_mask), scaling=scale)[0]
 
 
 def _by_spans(

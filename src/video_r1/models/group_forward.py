@@ -166,7 +166,6 @@ def visual_features(model: Any, prompts: Sequence[Prompt]) -> list[VisionFeature
 
 
 def _is_visual(config: Any, ids: Tensor) -> Tensor:
-    """Return a mask of the placeholders of images and videos."""
     return (ids == config.image_token_id) | (ids == config.video_token_id)
 
 
@@ -179,8 +178,7 @@ def vision_language_model(model: nn.Module) -> Any:
     return inner
 
 
-def _inside(model: Any) -> Any:
-    """Return the model inside DDP, FSDP and DeepSpeed."""
+def _inside(model: Any) -> Any:  # DDP, FSDP, DeepSpeed
     while isinstance(getattr(model, "module", None), nn.Module):
         model = model.module
     return model

@@ -129,7 +129,6 @@ def merged_adapters(model: nn.Module) -> Iterator[None]:
 
 
 def adapted_linears(model: nn.Module) -> dict[str, Any]:
-    """Return the LoRA layers over plain linear layers, by name."""
     return {
         name: layer
         for name, layer in model.named_modules()

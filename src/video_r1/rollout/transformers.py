@@ -103,8 +103,6 @@ class TransformersEngine(InProcessEngine):
         return results
 
     def _prefill(self, prompts: Sequence[Prompt]) -> _Prefilled:
-        """Run one forward for each chunk of prompts of similar length."""
-
         def tokens(chunk: Sequence[Prompt]) -> int:
             lengths = [len(prompt.input_ids) for prompt in chunk]
             if self._stateful and len(set(lengths)) > 1:  # padding would change the states
@@ -121,7 +119,7 @@ class TransformersEngine(InProcessEngine):
         )
 
     def _prefill_chunk(self, prompts: Sequence[Prompt]) -> _Prefilled:
-        """Run one forward. Padding is at the end: causal attention hides it without a mask."""
+        """Padding is at the end: causal attention hides it without a mask."""
         device = self._text.device
         rows = torch.arange(len(prompts), device=device)
         lengths = torch.tensor([len(prompt.input_ids) for prompt in prompts], device=device)
@@ -145,7 +143,6 @@ class TransformersEngine(InProcessEngine):
         )
 
     def _kept(self, layer: Any) -> tuple[Tensor, Tensor]:
-        """Return the tensors of a layer of the prefill's cache, for `_Prefilled.layers`."""
         if hasattr(layer, "recurrent_states"):
             return layer.conv_states[0], layer.recurrent_states[0]
         dtype = layer.keys.dtype

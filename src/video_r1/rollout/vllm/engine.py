@@ -207,7 +207,6 @@ class VLLMEngine(RolloutEngine):
             self._asleep = True
 
     def close(self) -> None:
-        """Free vLLM's memory."""
         if self._folder is not None:
             self._folder.cleanup()
         self.llm.llm_engine.engine_core.shutdown()

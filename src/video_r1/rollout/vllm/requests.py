@@ -155,7 +155,6 @@ def _digest(tensors: dict[str, Tensor]) -> str:
 
 
 def _item(visual: Visual) -> Any:
-    """Convert to vLLM's MultiModalKwargsItem."""
     from vllm.multimodal import inputs  # pyright: ignore[reportMissingImports]
 
     whole = inputs.MultiModalFlatField(slices=[slice(None)])

@@ -75,8 +75,7 @@ def checkpoint_weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
 
 def _without_wrappers(name: str) -> str:
-    """Remove PEFT's wrappers from a name; experts may have several."""
-    return ".".join(part for part in name.split(".") if part != "base_layer")
+    return ".".join(part for part in name.split(".") if part != "base_layer")  # experts may have several
 
 
 # ---- To a server
