@@ -88,7 +88,6 @@ const LINE_COLOURS = new Map(
 const AXES = {
   step: { name: "step", show: (value) => show(value), whole: true },
   time: { name: "after", show: (seconds) => clockTime(seconds), marks: timeMarks },
-  tokens: { name: "tokens", show: (value) => compact(value) },
 };
 
 /** Ticks of a time axis as [seconds, text], in the largest unit of which it has four. */
@@ -98,7 +97,6 @@ function timeMarks(first, last, count) {
 }
 
 const clockTime = (seconds) => (seconds < 60 ? `${Math.round(seconds)} s` : seconds < 3600 ? `${Math.round(seconds / 60)} min` : `${(seconds / 3600).toFixed(1)} h`);
-const compact = (value) => (value >= 1e9 ? `${show(value / 1e9)} G` : value >= 1e6 ? `${show(value / 1e6)} M` : value >= 1e3 ? `${show(value / 1e3)} k` : show(value));
 
 const LABEL_CHARACTERS = 16; // of a label at a line's end
 
@@ -109,7 +107,7 @@ function lineColour(label) {
   return `var(--line${LINE_COLOURS.get(label) % 8})`;
 }
 
-/** A run with its `series`, each with its own points alone, from the columns `points`. axis: steps, times or tokens. */
+/** A run with its `series`, each with its own points alone, from the columns `points`. axis: steps or times. */
 function charted(run, axis = "steps") {
   const { points } = run;
   return { ...run, series: Object.fromEntries(Object.entries(points.series).map(([name, values]) => {

@@ -25,7 +25,7 @@ class Curves:
 
     def __init__(self) -> None:
         self.merged = 1  # logged lines behind a row
-        self.steps, self.times, self.tokens = array("q"), array("d"), array("d")
+        self.steps, self.times = array("q"), array("d")
         self.series: dict[str, array[float]] = {}
         self.bad: dict[str, int] = {}  # number of values that were not finite
 
@@ -38,13 +38,11 @@ class Curves:
             return
         if self.steps and int(step) < self.steps[-1]:
             row = bisect_left(self.steps, int(step))
-            for column in (self.steps, self.times, self.tokens, *self.series.values()):
+            for column in (self.steps, self.times, *self.series.values()):
                 del column[row:]
         if not self.steps or int(step) > self.steps[-1]:
-            before, time, tokens = (c[-1] if c else 0 for c in (self.steps, self.times, self.tokens))
             self.steps.append(int(step))
-            self.times.append(time)
-            self.tokens.append(tokens + _tokens(record) * (step - before))
+            self.times.append(self.times[-1] if self.times else 0.0)
             for column in self.series.values():
                 column.append(MISSING)
         self.times[-1] = finite(record.get("time"), self.times[-1]) or 0.0
@@ -60,14 +58,12 @@ class Curves:
                 self.bad[name] = self.bad.get(name, 0) + 1
             else:
                 self.series[name][-1] = known
-        if len(self.steps) * (len(self.series) + 3) > MAX_CELLS:
+        if len(self.steps) * (len(self.series) + 2) > MAX_CELLS:
             self._halve()
 
     def _halve(self) -> None:
         self.merged *= 2
-        self.steps, self.times, self.tokens = (
-            array(column.typecode, _last(column, 2)) for column in (self.steps, self.times, self.tokens)
-        )
+        self.steps, self.times = array("q", _last(self.steps, 2)), array("d", _last(self.times, 2))
         self.series = {name: array("d", _means(column, 2)) for name, column in self.series.items()}
 
     def points(self) -> dict[str, Any]:
@@ -79,19 +75,12 @@ class Curves:
             "averaged": width * self.merged,
             "steps": _last(self.steps, width),
             "times": _last(self.times, width),
-            "tokens": _last(self.tokens, width),
             "series": {
                 name: [None if math.isnan(v) else float(f"{v:.5g}") for v in _means(column, width)]
                 for name, column in self.series.items()
             },
             "bad": self.bad,
         }
-
-
-def _tokens(record: Mapping[str, Any]) -> float:
-    """Return the tokens that were sampled in a step, or trained on in SFT; 0 if unknown."""
-    speed, seconds = finite(record.get("speed/tokens_per_second")), finite(record.get("seconds/rollout"))
-    return max(0.0, speed * seconds) if speed is not None and seconds is not None else 0.0
 
 
 def _last(column: "array[Any]", width: int) -> list[Any]:

@@ -3,7 +3,7 @@
 /** The columns of a run as far as the server has read them. */
 class Columns {
   constructor(name) {
-    Object.assign(this, { name, stamp: "", notes: [], changed: false, points: { averaged: 1, steps: [], times: [], tokens: [], series: {}, bad: {} } });
+    Object.assign(this, { name, stamp: "", notes: [], changed: false, points: { averaged: 1, steps: [], times: [], series: {}, bad: {} } });
   }
 
   /** Takes what is new. Returns the seconds after which to ask again. */
@@ -14,16 +14,13 @@ class Columns {
     return answer.more ? 0.05 : 1;
   }
 
-  hasTokens() { return this.points.tokens.some((count) => count > 0); }
-
   run(kind, axis, config = {}) { return charted({ name: this.name, kind, about: [], points: this.points, config }, axis); }
 }
 
-const AXIS_COLUMNS = { step: "steps", time: "times", tokens: "tokens" };
+const AXIS_COLUMNS = { step: "steps", time: "times" };
 
-/** Which axes there are: tokens only where a run counts them. */
 function axisChoice(onChange) {
-  return choice("pick-axis", "Across", [["step", "steps"], ["time", "time"], ["tokens", "sampled tokens"]], onChange);
+  return choice("pick-axis", "Across", [["step", "steps"], ["time", "time"]], onChange);
 }
 
 /** The section of curves, made anew only when there are series that it has no chart for. */
@@ -62,7 +59,6 @@ function runView(view, [name]) {
   document.getElementById("main").replaceChildren(above, controls, left, drawn, recorded, aside);
 
   const redraw = () => {
-    axis.select.querySelector("[value=tokens]").disabled = !columns.hasTokens();
     holder.draw(columns.run(run.kind, AXIS_COLUMNS[holder.axis], run.config), {});
   };
 
@@ -141,7 +137,6 @@ function compareView(view, names) {
   document.getElementById("main").replaceChildren(make("div", { class: "controls" }, picked.node), drawn, table);
 
   const redraw = () => {
-    picked.select.querySelector("[value=tokens]").disabled = !all.every((columns) => columns.hasTokens());
     for (const kind of new Set(kinds.values())) {
       if (!holders.has(kind)) {
         const node = make("div", {});
