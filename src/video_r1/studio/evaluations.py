@@ -10,7 +10,7 @@ from starlette.routing import Route
 
 from video_r1.evaluation.metrics import mean_figure
 from video_r1.report.run_data import ANSWERS
-from video_r1.report.values import finite, parse, text
+from video_r1.report.values import finite, text
 from video_r1.settings.frames import Order
 from video_r1.studio.folders import Found
 from video_r1.studio.manifests import ManifestIndex, row_of
@@ -81,12 +81,6 @@ class Predictions:
             groups = tuple(text(record.get(field) or "")[:80] for field in GROUPINGS.values())
             tokens = finite(record.get("tokens"))
             by_id[text(record.get("problem_id", ""))] = Scored(score, tokens, groups, (place, size))
-
-    def record(self, scored: Scored) -> dict[str, Any]:
-        """Return the whole answer, {} if the file does not have it any more."""
-        with self.tail.found.open(self.tail.name) as file:
-            file.seek(scored.place[0])
-            return parse(file.read(scored.place[1])) or {}
 
 
 def list_evaluations(request: Request) -> Answer:
@@ -205,8 +199,9 @@ def questions(request: Request) -> Answer:
     indexes = request.app.state.manifests.indexes()
     shown = []
     for problem in chosen[at : at + PAGE]:
-        a, b = both[problem]
-        shown.append(_question(indexes, problem, left.record(a), right.record(b)))
+        pair = zip((left, right), both[problem], strict=True)
+        records = [side.tail.at(*answer.place) or {} for side, answer in pair]
+        shown.append(_question(indexes, problem, *records))
     after = at + PAGE
     return Answer({"total": len(chosen), "shown": shown, "next": after if after < len(chosen) else None})
 

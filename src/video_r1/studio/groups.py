@@ -8,7 +8,7 @@ from typing import Any
 
 from video_r1.data.manifests.records import question_digest
 from video_r1.report.run_data import group_of, strip_of
-from video_r1.report.values import as_list, as_table, finite, parse, text, whole
+from video_r1.report.values import as_list, as_table, finite, text, whole
 from video_r1.studio.folders import Found
 from video_r1.studio.manifests import FIELDS, paths_of
 from video_r1.studio.tail import Tail
@@ -52,10 +52,7 @@ class RecordedGroups:
         """Return the line of an entry, None if the file does not have it any more."""
         if not 0 <= number < len(self.places):
             return None
-        place, length = self.places[number]
-        with self.found.open(self.tail.name) as file:
-            file.seek(place)
-            record = parse(file.read(length))
+        record = self.tail.at(*self.places[number])
         return record if record is not None and entry_of(record) == self.entries[number] else None
 
     def group(self, number: int, address: str) -> dict[str, Any] | None:

@@ -124,19 +124,11 @@ class ManifestIndex:
             fits &= np.array(self.bad) != 0
         return np.flatnonzero(fits).tolist()
 
-    def lines(self, rows: Sequence[int]) -> Iterator[tuple[int, bytes]]:
-        """Yield the bytes of rows. Raises OSError, Refused."""
-        with self.manifest.found.open(self.manifest.file) as file:
-            for row in rows:
-                file.seek(self.starts[row])
-                yield row, file.read(self.sizes[row])
-
     def row(self, number: int) -> dict[str, Any] | None:
         """Return a row as it is in the file, None if there is none any more."""
         if not 0 <= number < len(self):
             return None
-        ((_, line),) = self.lines([number])
-        return parse(line)
+        return self.tail.at(self.starts[number], self.sizes[number])
 
     def questions(self, problem_id: str) -> Iterator[tuple[int, Sample]]:
         """Yield the good rows with this problem_id, also those whose files may not be read from here."""
@@ -252,11 +244,14 @@ def _search(
     escaped = b"|".join(re.escape(form.encode("utf-8", "replace")) for form in forms)
     pattern = re.compile(escaped, re.IGNORECASE)
     until, found = time.monotonic() + SEARCH_SECONDS, []
-    for row, line in index.lines(chosen):
-        if pattern.search(line) and (keep is None or keep.truth(rates_of(parse(line) or {})) == TRUE):
-            found.append(row)
-        if len(found) == PAGE or time.monotonic() > until:
-            return found, row + 1
+    with index.manifest.found.open(index.manifest.file) as file:
+        for row in chosen:
+            file.seek(index.starts[row])
+            line = file.read(index.sizes[row])
+            if pattern.search(line) and (keep is None or keep.truth(rates_of(parse(line) or {})) == TRUE):
+                found.append(row)
+            if len(found) == PAGE or time.monotonic() > until:
+                return found, row + 1
     return found, None
 
 

@@ -67,6 +67,12 @@ class Tail:
                 self._read_on(file, take, time.monotonic() + seconds)
             self.behind = max(0, os.fstat(file.fileno()).st_size - self.place)
 
+    def at(self, place: int, size: int) -> dict[str, Any] | None:
+        """Return the object at a place, None if the file does not have it any more."""
+        with self.found.open(self.name) as file:
+            file.seek(place)
+            return parse(file.read(size))
+
     def _identity(self, status: os.stat_result) -> tuple[int, ...]:
         return status.st_dev, status.st_ino
 
