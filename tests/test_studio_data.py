@@ -68,10 +68,10 @@ def test_a_manifest_that_grows_and_one_that_is_replaced(tmp_path: Path) -> None:
     assert len(read(index)) == 2
     path = write(tmp_path / "l.json", [row(1), row(2)], "ascii")
     index = read(index_of(path))
-    life = index.life
+    life = index.tail.life
     write(path, [row(5), row(6), row(7)], "ascii")
     assert [item["problem_id"] for i in range(len(read(index))) if (item := index.row(i))] == [5, 6, 7]
-    assert index.life > life
+    assert index.tail.life > life
 
 
 @pytest.mark.parametrize(("text", "rows", "said"), [

@@ -59,7 +59,7 @@ def paths_of(row: dict[str, Any]) -> list[str]:
 
 
 class ManifestIndex:
-    """An index of one manifest. `life` counts how often it was started over."""
+    """An index of one manifest."""
 
     def __init__(self, manifest: Manifest) -> None:
         self.manifest = manifest
@@ -69,11 +69,9 @@ class ManifestIndex:
             is_list = opened.read(200).removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"[")
         self.tail = JsonArray(found, file) if is_list else Tail(found, file)
         self.places, self.named = (of(str(found.folder.resolve())) for of in (MediaPaths, UncheckedPaths))
-        self.life = 0
         self._restart()
 
     def _restart(self) -> None:
-        self.life += 1
         self.starts, self.sizes = array("q"), array("l")
         self.codes = {name: array("B") for name in FIELDS}
         self.names: dict[str, dict[str, int]] = {name: {} for name in FIELDS}  # values as small numbers
@@ -228,7 +226,7 @@ def rows(request: Request) -> Answer:
         else:
             found = found[at : at + PAGE]
         return Answer({
-            "life": index.life, "rows": len(index), "more": index.tail.more, "notes": index.tail.notes,
+            "life": index.tail.life, "rows": len(index), "more": index.tail.more, "notes": index.tail.notes,
             "behind": index.tail.behind, "bad": index.bad.count(1), "rates": sorted(index.rates),
             "total": total, "next": following, "shown": [_shown(index, row) for row in found],
             "counts": index.counts(),
