@@ -17,7 +17,6 @@ from video_r1.settings.commands import (
     LabSettings,
     MakeSettings,
     MergeSettings,
-    PairsSettings,
     PlanSettings,
     ReportSettings,
     StudioSettings,
@@ -28,6 +27,7 @@ from video_r1.settings.decoding import (
     AuditSettings,
     BenchmarkSettings,
     EvalSettings,
+    PairsSettings,
 )
 from video_r1.settings.shared import DataSettings, ModelSettings, PromptSettings
 from video_r1.settings.training import SFTSettings, TGRPOSettings
@@ -84,9 +84,9 @@ COMMANDS: dict[str, Command] = {
          "data audit train.json --model runs/sft --limit 500 --temporal_contrast reversed")),
     "data pairs": Command(
         "add to a manifest the reversed twin of each question whose answer is then known",
-        "data.making.pairs:run_pairs", "sections", (PairsSettings,), ("manifest",), ("manifest", "out"),
+        "annotation.pairs:run_pairs", "sections", (PairsSettings,), ("manifest",), ("manifest", "out"),
         ("data pairs train.json --out pairs.json",
-         "data pairs train.json --media_root /data --words mine.toml --out pairs.json")),
+         "data pairs train.json --out pairs.json --teacher http://host:8000/v1 --samples 8")),
     "lab make": Command(
         "write made-up clips with questions that need frame order", "lab.clips:write_lab", "sections",
         (LabSettings,), ("folder",), ("folder",), ("lab make lab --train 4000 --test 500 --seed 1",)),

@@ -19,7 +19,7 @@ from copy import copy
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 from video_r1.annotation.filters import FILTERS, Verdict, judge, rationale_of
 from video_r1.annotation.teachers import Answered, EndpointTeacher, EngineTeacher
@@ -44,7 +44,9 @@ from video_r1.processes import (
     wait_for_everyone,
 )
 from video_r1.recipe import plain
-from video_r1.settings.decoding import AnnotateSettings
+from video_r1.settings.decoding import AnnotateSettings, TeacherSettings
+
+Found = TypeVar("Found")
 
 # Kinds of questions without rationales, and their names in the table.
 FAILURES = {"media": "not asked: media", "prompt": "not asked: prompt", "endpoint": "not answered"}
@@ -79,21 +81,45 @@ def run_annotate(settings: AnnotateSettings) -> Counts:
     that no annotation has written), and VideoR1Error when the teacher fails, nothing is kept, or another rank
     is lost; all answers so far are then in the journal.
     """
-    assert settings.manifest is not None and settings.teacher is not None and settings.out is not None
-    manifest, teacher, out = settings.manifest, settings.teacher, Path(settings.out)
-    path = out.with_name(f"{out.stem}.journal.jsonl")
-    with process_group(out.parent), writing_to(out), ExitStack() as opened:
+    assert settings.manifest is not None and settings.out is not None
+    manifest, out = settings.manifest, Path(settings.out)
+    with process_group(out.parent), writing_to(out):
         samples = decided_by_first(lambda: load_manifest(manifest, **settings.manifest_options()))
-        drawn_with = {"teacher": teacher, **drawing(settings, samples)}
-        open_teacher: Callable[[], EndpointTeacher | EngineTeacher] = partial(_local_teacher, settings)
-        if settings.at_endpoint:
-            key = os.environ.get(settings.key_variable)
-            endpoint = Endpoint(endpoint_urls(teacher), key, settings.timeout, settings.wait)
-            name, frames_as = open_endpoint(endpoint, settings.model, settings.frames_as)
-            drawn_with |= {"teacher": name, "frames_as": frames_as}
-            open_teacher = partial(EndpointTeacher, settings, endpoint, name, frames_as)
-        samples = samples[: settings.limit]
-        journals: list[Journal] = []  # rank 0 has it
+        counts = answered(settings, samples, partial(_write, settings))
+        root = media_root_of(manifest, settings.media_root)
+        print(f"{counts.table()}\n\nmanifest for SFT: {out}; its media root is {root}")
+        print(f"rejected, with the reason: {rejected_path(out)}")
+        if counts.questions["endpoint"]:
+            count = f"{counts.questions['endpoint']:,}"
+            print(f"{count} questions were not answered; run the same command to ask again")
+        if not counts.questions["kept"]:
+            raise VideoR1Error(f"no rationale was kept; {rejected_path(out)} has the reasons")
+        return counts
+
+
+def answered(
+    settings: TeacherSettings,
+    samples: Sequence[Sample],
+    finish: Callable[[Sequence[Sample], "Journal"], Found],
+) -> Found:
+    """Ask the teacher what OUT's journal has no answer to; return rank 0's `finish(samples, journal)`.
+
+    samples: cut to `limit`. Call it within `process_group`. Raises as `run_annotate`.
+    """
+    assert settings.teacher is not None and settings.out is not None
+    teacher, out = settings.teacher, Path(settings.out)
+    path = out.with_name(f"{out.stem}.journal.jsonl")
+    drawn_with = {"teacher": teacher, **drawing(settings, samples)}
+    open_teacher: Callable[[], EndpointTeacher | EngineTeacher] = partial(_local_teacher, settings)
+    if settings.at_endpoint:
+        key = os.environ.get(settings.key_variable)
+        endpoint = Endpoint(endpoint_urls(teacher), key, settings.timeout, settings.wait)
+        name, frames_as = open_endpoint(endpoint, settings.model, settings.frames_as)
+        drawn_with |= {"teacher": name, "frames_as": frames_as}
+        open_teacher = partial(EndpointTeacher, settings, endpoint, name, frames_as)
+    samples = samples[: settings.limit]
+    journals: list[Journal] = []  # rank 0 has it
+    with ExitStack() as opened:
 
         def begin() -> set[str | int]:
             if out.exists() and not path.exists():
@@ -102,9 +128,9 @@ def run_annotate(settings: AnnotateSettings) -> Counts:
             journals[0].merge(parts_of(path), drawn_with)
             return {one.problem_id for one in samples if journals[0].is_answered(one.problem_id)}
 
-        def finish() -> Counts:
+        def end() -> Found:
             journals[0].merge(parts_of(path), drawn_with)
-            return _write(samples, journals[0], settings)
+            return finish(samples, journals[0])
 
         done = decided_by_first(begin)
         if len(done) < len(samples):
@@ -121,24 +147,15 @@ def run_annotate(settings: AnnotateSettings) -> Counts:
                         [batch for batch in batches if any(one.problem_id not in done for one in batch)],
                         lambda batch: sum(one.problem_id not in done for one in batch),
                         lambda share: _record(asked.answers(share, done), journal),
-                        "annotating",
+                        "asking",
                     )
             except KeyboardInterrupt as stop:
                 raise Interrupted(number_of(stop), f"the answers so far are in {path}") from stop
             wait_for_everyone()
-        counts = decided_by_first(finish)
-        root = media_root_of(manifest, settings.media_root)
-        print(f"{counts.table()}\n\nmanifest for SFT: {out}; its media root is {root}")
-        print(f"rejected, with the reason: {rejected_path(out)}")
-        if counts.questions["endpoint"]:
-            count = f"{counts.questions['endpoint']:,}"
-            print(f"{count} questions were not answered; run the same command to ask again")
-        if not counts.questions["kept"]:
-            raise VideoR1Error(f"no rationale was kept; {rejected_path(out)} has the reasons")
-        return counts
+        return decided_by_first(end)
 
 
-def drawing(settings: AnnotateSettings, samples: list[Sample]) -> dict[str, Any]:
+def drawing(settings: TeacherSettings, samples: Sequence[Sample]) -> dict[str, Any]:
     """Return the settings that the teacher's answers depend on besides the teacher (see fingerprint.py)."""
     engine = "server" if settings.engine.startswith("http") else settings.engine
     return {
@@ -159,7 +176,7 @@ def drawing(settings: AnnotateSettings, samples: list[Sample]) -> dict[str, Any]
     }
 
 
-def _local_teacher(settings: AnnotateSettings) -> EngineTeacher:
+def _local_teacher(settings: TeacherSettings) -> EngineTeacher:
     from video_r1.rollout.engine_factory import open_engine, open_prompts
 
     decoding = copy(settings)
@@ -182,7 +199,7 @@ def rejected_path(out: str | Path) -> Path:
     return Path(out).with_name(f"{Path(out).stem}.rejected.jsonl")
 
 
-def _write(samples: Sequence[Sample], journal: "Journal", settings: AnnotateSettings) -> Counts:
+def _write(settings: AnnotateSettings, samples: Sequence[Sample], journal: "Journal") -> Counts:
     """Judge all answers in the journal and write both files, each in one step, in the manifest's order."""
     assert settings.manifest is not None and settings.out is not None
     out, root = Path(settings.out), media_root_of(settings.manifest, settings.media_root)

@@ -28,7 +28,7 @@ from video_r1.evaluation.question_loop import read_batches
 from video_r1.rollout.endpoint_engine import chat_request
 from video_r1.rollout.engine import RolloutEngine, SamplingSettings
 from video_r1.seeds import derived_seed
-from video_r1.settings.decoding import AnnotateSettings
+from video_r1.settings.decoding import TeacherSettings
 from video_r1.settings.frames import FrameBudget
 
 # A question with `completions` (text and finish_reason of each), or `failed` (media, prompt or endpoint) and
@@ -50,7 +50,7 @@ class EngineTeacher:
     engine: RolloutEngine
     builder: TextPrompts
     reader: Reader
-    settings: AnnotateSettings
+    settings: TeacherSettings
 
     def answers(self, batches: Batches, done: Done) -> Generator[list[Answered]]:
         sampling = SamplingSettings.of(self.settings, self.settings.samples)
@@ -82,7 +82,7 @@ class EndpointTeacher:
     """
 
     def __init__(
-        self, settings: AnnotateSettings, endpoint: Endpoint, model: str, frames_as: FramesAs
+        self, settings: TeacherSettings, endpoint: Endpoint, model: str, frames_as: FramesAs
     ) -> None:
         self.settings, self.endpoint, self.model = settings, endpoint, model
         self.frames_as: FramesAs = frames_as

@@ -7,7 +7,6 @@ from typing import Literal, NamedTuple
 
 from video_r1.settings.base import Problem, Settings, setting
 from video_r1.settings.shared import (
-    ManifestSettings,
     PlacesSettings,
     ProblemType,
     RemoteSettings,
@@ -53,19 +52,6 @@ class MakeSettings(PlacesSettings, RemoteSettings):
     media: bool = setting(True, "open every media file too")
     workers: int | None = setting(None, "processes that open media (default: one a core)", above=0)
     strict: bool = setting(False, "exit code 1 when any row is refused (default: when all are)")
-
-    def problems(self) -> Iterator[Problem]:
-        yield from super().problems()
-        yield from problems_of_out(self.out)
-
-
-@dataclass(kw_only=True)
-class PairsSettings(ManifestSettings):
-    """Reversed twins"""
-
-    manifest: str | None = setting(None, "JSON, JSON-lines or Parquet file, an address, or a Hugging Face id")
-    out: str | None = setting(None, "manifest to write, .json or .jsonl; without a twin: OUT.refused.jsonl")
-    words: str | None = setting(None, "TOML file with more words that turn round (form: reversals.toml)")
 
     def problems(self) -> Iterator[Problem]:
         yield from super().problems()

@@ -180,21 +180,16 @@ class AskSettings(DecodingSettings):
 
 
 @dataclass(kw_only=True)
-class AnnotateSettings(DecodingSettings, ManifestSettings):
-    """Annotation"""
+class TeacherSettings(DecodingSettings, ManifestSettings):
+    """A teacher of a manifest's questions"""
 
     manifest: str | None = setting(None, "JSON, JSON-lines or Parquet file, an address, or a Hugging Face id")
     teacher: str | None = setting(
         None, "checkpoint, model id, or address(es) of an OpenAI-compatible endpoint"
     )
-    out: str | None = setting(None, "manifest for SFT, .json or .jsonl; journal and rejected beside it")
-    limit: int | None = setting(None, "annotate the first N questions only; may grow on resume", above=0)
-    samples: int = setting(1, "K: rationales drawn for each question", above=0)
-    choose: Literal["best", "majority"] = setting(
-        "best", "keep the best rationale of all, or of the majority answer"
-    )
-    threshold: float = setting(0.6, "keep rationales whose answer scores above this", at_least=0, below=1)
-    length_range: list[int] = setting([20, 1000], "shortest and longest rationale, in words")
+    out: str | None = setting(None, "manifest to write, .json or .jsonl; journal and rejected beside it")
+    limit: int | None = setting(None, "ask about the first N questions only; may grow on resume", above=0)
+    samples: int = setting(1, "K: responses drawn for each question", above=0)
     temperature: float = setting(0.7, "sampling temperature; 0 is greedy", at_least=0)
     top_p: float = setting(0.95, "nucleus sampling; 1 is off", above=0, at_most=1)
     batch_size: int = setting(8, "questions in a batch of a local teacher", above=0)
@@ -209,12 +204,8 @@ class AnnotateSettings(DecodingSettings, ManifestSettings):
 
     def problems(self) -> Iterator[Problem]:
         yield from super().problems()
-        if len(self.length_range) != 2 or not 0 <= self.length_range[0] <= self.length_range[1]:
-            yield "length_range", f"is {self.length_range}; it must be two word counts, smaller one first"
         if self.samples > 1 and self.temperature == 0:
             yield "temperature", f"is 0, so that all {self.samples} samples would be the same; raise it"
-        if self.choose == "majority" and self.samples < 3:
-            yield "samples", f"is {self.samples}; a majority needs at least 3"
         yield from problems_of_out(self.out)
         named = addresses(self.teacher or "") if self.at_endpoint else ()
         if not all(address.startswith(SCHEMES) for address in named):
@@ -227,3 +218,29 @@ class AnnotateSettings(DecodingSettings, ManifestSettings):
     @property
     def at_endpoint(self) -> bool:
         return (self.teacher or "").startswith(SCHEMES)
+
+
+@dataclass(kw_only=True)
+class AnnotateSettings(TeacherSettings):
+    """Annotation"""
+
+    choose: Literal["best", "majority"] = setting(
+        "best", "keep the best rationale of all, or of the majority answer"
+    )
+    threshold: float = setting(0.6, "keep rationales whose answer scores above this", at_least=0, below=1)
+    length_range: list[int] = setting([20, 1000], "shortest and longest rationale, in words")
+
+    def problems(self) -> Iterator[Problem]:
+        yield from super().problems()
+        if len(self.length_range) != 2 or not 0 <= self.length_range[0] <= self.length_range[1]:
+            yield "length_range", f"is {self.length_range}; it must be two word counts, smaller one first"
+        if self.choose == "majority" and self.samples < 3:
+            yield "samples", f"is {self.samples}; a majority needs at least 3"
+
+
+@dataclass(kw_only=True)
+class PairsSettings(TeacherSettings):
+    """Reversed twins"""
+
+    samples: int = setting(4, "K: answers of the teacher to each question, which must all agree", at_least=2)
+    words: str | None = setting(None, "TOML file with more words that turn round (form: reversals.toml)")
