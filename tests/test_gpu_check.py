@@ -24,7 +24,9 @@ def test_late(): pass
 def test_a_row_is_wrong(n): assert n == 2
 def test_a_row_crashes(): os._exit(9)
 def test_a_row_is_good(record_property):
-    record_property("figures", {"norm": 3})
+    record_property("figures", {"process": os.getpid()})
+def test_rows_are_good(record_property):
+    record_property("figures", {"process": os.getpid()})
 """
 
 
@@ -36,10 +38,15 @@ def test_without_a_gpu_nothing_applies(tmp_path: Path) -> None:
     assert {(check["state"], check["reason"]) for check in checks} == {("not applicable", "no CUDA device")}
 
 
-def test_urgent_checks_come_first() -> None:
-    names = gpu_check.checks_of(gpu_check.HERE / "test_gpu.py", "")
-    assert names[:2] == ["test_the_machine", "test_recorded_decoding_gives_the_same_tokens[torch.float32]"]
-    assert [name.split("_")[1] for name in names[3:10]] == ["vllm"] * 4 + ["speed"] * 3
+def test_numeric_checks_share_a_process_and_the_urgent_ones_come_first() -> None:
+    groups = gpu_check.groups_of(gpu_check.HERE / "test_gpu.py", "")
+    assert groups[0][:2] == [
+        "test_the_machine",
+        "test_recorded_decoding_gives_the_same_tokens[torch.float32]",
+    ]
+    assert sum(any(name.startswith(gpu_check.NUMERIC) for name in group) for group in groups) == 2
+    kinds = [group[0].split("_")[1] for group in groups[1:]]
+    assert kinds[:8] == ["vllm"] * 4 + ["speed"] * 3 + [kinds[7]] and "vllm" not in kinds[4:]
 
 
 @pytest.mark.slow
@@ -58,16 +65,17 @@ def test_states_of_checks(
     assert {name: check["state"] for name, check in found.items()} == {
         "test_speed_of_nothing": "passed", "test_hang": "failed", "test_missing": "not applicable",
         "test_late": "passed", "test_a_row_is_wrong[1]": "failed", "test_a_row_crashes": "failed",
-        "test_a_row_is_good": "passed",
+        "test_a_row_is_good": "passed", "test_rows_are_good": "passed",
     }  # fmt: skip
-    assert found["test_a_row_is_good"]["figures"] == {"norm": 3}
+    processes = {found[name]["figures"]["process"] for name in ("test_a_row_is_good", "test_rows_are_good")}
+    assert len(processes) == 1
     assert found["test_missing"]["reason"] == "needs two GPUs"
     assert "1 == 2" in found["test_a_row_is_wrong[1]"]["reason"]
     assert "code 9" in found["test_a_row_crashes"]["reason"]
     assert found["test_hang"]["reason"].startswith("not done after 12 seconds")
     running = [path.read_bytes() for path in Path("/proc").glob("[0-9]*/cmdline") if path.is_file()]
     assert b"sleep\x0061.25\x00" not in running
-    assert "3 passed, 3 failed, 1 not applicable, 0 left out" in capsys.readouterr().out
+    assert "4 passed, 3 failed, 1 not applicable, 0 left out" in capsys.readouterr().out
     assert gpu_check.main([*words, "--minutes", "0"]) == 1
     assert {check["state"] for check in json.loads(out.read_text())["checks"]} == {"left out"}
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from chat_endpoint import chat_endpoint
 from test_temporal import group
 from tiny_models import moving_square, write_clip
 
@@ -118,6 +119,28 @@ def test_twins_are_asked_in_one_step(tmp_path: Path) -> None:
     twins = [replace(group("1100"), sample=samples[0]), replace(group("1000"), sample=samples[1])]
     describe_groups(meter, [*twins, replace(group("1111"), sample=samples[2])], ())
     assert meter.drain()["temporal/pair_accuracy"] == 0.125
+
+
+def test_a_teacher_that_agrees_with_itself(tmp_path: Path) -> None:
+    (asked, _), twins = rows(tmp_path), []
+    for number, problem in enumerate(["Where is it first?", "Where is it first?", "Which way does it move?"]):
+        twins.append({**asked, "problem_id": number, "problem": f"Question {number}: {problem}"})
+    twins.append({**asked, "problem_id": 3, "problem_type": "free-form", "options": []})
+    (tmp_path / "made.json").write_text(json.dumps(twins))
+    out = tmp_path / "pairs.json"
+    with chat_endpoint() as teacher:
+        teacher.script[1] = ["one", "wrong"]  # B, and then another answer
+        words = ["data", "pairs", str(tmp_path / "made.json"), "--out", str(out), "--teacher", teacher.url]
+        assert main([*words, "--samples", "3"]) == 0
+        assert len(teacher.requests) == 3  # the third follows from its words, the fourth is no choice
+        found = {sample.problem_id: sample for sample in load_manifest(str(out), str(tmp_path))}
+        assert found["0-reversed"].answer == "B" and found["0-reversed"].play == "reversed"
+        assert "1-reversed" not in found and found["2-reversed"].answer == "B"
+        refused = (tmp_path / "pairs.refused.jsonl").read_text()
+        assert [json.loads(line)["problem_id"] for line in refused.splitlines()] == [1, 3]
+        assert "does not agree with itself" in refused
+        assert main([*words, "--samples", "3"]) == 0 and len(teacher.requests) == 3  # all are answered
+        assert load_manifest(str(out), str(tmp_path)) == [*found.values()]
 
 
 def test_further_words(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
