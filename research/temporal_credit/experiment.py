@@ -261,7 +261,7 @@ def gates(out: Path, cell: Cell, run: Path) -> dict[str, float]:
 
 
 def answers(model: Path, out: Path, data: int, test: str, to: Path, **options: Any) -> dict[str, list[dict]]:
-    """Evaluate a checkpoint on a test of the data with seed `data`; return the records by order of the frames."""
+    """Evaluate a checkpoint on a test of data-DATA; return the records by order of the frames."""
     options = {"order": "ordered", **options}
     manifest = out / f"data-{data}/test/{test}.json"
     video_r1("eval", "lab-eval", model=model, manifest=manifest, out=to, **options)
