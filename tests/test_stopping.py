@@ -101,7 +101,7 @@ def stopped_at(every: int, folder: Path, **environment: str) -> tuple[StopWhenAs
     """The callback, and the step of ten at which it stops when the signal comes in the fourth."""
     stop, state, control = StopWhenAsked(folder, every), TrainerState(), TrainerControl()
     for state.global_step in range(1, 11):
-        stop.on_step_begin(None, state, control)
+        stop.on_step_begin(None, state, control)  # type: ignore[arg-type]
         if state.global_step == 4:
             stop.ask(signal.SIGTERM)
         stop.on_step_end(None, state, control)

@@ -232,13 +232,14 @@ def make_cold_start(out: Path, cell: Cell) -> dict[str, Any]:
     with only_one(folder / "lock"):
         if not (folder / "gates.json").exists():
             lab, run = folder / "lab", folder / "cold-start"
-            made_lab(lab, cell.seed, train=LESSONS, test=0, shortcut=0.5, trusting=0.5)
-            shutil.rmtree(run, ignore_errors=True)
-            manifest, steps = lab / "sft.json", SFT_STEPS[cell.skill]
-            video_r1(
-                "sft", "lab-sft", train_manifest=manifest, output_dir=run, seed=cell.seed, max_steps=steps
-            )
-            shutil.rmtree(lab)
+            if not (run / "model.safetensors").exists():
+                made_lab(lab, cell.seed, train=LESSONS, test=0, shortcut=0.5, trusting=0.5)
+                shutil.rmtree(run, ignore_errors=True)
+                video_r1(
+                    "sft", "lab-sft", train_manifest=lab / "sft.json", output_dir=run, seed=cell.seed,
+                    max_steps=SFT_STEPS[cell.skill],
+                )  # fmt: skip
+            shutil.rmtree(lab, ignore_errors=True)
             replace_json(folder / "gates.json", gates(out, cell, run))
     found = json.loads((folder / "gates.json").read_text("utf-8"))
     if cell.skill == "skilled" and not (found["accurate"] >= ACCURATE and found["looking"] >= LOOKING):
