@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import importlib.util
 import os
 import re
@@ -127,8 +128,11 @@ def vllm_engine(vllm_engines: list[Any]) -> Any:
     from video_r1.rollout.vllm.engine import VLLMEngine
 
     if not vllm_engines or not parallel_state.model_parallel_is_initialized():
+        while vllm_engines:
+            vllm_engines.pop().close()  # before the next one: its end would take the new groups with it
+        gc.collect()
         model, processor = load_model(base_folder(), "float32"), load_processor(base_folder())
-        vllm_engines[:] = [VLLMEngine(model, processor, max_model_len=1024)]
+        vllm_engines.append(VLLMEngine(model, processor, max_model_len=1024))
     return vllm_engines[0]
 
 

@@ -67,3 +67,8 @@ def test_dependencies_are_bounded_by_the_tested_versions() -> None:
             outside += [f"{major}.{minor + 1}.0", f"{major}.{minor - 1}.999"]
         assert tested in needed.specifier, text
         assert [version for version in outside if version in needed.specifier] == [], text
+
+
+def test_the_container_does_not_run_as_root() -> None:
+    users = re.findall(r"^USER (\S+)$", (ROOT / "Dockerfile").read_text(), re.MULTILINE)
+    assert users and users[-1] not in ("root", "0")
