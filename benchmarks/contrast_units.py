@@ -29,7 +29,7 @@ from video_r1.data.reading import Question, build_question, derived_generator
 from video_r1.lab.clips import write_lab
 from video_r1.lab.model import base_folder
 from video_r1.models.loading import load_model, load_processor
-from video_r1.rewards.temporal import key_token_weights
+from video_r1.rewards.temporal import KEY_SHARE
 from video_r1.rollout.engine import SamplingSettings
 from video_r1.rollout.transformers import TransformersEngine
 from video_r1.settings.commands import LabSettings
@@ -90,7 +90,7 @@ def agreement(first: list[Tensor], second: list[Tensor]) -> dict[str, float]:
     a, b = means(first), means(second)
     same = total = 0
     for one, other in zip(first, second, strict=True):
-        keys = [key_token_weights(each, kappa=1.0) > 1 for each in (one, other)]
+        keys = [key_tokens(each) for each in (one, other)]
         same, total = same + int((keys[0] & keys[1]).sum()), total + int(keys[0].sum())
     return {
         "correlation": round(float(torch.corrcoef(torch.stack([a, b]))[0, 1]), 3),
@@ -98,6 +98,12 @@ def agreement(first: list[Tensor], second: list[Tensor]) -> dict[str, float]:
         "tokens": round(float(torch.corrcoef(torch.stack([torch.cat(first), torch.cat(second)]))[0, 1]), 3),
         "same_key_tokens": round(same / max(1, total), 3),
     }
+
+
+def key_tokens(drops: Tensor) -> Tensor:
+    """Whether |d_t| is among the largest fifth of a completion, [L] bool."""
+    change = drops.abs()
+    return change >= change.sort(descending=True).values[: -(-len(drops) // KEY_SHARE)][-1:]
 
 
 def means(drops: list[Tensor]) -> Tensor:

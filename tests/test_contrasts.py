@@ -124,7 +124,8 @@ def test_a_frozen_tower_sees_a_clip_twice(
         freeze_vision(model)
         folder = tmp_path / str(frozen)
         trainer = make_trainer(
-            model, samples, folder, temporal_rule="tokens", contrast_unit="patch", max_steps=2, beta=0.1,
+            model, samples, folder, temporal_rule="likelihood_gate", contrast_unit="patch", max_steps=2,
+            beta=0.1,
             num_iterations=iterations, save_strategy="no", per_device_train_batch_size=4 // accumulation,
             gradient_accumulation_steps=accumulation,
         )  # fmt: skip

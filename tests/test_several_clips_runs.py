@@ -146,7 +146,7 @@ def test_each_file_is_opened_and_kept_once(
 @pytest.mark.slow
 def test_training_records_and_resumes_exactly(checkpoint: Path, manifest: Path, tmp_path: Path) -> None:
     settings = {"max_steps": 4, "save_steps": 2, "per_device_train_batch_size": 4, "contrast_unit": "patch"}
-    settings |= {"temporal_rule": "tokens", "log_rollouts": 4, "fps": 4.0}
+    settings |= {"temporal_rule": "likelihood_gate", "log_rollouts": 4, "fps": 4.0}
     whole = make_trainer(checkpoint, str(manifest), tmp_path / "whole", **settings)
     whole.train()
     half = tmp_path / "parted"

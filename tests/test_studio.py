@@ -339,10 +339,10 @@ def test_a_broken_run_is_a_row_that_says_so(
 def test_settings_that_differ_and_skipped_groups(client: TestClient, runs: Path) -> None:
     write_rl_run(runs / "other", steps=5)
     config = runs / "other" / "config.yaml"
-    config.write_text(config.read_text().replace("margin", "weight"))
+    config.write_text(config.read_text().replace("margin", "threshold"))
     time.sleep(2.1)  # a listing is good for two seconds
     rows = client.get("/api/compare", params={"run": ["rl", "other"]}).json()["differing"]
-    assert rows == [{"setting": "temporal_rule", "rl": "margin", "other": "weight"}]
+    assert rows == [{"setting": "temporal_rule", "rl": "margin", "other": "threshold"}]
     run = get(client, "/api/run", run="rl")
     assert run["skipped_updates"]["shown"] == [] and run["config"]["hub_token"] == "(not shown)"
     newest, *_ = run["left_out"]["shown"]

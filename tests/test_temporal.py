@@ -1,4 +1,4 @@
-"""Temporal rules: what each adds to rewards, advantages and token weights, by hand and in the gradient."""
+"""Temporal rules: what each adds to rewards and advantages, by hand and in the gradient."""
 
 from __future__ import annotations
 
@@ -18,19 +18,15 @@ from torch import Tensor
 from video_r1.data.manifests.records import Sample
 from video_r1.data.reading import Question
 from video_r1.data.rollouts import Rollout, RolloutGroup
-from video_r1.errors import ConfigError
 from video_r1.rewards.scoring import RewardTerms, reward_terms, score_group
 from video_r1.rewards.temporal import (
     RULES,
     key_drops,
-    key_token_weights,
-    question_weights,
     warn_of_cancelled_bonus,
 )
 from video_r1.settings.training import SampledRule, TemporalRule, TGRPOSettings
 from video_r1.training.callbacks import TaskMoments
 from video_r1.training.metrics import Meter, describe_credit
-from video_r1.training.objective import group_advantages
 from video_r1.training.tgrpo import credit
 
 
@@ -142,42 +138,6 @@ def test_credit_that_cancels_is_warned_of(
     assert any("scale_rewards" in line and len(line.split()) < 16 for line in said) == warned
 
 
-# ---- weight
-
-
-def test_question_weights() -> None:
-    """κ = 2: 1 + 2 × 0.5 = 2, and 1 for p ≤ p̃; the videos' mean is 4/3. An image weighs 1."""
-    weights = question_weights([0.5, -0.25, None, 0.0], kappa=2.0)
-    torch.testing.assert_close(weights, torch.tensor([1.5, 0.75, 1.0, 0.75]))
-    assert question_weights([None, None], kappa=2.0).tolist() == [1.0, 1.0]
-    assert question_weights([0.5, 0.25], kappa=0.0).tolist() == [1.0, 1.0]
-
-
-def test_credit_of_weights_survives_normalisation() -> None:
-    """p − p̃ is 1/2 and 0: 1.5 and 1, over their mean 1.2 and 0.8. Both groups have the same advantages, which
-    change by 0.2 of themselves; only the first is paid."""
-    groups = [group("1100", p_shuffled=0.0), group("1100", p_shuffled=0.5)]
-    for each in groups:
-        del each.rewards["temporal"]
-    seen = series(groups, temporal_rule="weight", temporal_weight_kappa=1.0)
-    plain = group_advantages(groups[0].total_reward[None])[0]
-    torch.testing.assert_close(groups[0].advantages, 1.2 * plain)
-    torch.testing.assert_close(groups[1].advantages, 0.8 * plain)
-    assert seen["temporal/credit"] == pytest.approx(0.2, rel=1e-5)
-    assert seen["temporal/credit_groups"] == 1.0
-    meter = Meter()
-    describe_credit(meter, groups[1])
-    assert "temporal/credit_groups" not in meter.counts
-
-
-@pytest.mark.parametrize("rule", ["weight", "tokens"])
-def test_weights_add_no_reward(rule: Any) -> None:
-    assert "temporal" not in reward_terms(None, TGRPOSettings(temporal_rule=rule)).names
-    with pytest.raises(ConfigError, match=f"temporal_rule is {rule}, which adds none"):
-        reward_terms(["temporal"], TGRPOSettings(temporal_rule=rule))
-    assert TGRPOSettings(temporal_rule=rule).shuffled_generations == (4 if rule == "weight" else 0)
-
-
 def test_credit_reaches_the_gradient_with_the_deviation_of_a_task() -> None:
     """The bonus enters the moments with weight 0.01 from the second step on: it no longer cancels."""
     tasks = TaskMoments()
@@ -199,13 +159,10 @@ def test_rewards_by_likelihood() -> None:
     accuracy, drops = [1.0, 1.0, 0.0, 1.0], [math.log(2), -0.5, 2.0, 0.3]
     graded = torch.tensor([0.15, 0.0, 0.0, 0.3 * 0.2591818])  # 1 − exp(−0.3)
     torch.testing.assert_close(reward_of("likelihood", accuracy, drops), graded)
-    # the mean is 0.623, with the wrong response's in it
-    step = reward_of("likelihood_step", accuracy, drops)
-    torch.testing.assert_close(step, torch.tensor([0.3, 0.0, 0.0, 0.0]))
     # with α = 1 a response keeps of its accuracy what is lost: 0.5 of 1, 0 of 1, and 0.259 of 0.6
     gate = reward_of("likelihood_gate", [1.0, 1.0, 0.0, 0.6], drops, temporal_alpha=1.0)
     torch.testing.assert_close(gate, torch.tensor([-0.5, -1.0, 0.0, -0.6 * 0.7408182]))
-    for rule in ("likelihood", "likelihood_step", "likelihood_gate"):
+    for rule in ("likelihood", "likelihood_gate"):
         assert not reward_of(rule, accuracy).any()  # an image
 
 
@@ -233,47 +190,12 @@ def test_a_bonus_added_apart_counts_in_its_own_unit() -> None:
     assert mixed.base_advantages.tolist() == pytest.approx([plain, plain, -plain, -plain], abs=1e-6)
 
 
-# ---- tokens
-
-
-def test_token_weights() -> None:
-    """⌈7/5⌉ = 2 of seven, whatever their sign: with κ = 1 they have 2, the others 1, over the mean 9/7."""
-    weights = key_token_weights(torch.tensor([0.0, 0.1, -3.0, 0.2, 0.0, 1.0, -0.9]), kappa=1.0)
-    torch.testing.assert_close(weights, torch.tensor([1.0, 1.0, 2.0, 1.0, 1.0, 2.0, 1.0]) * 7 / 9)
-    # one of five; κ = 3: 4 over the mean 8/5
-    weights = key_token_weights(torch.tensor([0.1, 0.3, 0.2, 0.0, -0.2]), kappa=3.0)
-    torch.testing.assert_close(weights, torch.tensor([0.625, 2.5, 0.625, 0.625, 0.625]))
-    # equal drops are equally key, be they none at all
-    torch.testing.assert_close(
-        key_token_weights(torch.tensor([0.5, -0.5, 0.0]), 1.0), torch.tensor([1.2, 1.2, 0.6])
-    )
-    assert key_token_weights(torch.zeros(6), 1.0).tolist() == [1.0] * 6
-    assert key_token_weights(torch.tensor([2.0]), 1.0).tolist() == [1.0]
-    assert key_token_weights(torch.tensor([]), 1.0).tolist() == []
-    assert key_token_weights(torch.tensor([0.1, 0.2]), 0.0).tolist() == [1.0, 1.0]
-
-
-def test_credit_of_weighted_tokens() -> None:
-    """Weights 1.2, 1.2, 0.6 of the first response, 1 of the others: A_t changes by 0.2, 0.2 and 0.4 of A. All
-    |A| are equal, so that it is √(0.04 + 0.04 + 0.16) ÷ √(3 + 1 + 2 + 2)."""
-    weighed = group("1100")
-    del weighed.rewards["temporal"]
-    weighed.token_drops = [torch.tensor(d) for d in ([0.5, -0.5, 0.0], [9.0], [1.0, 1.0], [0.0, 0.0])]
-    seen = series([weighed, group("1111")], temporal_rule="tokens")
-    assert seen["temporal/credit"] == pytest.approx((0.24 / 8) ** 0.5, rel=1e-5)
-    assert seen["temporal/credit_groups"] == 1.0
-    torch.testing.assert_close(weighed.advantages, weighed.base_advantages)
-    flat = group("1100")
-    flat.token_drops = [torch.zeros(2)] * 4
-    assert series([flat], temporal_rule="tokens")["temporal/credit"] == 0.0
-
-
-def test_weighted_tokens_in_the_gradient(checkpoint: Path, manifest: Path, tmp_path: Path) -> None:
+def test_drops_and_gradient_of_a_scored_rule(checkpoint: Path, manifest: Path, tmp_path: Path) -> None:
     """Compare two micro-batches with transformers' own forward; the sampler is another model."""
     trainer = make_trainer(
-        checkpoint, str(manifest), tmp_path, temporal_rule="tokens", temporal_contrast="dropped", beta=0.0,
-        temperature=0.7,
-        temporal_weight_kappa=4.0, per_device_train_batch_size=2, gradient_accumulation_steps=2,
+        checkpoint, str(manifest), tmp_path, temporal_rule="likelihood_gate", temporal_contrast="dropped",
+        beta=0.0, temperature=0.7,
+        per_device_train_batch_size=2, gradient_accumulation_steps=2,
     )  # fmt: skip
     batches, normaliser = first_step(trainer)
     groups = [each for batch in batches for each in batch["batch"].groups]
@@ -288,17 +210,13 @@ def test_weighted_tokens_in_the_gradient(checkpoint: Path, manifest: Path, tmp_p
         assert each.shuffled == [] and each.p_shuffled is None  # scored, not sampled
         for place, (rollout, advantage) in enumerate(zip(each.ordered, each.advantages, strict=True)):
             scored = plain_logprobs(model, each, rollout.token_ids, 0.7)
-            weights = torch.ones(len(scored))
             if each.shuffled_prompt is not None:
                 behind = plain_logprobs(
                     model, replace(each, prompt=each.shuffled_prompt), rollout.token_ids, 0.7
                 )
                 drops = (scored - behind).detach().float()
                 torch.testing.assert_close(cast(Any, each.token_drops)[place], drops, rtol=0, atol=5e-5)
-                weights[(scored - behind).abs().topk(-(-len(scored) // 5)).indices] = 5.0
-                weights = weights / weights.mean()
-                torch.testing.assert_close(cast(Any, each.token_weights)[place], weights)
-            weights = weights * shift[: len(scored)].exp()
+            weights = shift[: len(scored)].exp()
             expected = expected - (weights * advantage * scored).mean()
     (expected / sum(len(each.ordered) for each in groups)).backward()
     losses = [

@@ -155,12 +155,12 @@ def test_answers_are_counted(
 @pytest.mark.parametrize(
     ("iterations", "credit"),
     [
-        (2, {"temporal_rule": "tokens", "temporal_contrast": "reversed", "shuffle_options": True}),
+        (2, {"temporal_rule": "likelihood_gate", "temporal_contrast": "reversed", "shuffle_options": True}),
         (
             1,
             {
                 "scale_rewards": "task",
-                "temporal_rule": "weight",
+                "temporal_rule": "likelihood_apart",
                 "beta": 0.5,
             },
         ),

@@ -43,7 +43,6 @@ class RolloutGroup:
     p: float = float("nan")             # share of correct ordered completions
     p_shuffled: float | None = None     # share of correct shuffled completions; None: not sampled
     token_drops: list[Tensor] | None = None  # G of [L] float32, nats that each token loses with the contrast
-    token_weights: list[Tensor] | None = None  # G of [L] float32, of the temporal rule `tokens`; None: all 1
     base_reward: Tensor | None = None   # [G] float32; None as `base_advantages`: nothing was compared yet
     base_advantages: Tensor | None = None  # [G] float32
     # fmt: on

@@ -6,14 +6,13 @@
 
 A rule compares V with Ṽ in one of two ways. `sampled`: the policy also answers the contrast clip, which gives
 p̃. `scored`: the ordered completions are scored behind the contrast clip, which gives d_it. It then changes
-the rewards, the advantages or the weights of tokens. G: ordered completions of a question; Q: questions of a
+the rewards or the advantages. G: ordered completions of a question; Q: questions of a
 step. A new rule takes an entry in RULES and its name in settings/training.py.
 """
 
 from __future__ import annotations
 
 import logging
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -31,8 +30,8 @@ KEY_SHARE = 5  # one token in five of a completion is a key token
 
 Reward = Callable[[RolloutGroup, Tensor, Tensor, TGRPOSettings], Tensor]
 """(group, accuracy [G], correct [G] bool, settings) -> r_t [G] float32."""
-Credit = Callable[[Tensor, Tensor, Sequence[float | None], float], Tensor]
-"""(advantages [Q, G] without the temporal term, bonus [Q, G], p − p̃ by question, κ) -> advantages [Q, G]."""
+Credit = Callable[[Tensor, Tensor], Tensor]
+"""(advantages [Q, G] without the temporal term, bonus [Q, G]) -> advantages [Q, G]."""
 
 
 @dataclass(frozen=True)
@@ -42,7 +41,6 @@ class TemporalRule:
     contrast: Literal["sampled", "scored"] | None = None
     reward: Reward | None = None
     credit: Credit | None = None
-    token_weights: Callable[[Tensor, float], Tensor] | None = None  # (d_t [L], κ) -> [L]
     pays_all_alike: bool = False  # the correct completions of a question: see `warn_of_cancelled_bonus`
 
 
@@ -77,16 +75,6 @@ def likelihood(group: RolloutGroup, accuracy: Tensor, correct: Tensor, settings:
     return settings.temporal_alpha * correct.float() * -torch.expm1(-drops.clamp(min=0.0)).float()
 
 
-def likelihood_step(
-    group: RolloutGroup, accuracy: Tensor, correct: Tensor, settings: TGRPOSettings
-) -> Tensor:
-    """r_t = α if Δ_i > mean_j Δ_j, else 0, for a correct completion (TaRO, arXiv 2606.09248)."""
-    drops = group.drops
-    if drops is None:
-        return torch.zeros(len(correct))
-    return settings.temporal_alpha * correct.float() * (drops > drops.mean()).float()
-
-
 def likelihood_gate(
     group: RolloutGroup, accuracy: Tensor, correct: Tensor, settings: TGRPOSettings
 ) -> Tensor:
@@ -108,53 +96,21 @@ def key_drops(token_drops: Sequence[Tensor]) -> Tensor:
     return torch.stack([drops.sum() / max(1, len(drops)) for drops in largest])
 
 
-# ---- Advantages and token weights
+# ---- Advantages
 
 
-def weighted_questions(
-    advantages: Tensor, bonus: Tensor, margins: Sequence[float | None], kappa: float
-) -> Tensor:
-    """w·A with w of `question_weights`. It multiplies after the normalisation, which cannot cancel it."""
-    return advantages * question_weights(margins, kappa)[:, None]
-
-
-def question_weights(margins: Sequence[float | None], kappa: float) -> Tensor:
-    """w = (1 + κ·max(0, p − p̃)) ÷ its mean over the videos, [Q] float32: questions that need the frame order
-    count more. margins: p − p̃ of the step's questions; None for an image, whose weight is 1.
-    """
-    raw = [None if margin is None else 1.0 + kappa * max(0.0, margin) for margin in margins]
-    videos = [weight for weight in raw if weight is not None]
-    mean = math.fsum(videos) / len(videos) if videos else 1.0
-    return torch.tensor([1.0 if weight is None else weight / mean for weight in raw], dtype=torch.float32)
-
-
-def bonus_apart(advantages: Tensor, bonus: Tensor, margins: Sequence[float | None], kappa: float) -> Tensor:
+def bonus_apart(advantages: Tensor, bonus: Tensor) -> Tensor:
     """A + (b − mean(b)): the group's deviation can neither cancel the bonus nor enlarge it."""
     return advantages + bonus - bonus.mean(dim=1, keepdim=True)
-
-
-def key_token_weights(drops: Tensor, kappa: float) -> Tensor:
-    """w_t = (1 + κ·key_t) ÷ its mean over the completion, [L]: tokens that need the frame order count more.
-
-    drops: [L] float, d_t of one completion. key_t is 1 where |d_t| is among the largest fifth (⌈L/5⌉ tokens,
-    and those that equal the smallest of them), else 0. Video-KTR (arXiv 2601.19686) trains them alone, κ → ∞.
-    """
-    change = drops.abs()
-    smallest = change.sort(descending=True).values[: -(-len(drops) // KEY_SHARE)][-1:]
-    raw = 1.0 + kappa * (change >= smallest).to(drops.dtype)
-    return raw / raw.mean()
 
 
 RULES: dict[str, TemporalRule] = {
     "off": TemporalRule(),
     "margin": TemporalRule("sampled", reward=margin, pays_all_alike=True),
     "threshold": TemporalRule("sampled", reward=threshold, pays_all_alike=True),
-    "weight": TemporalRule("sampled", credit=weighted_questions),
     "likelihood": TemporalRule("scored", reward=likelihood),
-    "likelihood_step": TemporalRule("scored", reward=likelihood_step),
     "likelihood_apart": TemporalRule("scored", reward=likelihood, credit=bonus_apart),
     "likelihood_gate": TemporalRule("scored", reward=likelihood_gate),
-    "tokens": TemporalRule("scored", token_weights=key_token_weights),
 }
 
 

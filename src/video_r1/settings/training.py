@@ -18,11 +18,9 @@ Schedule = Literal[
 
 LOSS_TYPES = ("grpo", "bnpo", "dapo", "dr_grpo", "cispo", "sapo")
 AdvantageScale = Literal["group", "batch", "task", "none"]
-SampledRule = Literal["margin", "threshold", "weight"]
+SampledRule = Literal["margin", "threshold"]
 """Temporal rules that sample completions with the contrast clip (rewards/temporal.py defines all rules)."""
-TemporalRule = Literal[
-    SampledRule, "likelihood", "likelihood_step", "likelihood_apart", "likelihood_gate", "tokens", "off"
-]
+TemporalRule = Literal[SampledRule, "likelihood", "likelihood_apart", "likelihood_gate", "off"]
 
 SELF_REFLECTION_PHRASES = (
     "wait", "hold on", "let me check", "let me re-check", "let me think again", "let me look again",
@@ -155,10 +153,9 @@ class TGRPOSettings(JudgeSettings, TrainingSettings):
     temporal_rule: TemporalRule = setting(
         "margin",
         "what pays for the frame order: margin alpha·(p − p_shuffled); threshold alpha when p ≥ "
-        "mu·p_shuffled; weight advantages × (1 + kappa·(p − p_shuffled)); likelihood alpha·(1 − exp(−drop)) "
-        "by each response's drop in log-prob with the contrast clip (step: alpha above the group's mean; "
-        "apart: added to advantages; gate: −alpha·accuracy·exp(−drop), of the fifth of its "
-        "tokens that drop most); tokens, the fifth of its tokens that drop most × (1 + kappa)",
+        "mu·p_shuffled; likelihood alpha·(1 − exp(−drop)) by each response's drop in log-prob with the "
+        "contrast clip (apart: added to advantages; gate: −alpha·accuracy·exp(−drop), of the fifth of its "
+        "tokens that drop most)",
     )
     temporal_contrast: Contrast = setting(
         "shuffled",
@@ -169,7 +166,6 @@ class TGRPOSettings(JudgeSettings, TrainingSettings):
     )
     temporal_alpha: float = setting(0.3, "size of the temporal reward", at_least=0)
     temporal_threshold_mu: float = setting(1.0, "mu of the rule 'threshold'", at_least=0)
-    temporal_weight_kappa: float = setting(1.0, "kappa of the rules 'weight' and 'tokens'", at_least=0)
     correct_threshold: float = setting(0.5, "accuracy above this counts as correct", at_least=0, below=1)
     length_reward: float = setting(0.2, "added to a correct response of a length in length_range", at_least=0)
     length_range: list[int] | None = setting(

@@ -9,7 +9,6 @@ from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
-import torch
 from torch import Tensor
 
 from video_r1.data.answers import extract_answer, option_prefix
@@ -126,20 +125,15 @@ def describe_groups(meter: Meter, groups: Sequence[RolloutGroup], phrases: Seque
 
 def describe_credit(meter: Meter, group: RolloutGroup) -> None:
     """Add the effect of the temporal term on a video's advantages A: ‖A − A without it‖ ÷ ‖A without it‖,
-    and whether it changed an advantage of a group that it pays. With token weights, A is each token's.
+    and whether it changed an advantage of a group that it pays.
     """
     if group.base_advantages is None:
         return
-    advantages, without, weights = group.advantages, group.base_advantages, group.token_weights
-    if weights is not None:
-        lengths = torch.tensor([len(each) for each in weights])
-        advantages, without = (values.repeat_interleave(lengths) for values in (advantages, without))
-        advantages = torch.cat(weights) * advantages
+    advantages, without = group.advantages, group.base_advantages
     change = advantages - without
     meter.norms("temporal/credit", change, without)
     bonus = group.rewards.get("temporal")
-    paid = bool(bonus.any()) if bonus is not None else (group.margin or 0.0) > 0
-    if paid or weights is not None:
+    if bonus is not None and bool(bonus.any()):
         meter.add("temporal/credit_groups", float(change.abs().max()) > VISIBLE_CHANGE)
 
 

@@ -153,15 +153,10 @@ class PolicyBatch:
         return torch.tensor([rollout.finish_reason != "length" for rollout in rollouts])
 
     def token_weights(self, kept: Tensor | None) -> Tensor | None:
-        """[N], factors of each token's policy term: the temporal rule's weight (1 for a group without one)
-        times the sampler's, and 0 for tokens that are not kept ([N] bool; None: all are). None: all 1.
+        """[N], factors of each token's policy term: the sampler's weight, and 0 for tokens that are not kept
+        ([N] bool; None: all are). None: all 1.
         """
         weights = self.sampler_weights
-        if any(group.token_weights is not None for group in self.trained):
-            ones = ([torch.ones(len(r.token_ids)) for r in group.ordered] for group in self.trained)
-            own = (group.token_weights or each for group, each in zip(self.trained, ones, strict=True))
-            temporal = torch.cat([weight for group in own for weight in group])
-            weights = temporal if weights is None else temporal.to(weights) * weights
         if kept is None:
             return weights
         return kept.float() if weights is None else kept * weights.to(kept.device)
@@ -554,27 +549,25 @@ class TGRPOTrainer(QuestionTrainer):
 def credit(
     groups: Sequence[RolloutGroup], settings: TGRPOSettings, moments: TaskMoments | None = None
 ) -> None:
-    """Set the groups' advantages, those without the temporal term, and the weights of their tokens. Every
-    rank calls it with its own groups of a step. moments: for `scale_rewards` task.
+    """Set the groups' advantages, and those without the temporal term. Every rank calls it with its own
+    groups of a step. moments: for `scale_rewards` task.
     """
-    rule, scale, kappa = rule_of(settings), settings.scale_rewards, settings.temporal_weight_kappa
-    rows = [(g.total_reward, g.base_reward, g.sample.problem_type, g.margin) for g in groups]
+    rule, scale = rule_of(settings), settings.scale_rewards
+    rows = [(g.total_reward, g.base_reward, g.sample.problem_type) for g in groups]
     everyone, mine = gather_lists(rows)
-    rewards, without, types, margins = zip(*everyone, strict=True)
+    rewards, without, types = zip(*everyone, strict=True)
     rewards, without = torch.stack(rewards), torch.stack(without)  # [Q, G], of all ranks
 
     # A_i = (R_i − mean(R)) ÷ std(R); a task's std is that of the rewards with r_t for both
     std = None if moments is None else moments.deviations(rewards, types)
     base = group_advantages(without, scale, task_deviations=std)
     if rule.credit is not None:
-        advantages = rule.credit(base, rewards - without, margins, kappa)
+        advantages = rule.credit(base, rewards - without)
     else:
         advantages = group_advantages(rewards, scale, task_deviations=std)
 
     for group, own, plain in zip(groups, advantages[mine], base[mine], strict=True):
         group.advantages, group.base_advantages = own, plain
-        if rule.token_weights is not None and group.token_drops is not None:
-            group.token_weights = [rule.token_weights(drops, kappa) for drops in group.token_drops]
 
 
 def step_of(
