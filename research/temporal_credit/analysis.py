@@ -200,18 +200,21 @@ def _first_models(runs: Sequence[Run]) -> tuple[Pooled, Pooled]:
 
 def collect(out: Path) -> list[Run]:
     """Gather the results of all finished runs in results.json.gz, with those that are there already."""
-    found = {(run["part"], run["skill"], run["seed"], run["arm"], run["cue"]): run for run in kept()}
-    for path in sorted(out.glob("*/*/result.json")):
-        run = json.loads(path.read_text("utf-8"))
-        found[run["part"], run["skill"], run["seed"], run["arm"], run["cue"]] = run
-    runs = [found[key] for key in sorted(found)]
+    runs = kept() + [json.loads(path.read_text("utf-8")) for path in sorted(out.glob("*/*/result.json"))]
+    found = {key(run): run for run in runs}
+    runs = [found[place] for place in sorted(found)]
     packed = gzip.compress(json.dumps(runs).encode(), mtime=0)
     RESULTS.write_bytes(packed)
     print(f"{RESULTS.name}: {len(runs)} runs, {len(packed):,} bytes")
     return runs
 
 
+def key(run: Run) -> tuple[Any, ...]:
+    return run["part"], run["skill"], run["seed"], run["arm"], run["cue"]
+
+
 def kept() -> list[Run]:
+    """Return the runs of results.json.gz."""
     return json.loads(gzip.decompress(RESULTS.read_bytes())) if RESULTS.exists() else []
 
 

@@ -7,7 +7,8 @@ OUT/data-SEED/                 RL questions by accuracy of the cue, their revers
 OUT/SKILL-SEED/                cold start and gates.json: is the skill there before any RL?
 OUT/SKILL-SEED/ARM-CUE/        a run; result.json with 0 or 1 for each test question once it is complete
 
-Runs with a result.json are not repeated, so that an experiment can be interrupted, continued and extended.
+Runs with a result.json, or in results.json.gz, are not repeated, so that an experiment can be interrupted,
+continued (also on another machine) and extended.
 `analysis.py` makes tables and pictures of the results. The design is in README.md.
 """
 
@@ -34,6 +35,7 @@ from typing import Any, Literal
 
 import numpy as np
 
+from research.temporal_credit.analysis import kept, key
 from research.temporal_credit.oracle import contrast_answer
 from video_r1.data.answers import LETTERS
 from video_r1.files import replace_json
@@ -404,7 +406,12 @@ def main() -> int:
     seeds = [int(seed) for seed in given.seeds.split(",")] if given.seeds else list(seeds)
     arms = given.arms.split(",") if given.arms else list(ARMS)
     jobs = [cell for cell in cells(seeds) if cell.arm in arms]
-    jobs = [cell for cell in jobs if not (cell.folder(given.out) / "result.json").exists()]
+    recorded = {key(run) for run in kept()}
+    jobs = [
+        cell
+        for cell in jobs
+        if key(asdict(cell)) not in recorded and not (cell.folder(given.out) / "result.json").exists()
+    ]
     failed = 0
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(given.workers, mp_context=context, max_tasks_per_child=1) as pool:
