@@ -160,8 +160,8 @@ def diagram(runs: Sequence[Run]) -> str:
 def confirmation(runs: Sequence[Run]) -> str:
     """Tabulate the confirmation: means, and the differences to GRPO in the pooled model."""
     chosen = [run for run in runs if run["part"] == "confirmation"]
-    if len({run["arm"] for run in chosen}) < 2:
-        return ""
+    if len({run["seed"] for run in chosen if run["arm"] != "grpo"}) < 2:
+        return "The confirmation has too few runs for a table.\n"
     models = {view: pooled(chosen, accuracy(view), "grpo", ("seed",)) for view in ("lying", "ordered")}
     rows = []
     for arm in dict.fromkeys(run["arm"] for run in chosen):

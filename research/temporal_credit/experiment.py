@@ -23,7 +23,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -52,7 +52,6 @@ MARKED = 0.9  # share of the RL clips with a mark
 QUESTIONS = 1920  # of RL; with twins, half as many and their twins
 STEPS = 160
 SFT_STEPS = {"skilled": 960, "unskilled": 240}
-MORE_STEPS, MORE_TIMES = 240, 3  # of SFT, for a skilled cold start that misses a gate
 LESSONS = 5000  # clips of a cold start: half are marked, half of the marked rationales read the mark
 RL_SEED, PLACEBO_SEED = 1000, 2000  # added to the seed, so that RL has other questions than the cold start
 ACCURATE, LOOKING = 0.75, 0.3  # gates of a skilled cold start
@@ -122,7 +121,11 @@ def confirmation(seeds: Sequence[int]) -> Iterator[Cell]:
         yield Cell(arm, 1.0, "skilled", seed, "confirmation")
 
 
-PARTS = {"diagram": (diagram, range(2)), "confirmation": (confirmation, range(100, 110))}
+MISSED = {101, 103}
+"""Seeds whose cold start missed a gate."""
+CONFIRMED = [seed for seed in range(100, 130) if seed not in MISSED][:10]
+
+PARTS = {"diagram": (diagram, range(2)), "confirmation": (confirmation, CONFIRMED)}
 """Cells and default seeds of each part; those of the confirmation are used for nothing else."""
 
 
@@ -229,7 +232,7 @@ def only_one(path: Path) -> Iterator[None]:
 def make_cold_start(out: Path, cell: Cell) -> dict[str, Any]:
     """Make the cold start of a cell, unless it is there; return its gates.
 
-    A skilled one that misses a gate learns on. Raises RuntimeError if it still misses one after that.
+    Raises RuntimeError if a skilled one does not hold them.
     """
     folder = cell.start(out)
     with only_one(folder / "lock"):
@@ -242,30 +245,12 @@ def make_cold_start(out: Path, cell: Cell) -> dict[str, Any]:
                     "sft", "lab-sft", train_manifest=lab / "sft.json", output_dir=run, seed=cell.seed,
                     max_steps=SFT_STEPS[cell.skill],
                 )  # fmt: skip
+            shutil.rmtree(lab, ignore_errors=True)
             replace_json(folder / "gates.json", gates(out, cell, run))
-        found = json.loads((folder / "gates.json").read_text("utf-8"))
-        while cell.skill == "skilled" and not holds(found):
-            times = found.get("more", 0) + 1
-            if times > MORE_TIMES:
-                raise RuntimeError(f"{folder}: the gates are not held: {found}")
-            lab, run = folder / "lab", folder / "cold-start"
-            made_lab(lab, cell.seed, train=LESSONS, test=0, shortcut=0.5, trusting=0.5)
-            more = folder / "more"
-            shutil.rmtree(more, ignore_errors=True)
-            video_r1(
-                "sft", "lab-sft", model_name_or_path=run, train_manifest=lab / "sft.json", output_dir=more,
-                max_steps=MORE_STEPS, seed=cell.seed + times,
-            )  # fmt: skip
-            found = gates(out, cell, more) | {"more": times}
-            shutil.rmtree(run)
-            more.rename(run)
-            replace_json(folder / "gates.json", found)
-        shutil.rmtree(folder / "lab", ignore_errors=True)
+    found = json.loads((folder / "gates.json").read_text("utf-8"))
+    if cell.skill == "skilled" and not (found["accurate"] >= ACCURATE and found["looking"] >= LOOKING):
+        raise RuntimeError(f"{folder}: the gates are not held: {found}")
     return found
-
-
-def holds(gates: Mapping[str, float]) -> bool:
-    return gates["accurate"] >= ACCURATE and gates["looking"] >= LOOKING
 
 
 def gates(out: Path, cell: Cell, run: Path) -> dict[str, float]:
@@ -398,7 +383,9 @@ def main() -> int:
     parser = argparse.ArgumentParser(description="Temporal credit against a shortcut, on the lab.")
     parser.add_argument("out", type=Path)
     parser.add_argument("--part", choices=PARTS, required=True)
-    parser.add_argument("--seeds", help="comma-separated (default: 0,1; for the confirmation 100 to 109)")
+    parser.add_argument(
+        "--seeds", help="comma-separated (default: 0,1; for the confirmation ten from 100 on)"
+    )
     parser.add_argument("--arms", help="comma-separated (default: all of the part)")
     parser.add_argument("--workers", type=int, default=2, help="runs at a time, one thread each")
     given = parser.parse_args()
