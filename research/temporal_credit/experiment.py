@@ -384,7 +384,7 @@ def main() -> int:
     parser.add_argument("out", type=Path)
     parser.add_argument("--part", choices=PARTS, required=True)
     parser.add_argument(
-        "--seeds", help="comma-separated (default: 0,1; for the confirmation ten from 100 on)"
+        "--seeds", help="comma-separated (default: 0,1; confirmation: ten from 100 on)"
     )
     parser.add_argument("--arms", help="comma-separated (default: all of the part)")
     parser.add_argument("--workers", type=int, default=2, help="runs at a time, one thread each")
