@@ -67,6 +67,11 @@ RULES: dict[str, dict[str, Any]] = {
     "apart-3": {"temporal_rule": "likelihood_apart", "temporal_alpha": 3.0},
     "gate": {**_GATE, "temporal_contrast": "shuffled"},
     "gate-frozen": {**_GATE, "temporal_contrast": "frozen"},
+    "gate-apart": {
+        "temporal_rule": "likelihood_gate_apart",
+        "temporal_alpha": 0.9,
+        "temporal_contrast": "frozen",
+    },
 }
 """Settings that differ from the recipe lab-tgrpo."""
 ARMS: dict[str, tuple[str, str]] = {
@@ -383,9 +388,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description="Temporal credit against a shortcut, on the lab.")
     parser.add_argument("out", type=Path)
     parser.add_argument("--part", choices=PARTS, required=True)
-    parser.add_argument(
-        "--seeds", help="comma-separated (default: 0,1; confirmation: ten from 100 on)"
-    )
+    parser.add_argument("--seeds", help="comma-separated (default: 0,1; confirmation: ten from 100 on)")
     parser.add_argument("--arms", help="comma-separated (default: all of the part)")
     parser.add_argument("--workers", type=int, default=2, help="runs at a time, one thread each")
     given = parser.parse_args()

@@ -111,6 +111,7 @@ RULES: dict[str, TemporalRule] = {
     "likelihood": TemporalRule("scored", reward=likelihood),
     "likelihood_apart": TemporalRule("scored", reward=likelihood, credit=bonus_apart),
     "likelihood_gate": TemporalRule("scored", reward=likelihood_gate),
+    "likelihood_gate_apart": TemporalRule("scored", reward=likelihood_gate, credit=bonus_apart),
 }
 
 

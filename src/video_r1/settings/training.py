@@ -20,7 +20,9 @@ LOSS_TYPES = ("grpo", "bnpo", "dapo", "dr_grpo", "cispo", "sapo")
 AdvantageScale = Literal["group", "batch", "task", "none"]
 SampledRule = Literal["margin", "threshold"]
 """Temporal rules that sample completions with the contrast clip (rewards/temporal.py defines all rules)."""
-TemporalRule = Literal[SampledRule, "likelihood", "likelihood_apart", "likelihood_gate", "off"]
+TemporalRule = Literal[
+    SampledRule, "likelihood", "likelihood_apart", "likelihood_gate", "likelihood_gate_apart", "off"
+]
 
 SELF_REFLECTION_PHRASES = (
     "wait", "hold on", "let me check", "let me re-check", "let me think again", "let me look again",
