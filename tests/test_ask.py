@@ -12,14 +12,14 @@ from typing import Any
 import pytest
 import torch
 from PIL import Image
+from scripted_engine import ScriptedEngine, rollout
 from tiny_models import moving_square, tiny_processor, write_clip
 
 from video_r1.data import reading
 from video_r1.data.decoding.decoders import read_media
 from video_r1.data.decoding.media import Media
 from video_r1.data.manifests.records import Sample
-from video_r1.data.prompts import PromptBuilder
-from video_r1.data.rollouts import Rollout
+from video_r1.data.prompts import Prompt, PromptBuilder
 from video_r1.errors import MediaError, PromptError, RequestError
 from video_r1.evaluation import session
 from video_r1.evaluation.ask import question_sample, run_ask
@@ -75,15 +75,16 @@ def test_streamed_text_is_the_completion(checkpoint: Path, clip: Path) -> None:
     sample, sampling = question("Where?", clip), SamplingSettings(max_tokens=24, seed=1)
     prompt = builder.build(sample, read_media(sample, FrameBudget(frame_pixels=56 * 56)))
     pieces: list[str] = []
-    ((rollout,),) = heard(
+    ((completion,),) = heard(
         engine, builder.tokenizer, [prompt], sampling, lambda _, piece: pieces.append(piece)
     )
-    assert "".join(pieces) == rollout.text and len(pieces) > 5
-    assert len(rollout.token_ids) > 10
+    assert "".join(pieces) == completion.text and len(pieces) > 5
+    assert len(completion.token_ids) > 10
 
     whole: list[str] = []  # of an engine that cannot be heard while it works
-    heard(Says(rollout.text), builder.tokenizer, [prompt], sampling, lambda _, piece: whole.append(piece))
-    assert whole == [rollout.text]
+    deaf = ScriptedEngine(lambda *_: [completion.text])
+    heard(deaf, builder.tokenizer, [prompt], sampling, lambda _, piece: whole.append(piece))
+    assert whole == [completion.text]
 
 
 def test_command(checkpoint: Path, clip: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -98,22 +99,6 @@ def test_command(checkpoint: Path, clip: Path, tmp_path: Path, capsys: pytest.Ca
         output = capsys.readouterr()
         assert output.out.endswith(f"{answer}\n" if answer else "No answer was given.\n")
         assert "cut off at 12 tokens" in output.err
-
-
-class Says:
-    """An engine that gives one text."""
-
-    def __init__(self, text: str) -> None:
-        self.text = text
-
-    def generate(self, prompts: Any, sampling: Any, counts: Any = None) -> list[list[Rollout]]:
-        return [[Rollout(torch.tensor([1]), torch.zeros(1), self.text, "stop")]]
-
-    has_own_weights = True
-
-    def update_weights(self, model: Any) -> None: ...
-    def rest(self) -> None: ...
-    def close(self) -> None: ...
 
 
 @pytest.mark.parametrize(
@@ -134,7 +119,9 @@ def test_an_answer_is_printed_once(
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("video_r1.evaluation.session.open_engine", lambda *_: Says(output))
+    monkeypatch.setattr(
+        "video_r1.evaluation.session.open_engine", lambda *_: ScriptedEngine(lambda *_: [output])
+    )
     run_ask(
         AskSettings(
             model=str(checkpoint), path=str(clip), question=["What?"], options=options, frame_pixels=56 * 56
@@ -150,28 +137,17 @@ def test_errors_reach_the_caller(checkpoint: Path, clip: Path) -> None:
         run_ask(AskSettings(model=str(checkpoint), path="gone.mp4", question=["Where?"]))
 
 
-class SeesOrder:
-    """An engine that is right in order, and else as often as not; it is told how often it was asked."""
-
-    def generate(self, prompts: Any, sampling: Any, counts: Any = None) -> list[list[Rollout]]:
-        self.sampling = sampling
-        texts = [
-            ["B" if prompt.order == "ordered" or i % 2 else "A" for i in range(sampling.n)]
-            for prompt in prompts
-        ]
-        return [
-            [Rollout(torch.tensor([1]), torch.zeros(1), f"<answer>{text}</answer>", "stop") for text in row]
-            for row in texts
-        ]
-
-    def close(self) -> None: ...
+def sees_order(prompt: Prompt, n: int) -> list[str]:
+    """Right in order, and else as often as not."""
+    letters = ["B" if prompt.order == "ordered" or i % 2 else "A" for i in range(n)]
+    return [f"<answer>{letter}</answer>" for letter in letters]
 
 
 def test_contrasts_and_follow_up_questions(
     checkpoint: Path, clip: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The shares of each order with their intervals; the clip is decoded once for all questions."""
-    engine, decoded = SeesOrder(), []
+    engine, decoded = ScriptedEngine(sees_order), []
     monkeypatch.setattr("video_r1.evaluation.session.open_engine", lambda *_: engine)
     read = reading.read_media_at
     monkeypatch.setattr(reading, "read_media_at", lambda *a: decoded.append(a) or read(*a))
@@ -190,8 +166,9 @@ def test_contrasts_and_follow_up_questions(
     assert lines[-1] == (
         "The order of the frames matters here: with its frames shuffled, fewer answers are right."
     )
-    assert (engine.sampling.temperature, engine.sampling.top_p, engine.sampling.n) == (1.0, 1.0, 8)
-    assert len(set(engine.sampling.seed)) == 3
+    sampling = engine.sampled[-1]
+    assert (sampling.temperature, sampling.top_p, sampling.n) == (1.0, 1.0, 8)
+    assert len(set(engine.seeds[-1])) == 3
 
 
 def test_a_model_that_is_better_without_the_clip(clip: Path) -> None:
@@ -200,10 +177,7 @@ def test_a_model_that_is_better_without_the_clip(clip: Path) -> None:
     def said(asked: Sample, **right: int) -> str:
         prompts: Any = [SimpleNamespace(order=order) for order in right]
         texts = ["<answer>B</answer>"] * 8 + ["<answer>A</answer>"] * 8
-        groups = [
-            [Rollout(torch.tensor([1]), torch.zeros(1), text, "stop") for text in texts[8 - count :][:8]]
-            for count in right.values()
-        ]
+        groups = [[rollout(text) for text in texts[8 - count :][:8]] for count in right.values()]
         return session.verdict(asked, session.views_of(asked, prompts, groups))
 
     better = "The model answers better without the clip: 88 % are right, 25 % with the clip in order."
@@ -217,7 +191,7 @@ def test_without_a_right_answer_the_majority_in_order_counts(checkpoint: Path, c
     settings = AskSettings(model=str(checkpoint), frame_pixels=56 * 56)
     with closing(ModelSession(settings)) as opened:
         prompts = opened.prompts(sample, ["ordered", "reversed"])
-        groups = SeesOrder().generate(prompts, SamplingSettings(n=4))
+        groups = ScriptedEngine(sees_order).generate(prompts, SamplingSettings(n=4))
         ordered, other = session.views_of(sample, prompts, groups)
         assert ordered.counted == [True] * 4 and other.counted == [False, True, False, True]
         assert other.gap is not None and other.gap.mean == 0.5 and ordered.gap is None

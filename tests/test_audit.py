@@ -3,22 +3,19 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, get_args
 
 import pytest
-import torch
 from chat_endpoint import chat_endpoint, images_of, write_questions
+from scripted_engine import ScriptedEngine
 
 from video_r1.cli import main
 from video_r1.data.manifests.records import Sample, kept_samples, load_manifest
 from video_r1.data.prompts import Prompt
-from video_r1.data.rollouts import Rollout
 from video_r1.errors import RequestError, VideoR1Error
 from video_r1.evaluation import audit
 from video_r1.evaluation.audit import VIEWS, audit_figures, audit_sentences, pass_rates_of, run_audit
-from video_r1.rollout.engine import SamplingSettings
 from video_r1.settings.decoding import AuditSettings
 from video_r1.settings.frames import Order
 
@@ -35,38 +32,9 @@ RIGHT = [
 KEEP = "ordered - shuffled > 0.1"
 
 
-class ScriptedEngine:
-    """Gives as many right answers as RIGHT says; is interrupted instead of a later call."""
-
-    def __init__(self, right: Mapping[str, Mapping[str, int]], calls: int = 1000) -> None:
-        self.right, self.calls_left, self.closed = right, calls, False
-        self.asked: list[tuple[str, str]] = []
-        self.seeds: dict[tuple[str, str], int] = {}
-
-    def generate(
-        self, prompts: Sequence[Prompt], sampling: SamplingSettings, counts: Sequence[int] | None = None
-    ) -> list[list[Rollout]]:
-        assert counts is None and sampling.temperature == 1.0 and sampling.top_p == 1.0
-        assert isinstance(sampling.seed, tuple)
-        if self.calls_left == 0:
-            raise KeyboardInterrupt
-        self.calls_left -= 1
-        groups = []
-        for prompt, seed in zip(prompts, sampling.seed, strict=True):
-            text = prompt.messages[0]["content"][-1]["text"]
-            question = f"q{text.split()[1].rstrip(':')}"
-            self.asked.append((question, prompt.order))
-            self.seeds[question, prompt.order] = seed
-            assert (prompt.frames == 0) == (prompt.order == "blind")
-            right = self.right[question][prompt.order]
-            said = ["<think>t</think><answer>B</answer>"] * right
-            said += ["It is A.", "no idea", "A", "<answer>A</answer>"][: sampling.n - right]
-            nothing = torch.zeros(1, dtype=torch.int64), torch.zeros(1)
-            groups.append([Rollout(*nothing, text, "stop") for text in said])
-        return groups
-
-    def close(self) -> None:
-        self.closed = True
+def question_of(prompt: Prompt) -> str:
+    text = prompt.messages[0]["content"][-1]["text"]
+    return f"q{text.split()[1].rstrip(':')}"
 
 
 @pytest.fixture
@@ -91,8 +59,16 @@ def engines(monkeypatch: pytest.MonkeyPatch) -> list[ScriptedEngine]:
     return ready
 
 
-def scripted(**settings: Any) -> ScriptedEngine:
-    return ScriptedEngine({f"q{number}": right for number, right in enumerate(RIGHT)}, **settings)
+def scripted(**more: int) -> ScriptedEngine:
+    """Gives as many right answers as RIGHT says, and in further views as many as `more` does."""
+
+    def says(prompt: Prompt, n: int) -> list[str]:
+        assert (prompt.frames == 0) == (prompt.order == "blind")
+        right = {**RIGHT[int(question_of(prompt)[1:])], **more}[prompt.order]
+        wrong = ["It is A.", "no idea", "A", "<answer>A</answer>"]
+        return ["<think>t</think><answer>B</answer>"] * right + wrong[: n - right]
+
+    return ScriptedEngine(says)
 
 
 def audited(data: Path, checkpoint: Path, **settings: Any) -> dict[str, Any]:
@@ -112,10 +88,12 @@ def test_rates_rows_and_figures(
     assert json.loads(out.read_text()) == rows
     # Beside the manifest its paths hold.
     assert [sample.path for sample in load_manifest(out)] == [sample.path for sample in load_manifest(data)]
-    assert sorted(engines[0].asked) == sorted(
+    assert sorted((question_of(prompt), prompt.order) for prompt in engines[0].prompts) == sorted(
         (f"q{n}", view) for n, each in enumerate(RIGHT) for view in each
     )
-    assert len(set(engines[0].seeds.values())) == len(engines[0].seeds) == 20
+    assert all(sampling.temperature == sampling.top_p == 1.0 for sampling in engines[0].sampled)
+    seeds = [seed for each in engines[0].seeds for seed in each]
+    assert len(set(seeds)) == len(seeds) == 20
 
     assert summary["all"]["questions"] == 6 and summary["all"]["chance"] == 1.0  # the answer is always B
     views = summary["all"]["views"]
@@ -156,16 +134,14 @@ def test_what_may_change_when_it_is_continued(
     engines.append(scripted())
     audited(data, checkpoint, limit=2)
     assert [("pass_rates" in row) for row in json.loads(out.read_text())] == [True] * 2 + [False] * 4
-    before = len(engines[0].asked)
+    before = len(engines[0].prompts)
     assert audited(data, checkpoint)["all"]["questions"] == 6
-    assert len(engines[0].asked) == 20 and before == 8
+    assert len(engines[0].prompts) == 20 and before == 8
     engines[0].calls_left = 0  # from here on a call is an interruption
     audited(data, checkpoint, limit=1)  # forgets nothing
     assert all("pass_rates" in row for row in json.loads(out.read_text()))
     audited(data, checkpoint, correct_threshold=0.3)
-    reversed_too = scripted()
-    reversed_too.right = {name: {**right, "reversed": 0} for name, right in reversed_too.right.items()}
-    engines.append(reversed_too)
+    engines.append(scripted(reversed=0))
     summary = audited(data, checkpoint, temporal_contrast="reversed")
     views = ["blind", "frozen", "shuffled", "reversed", "ordered"]
     assert list(json.loads(out.read_text())[0]["pass_rates"]) == views
