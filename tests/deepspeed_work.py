@@ -24,7 +24,6 @@ from video_r1.lab.model import base_folder
 from video_r1.models.families import family_of
 from video_r1.models.loading import load_model
 from video_r1.rollout.engine import SamplingSettings
-from video_r1.training.sft import SFTConfig, SFTTrainer
 from video_r1.training.tgrpo import TGRPOConfig
 
 
@@ -112,7 +111,6 @@ def rl(folder: Path, name: str, zero: str | None, changes: dict[str, Any]) -> No
     if trainer.deepspeed.zero_optimization_stage() == 3:
         check_hooks(trainer)
     kinds = [group.sample.data_type for batch in trainer.step.batches for group in batch.groups]
-    torch.save(dict(trainer.model.named_buffers()), folder / name / f"buffers-{os.environ['RANK']}.pt")
     save(trainer, watch, folder / name, kinds)
 
 
@@ -153,24 +151,12 @@ def check_hooks(trainer: Any) -> None:
 
 def with_vllm(folder: Path, name: str, zero: str | None, changes: dict[str, Any]) -> None:
     """Two T-GRPO steps with a vLLM in each process, which has no whole weights when it is built."""
-    kind = changes.pop("kind", "all")
-    adapters = None if kind == "all" else peft.LoraConfig(r=4, target_modules=["q_proj", "up_proj"])
     settings = common(zero, save_strategy="no", eval_strategy="no", use_vllm=True, **changes)
     trainer = make_trainer(
-        base_folder(), str(folder / "manifest.json"), folder / name, peft=adapters, max_prompt_length=900,
+        base_folder(), str(folder / "manifest.json"), folder / name, max_prompt_length=900,
         per_device_train_batch_size=2, **settings,
     )  # fmt: skip
     trainer.train()
-
-
-def sft(folder: Path, name: str, zero: str | None, changes: dict[str, Any]) -> None:
-    watch, manifest = WatchBeforeStep(), str(folder / "manifest.json")
-    args = SFTConfig(
-        **training_arguments(folder / name, **common(zero, per_device_train_batch_size=2, **changes)),
-    )
-    trainer = SFTTrainer(str(folder / "model"), args, manifest, manifest, callbacks=[watch])
-    trainer.train()
-    save(trainer, watch, folder / name, [])
 
 
 def bad_numbers(folder: Path, name: str, zero: str | None, changes: dict[str, Any]) -> None:

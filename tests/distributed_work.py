@@ -72,7 +72,7 @@ def common(processes: int, steps: int = 2, bf16: bool = False) -> dict[str, Any]
     return settings
 
 
-def rl(folder: Path, processes: int, name: str, bf16: bool = False) -> None:
+def rl(folder: Path, processes: int, name: str) -> None:
     """T-GRPO: four questions a step, images and videos mixed, with a reference model and validation."""
     let_accelerate_shard_on_cpu()
     watch = Watch()
@@ -80,7 +80,7 @@ def rl(folder: Path, processes: int, name: str, bf16: bool = False) -> None:
         folder / "model", str(folder / "manifest.json"), folder / name, callbacks=[watch],
         per_device_train_batch_size=4 // processes, scale_rewards="batch", beta=0.1,
         evaluated=str(folder / "manifest.json"), eval_strategy="steps", eval_steps=2,
-        **common(processes, bf16=bf16),
+        **common(processes),
     )  # fmt: skip
     trainer.train()
     kinds = [group.sample.data_type for batch in trainer.step.batches for group in batch.groups]
@@ -151,7 +151,7 @@ class Seen(TrainerCallback):
         self.steps.append(list(self.guard.step_ids))
 
 
-def uneven(folder: Path, processes: int, name: str, kind: str) -> None:
+def uneven(folder: Path, processes: int, name: str) -> None:
     """One epoch of the questions, four of them a step, after a validation on all of them."""
     let_accelerate_shard_on_cpu()
     manifest = str(folder / "manifest.json")
@@ -162,11 +162,7 @@ def uneven(folder: Path, processes: int, name: str, kind: str) -> None:
         **{"eval_strategy": "epoch", "eval_on_start": True},
         **{"per_device_train_batch_size": 4 // processes},
     }
-    if kind == "rl":
-        trainer: Any = make_trainer(folder / "model", manifest, folder / name, evaluated=manifest, **settings)
-    else:
-        args = SFTConfig(**training_arguments(folder / name, **settings))
-        trainer = SFTTrainer(str(folder / "model"), args, manifest, manifest)
+    trainer = make_trainer(folder / "model", manifest, folder / name, evaluated=manifest, **settings)
     seen.guard = trainer.guard
     trainer.callback_handler.callbacks.insert(0, seen)  # before the guard, which forgets them
     trainer.train()

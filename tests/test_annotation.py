@@ -143,12 +143,6 @@ def test_a_video_for_an_endpoint_that_takes_none(endpoint: ChatEndpoint, tmp_pat
         annotate(endpoint.url, write_questions(tmp_path, 1), tmp_path / "cot.json", frames_as="video")
 
 
-def test_a_reasoning_that_stands_apart_is_the_rationale() -> None:
-    message = {"reasoning_content": " It goes right. ", "content": "\n<answer>B</answer>"}
-    (completion,) = client.completions_of({"choices": [{"message": message, "finish_reason": "stop"}]})
-    assert completion.text == "<think>It goes right.</think>\n<answer>B</answer>"
-
-
 # ---- An endpoint that fails
 
 

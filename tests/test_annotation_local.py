@@ -10,12 +10,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import chat_endpoint
 import pytest
 import torch
-from chat_endpoint import write_questions
+from chat_endpoint import SMALL, write_questions
 from server_process import ServerProcess
 
-from video_r1.annotation.annotate import Counts, run_annotate
+from video_r1.annotation.annotate import Counts
 from video_r1.cli import main
 from video_r1.data import reading
 from video_r1.data.decoding.decoders import read_media, read_media_at
@@ -25,15 +26,9 @@ from video_r1.lab.model import base_folder
 from video_r1.models.loading import load_processor
 from video_r1.processes import Interrupted
 from video_r1.rollout.transformers import TransformersEngine
-from video_r1.settings.decoding import AnnotateSettings
 from video_r1.settings.frames import FrameBudget
 
-SIZES: dict[str, Any] = {
-    "frame_pixels": 3136,
-    "image_pixels": 3136,
-    "max_frames": 4,
-    "max_prompt_length": 512,
-}
+SIZES: dict[str, Any] = {**SMALL, "media_seconds": 60.0, "max_prompt_length": 512}
 PROCESS = "<think>places: left, right. it goes right. right is B.</think>"
 FILES = ("cot.json", "cot.rejected.jsonl")
 
@@ -61,18 +56,14 @@ def teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def annotate(teacher: Path | str, manifest: Path, out: Path, **changes: Any) -> Counts:
-    values = {
+    drawn = {
         "samples": 3,
         "length_range": [3, 100],
         "dtype": "float32",
         "batch_size": 2,
         "max_new_tokens": 64,
     }
-    return run_annotate(
-        AnnotateSettings(
-            teacher=str(teacher), manifest=str(manifest), out=str(out), **SIZES, **values, **changes
-        )
-    )
+    return chat_endpoint.annotate(str(teacher), manifest, out, **SIZES, **drawn, **changes)
 
 
 @pytest.mark.slow

@@ -81,13 +81,17 @@ def test_an_endpoint_is_told_not_to_think() -> None:
 
 
 @pytest.mark.parametrize(
-    ("content", "text"),
+    ("message", "text"),
     [
-        ("\nIt moves.\n</think>\n\n<answer>B</answer>", "<think>It moves.\n</think>\n\n<answer>B</answer>"),
-        ("<think>It moves.</think>", "<think>It moves.</think>"),
-        ("<answer>B</answer>", "<answer>B</answer>"),
+        ({"content": "\nSo.\n</think>\n\n<answer>B</answer>"}, "<think>So.\n</think>\n\n<answer>B</answer>"),
+        ({"content": "<think>It moves.</think>"}, "<think>It moves.</think>"),
+        ({"content": "<answer>B</answer>"}, "<answer>B</answer>"),
+        (
+            {"reasoning_content": " So. ", "content": "\n<answer>B</answer>"},
+            "<think>So.</think>\n<answer>B</answer>",
+        ),
     ],
 )
-def test_an_answer_whose_first_tag_stood_in_the_prompt(content: str, text: str) -> None:
-    (found,) = completions_of({"choices": [{"message": {"content": content}, "finish_reason": "stop"}]})
+def test_an_answer_whose_first_tag_stood_in_the_prompt(message: dict[str, str], text: str) -> None:
+    (found,) = completions_of({"choices": [{"message": message, "finish_reason": "stop"}]})
     assert found.text == text

@@ -273,11 +273,3 @@ def test_commands_pass_their_settings_on(tmp_path: Path, monkeypatch: pytest.Mon
         "manifest": "m.json", "media_root": "/data", "allow_urls": True, "media": False, "workers": None,
         "remote_cache": None, "remote_cache_gb": 50.0, "allowed_roots": [],
     }  # fmt: skip
-
-
-def test_public_names_are_there_on_first_use() -> None:
-    for name in video_r1.__all__:
-        assert getattr(video_r1, name).__name__ == name
-    with pytest.raises(AttributeError, match="no attribute 'Nothing'"):
-        video_r1.Nothing  # noqa: B018  # pyright: ignore[reportAttributeAccessIssue]
-    assert "TGRPOTrainer" in dir(video_r1)

@@ -111,10 +111,7 @@ def test_patches_of_a_prompt(permutation: list[int] | None, patches: list[int] |
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("accumulation", "iterations"), [(2, 2)])
-def test_a_frozen_tower_sees_a_clip_twice(
-    checkpoint: Path, manifest: Path, tmp_path: Path, accumulation: int, iterations: int
-) -> None:
+def test_a_frozen_tower_sees_a_clip_twice(checkpoint: Path, manifest: Path, tmp_path: Path) -> None:
     """When its question is sampled, and once for drops, updates and KL. The steps are those of a tower that
     sees contrast clips and all else anew."""
     lines, seen = [], []
@@ -125,9 +122,8 @@ def test_a_frozen_tower_sees_a_clip_twice(
         folder = tmp_path / str(frozen)
         trainer = make_trainer(
             model, samples, folder, temporal_rule="likelihood_gate", contrast_unit="patch", max_steps=2,
-            beta=0.1,
-            num_iterations=iterations, save_strategy="no", per_device_train_batch_size=4 // accumulation,
-            gradient_accumulation_steps=accumulation,
+            beta=0.1, num_iterations=2, save_strategy="no", per_device_train_batch_size=2,
+            gradient_accumulation_steps=2,
         )  # fmt: skip
         trainer.vision_is_frozen = frozen
         patches: list[int] = []
@@ -137,10 +133,9 @@ def test_a_frozen_tower_sees_a_clip_twice(
         lines.append(read_lines(folder / "metrics.jsonl"))
         seen.append(sum(patches))
     clip = trainer.step.batches[0].groups[0].prompt.features["pixel_values_videos"]
-    steps = 2 // iterations  # that sample
-    assert seen[1] == len(samples) * len(clip) * steps * 2
-    # and for the contrast, the reference and each update
-    assert seen[0] == len(samples) * len(clip) * steps * (3 + iterations)
+    assert seen[1] == len(samples) * len(clip) * 2
+    # when it is sampled, for the contrast, the reference and each of two updates
+    assert seen[0] == len(samples) * len(clip) * 5
     timed = ("time", "seconds/", "speed/", "memory/")
     for ours, others in zip(*lines, strict=True):
         for name in ours:

@@ -162,7 +162,7 @@ def test_adapters(folder: Path) -> None:
 @pytest.mark.slow
 def test_zero3_with_vllm_in_the_processes(folder: Path) -> None:
     """vLLM has the trainer's weights before the first step and after each one."""
-    run = two_processes("with_vllm", folder, "vllm", 3, "launch", kind="all")
+    run = two_processes("with_vllm", folder, "vllm", 3, "launch")
     steps = read_lines(run / "metrics.jsonl")
     assert [line["step"] for line in steps] == [1, 2]
     assert all(line["sampler/logprob_difference"] < 1e-3 for line in steps)

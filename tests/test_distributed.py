@@ -154,8 +154,8 @@ def test_questions_that_do_not_divide(tmp_path: Path, folder: Path) -> None:
     """
     (tmp_path / "model").symlink_to(folder / "model")
     write_manifest(tmp_path, videos=3, images=2)
-    run_processes(1, "distributed_work:uneven", tmp_path, 1, "one", "rl")
-    run_processes(2, "distributed_work:uneven", tmp_path, 2, "two", "rl", environment=FSDP2)
+    run_processes(1, "distributed_work:uneven", tmp_path, 1, "one")
+    run_processes(2, "distributed_work:uneven", tmp_path, 2, "two", environment=FSDP2)
     alone = json.loads((tmp_path / "one" / "seen-0.json").read_text())
     order = [question for step in alone for question in step][:5]
     assert sorted(order) == [0, 1, 2, 3, 4]

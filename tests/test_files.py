@@ -13,7 +13,6 @@ import pytest
 
 from video_r1.errors import RequestError
 from video_r1.files import append_line, claimed, follow_umask, replace_json, replacing
-from video_r1.fingerprint import digest
 
 HOLDER = """
 import os, sys, time
@@ -49,11 +48,6 @@ def test_appended_lines_stay_apart(tmp_path: Path) -> None:
     lines = path.read_text(encoding="utf-8").splitlines()
     assert len(lines) == 3 and json.loads(lines[0]) == {"step": 1}
     assert json.loads(lines[2]) == {"text": "half a pair \ud83d", "step": 3}
-
-
-def test_digest_is_of_the_value() -> None:
-    assert digest([1, "a"]) == digest([1, "a"]) != digest([1, "b"])
-    assert len(digest("x")) == 16 and len(digest("x", size=20)) == 40
 
 
 def test_a_folder_is_claimed_once(tmp_path: Path) -> None:

@@ -132,17 +132,20 @@ def test_a_damaged_entry_is_decoded_again(
     assert same(read(cache, sample(clip, end=1.0)), good)
 
 
+def one_entry(number: int) -> tuple[str, Media]:
+    frames = torch.full((4, 3, 56, 56), number, dtype=torch.uint8)
+    return f"{number:02x}" * 20, Media(frames, torch.arange(4, dtype=torch.float64), 1.0, "video")
+
+
 def test_the_least_recently_used_entries_go(tmp_path: Path) -> None:
-    frames = torch.zeros(4, 3, 56, 56, dtype=torch.uint8)
-    media = Media(frames, torch.arange(4, dtype=torch.float64), 1.0, "video")
-    keys = [f"{number:02x}" * 20 for number in range(12)]
+    keys = [one_entry(number)[0] for number in range(12)]
     cache = FrameCache(tmp_path, 10 * 40_000)  # an entry has some bytes more than its 37,632 of frames
     for number, key in enumerate(keys[:9]):
-        cache.put(key, media)
+        cache.put(*one_entry(number))
         os.utime(cache._path(key), (number, number))
     assert cache.get(keys[0]) is not None  # used just now
-    cache.put(keys[9], media)
-    cache.put(keys[10], media)
+    cache.put(*one_entry(9))
+    cache.put(*one_entry(10))
     kept = {path.stem for path in entries(cache)}
     assert keys[0] in kept
     assert {keys[9], keys[10]} <= kept
@@ -152,15 +155,10 @@ def test_the_least_recently_used_entries_go(tmp_path: Path) -> None:
     stale.write_bytes(b"half")
     os.utime(stale, (1, 1))
     (tmp_path / ".size").write_text("")  # as after a crash: the folder is measured again
-    cache.put(keys[1], media)
+    cache.put(*one_entry(1))
     assert not stale.exists()
     assert int((tmp_path / ".size").read_text()) == sum(path.stat().st_size for path in entries(cache))
     assert not list(tmp_path.glob(f"*/*{PARTIAL}*"))
-
-
-def one_entry(number: int) -> tuple[str, Media]:
-    frames = torch.full((4, 3, 56, 56), number, dtype=torch.uint8)
-    return f"{number:02x}" * 20, Media(frames, torch.arange(4, dtype=torch.float64), 1.0, "video")
 
 
 def test_media_larger_than_the_cache_leave_it_as_it_is(
@@ -196,9 +194,8 @@ def test_a_disk_that_takes_no_more_is_told_once(tmp_path: Path, caplog: pytest.L
 
 def test_an_entry_that_goes_while_it_is_opened(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """safetensors reads the header, then torch opens the file again for the tensors."""
-    cache, key = FrameCache(tmp_path, 10**6), "ab" * 20
-    frames = torch.zeros(4, 3, 56, 56, dtype=torch.uint8)
-    cache.put(key, Media(frames, torch.arange(4, dtype=torch.float64), 1.0, "video"))
+    cache, (key, media) = FrameCache(tmp_path, 10**6), one_entry(1)
+    cache.put(key, media)
     opened = torch.UntypedStorage.from_file
 
     def evicted(path: str, **arguments: Any) -> Any:
@@ -220,11 +217,10 @@ def write_and_read(folder: Path, limit: int) -> None:
     """Twenty entries three times over, each checked when it is found."""
     cache = FrameCache(folder, limit)
     for number in range(60):
-        key = f"{number % 20:02x}" * 20
+        key, media = one_entry(number % 20)
         found = cache.get(key)
         if found is None:
-            frames = torch.full((4, 3, 56, 56), number % 20, dtype=torch.uint8)
-            cache.put(key, Media(frames, torch.arange(4, dtype=torch.float64), 1.0, "video"))
+            cache.put(key, media)
         else:
             assert (found.frames == number % 20).all()
     assert len(entries(cache)) <= 12

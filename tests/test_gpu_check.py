@@ -38,17 +38,6 @@ def test_without_a_gpu_nothing_applies(tmp_path: Path) -> None:
     assert {(check["state"], check["reason"]) for check in checks} == {("not applicable", "no CUDA device")}
 
 
-def test_numeric_checks_share_a_process_and_the_urgent_ones_come_first() -> None:
-    groups = gpu_check.groups_of(gpu_check.HERE / "test_gpu.py", "")
-    assert groups[0][:2] == [
-        "test_the_machine",
-        "test_recorded_decoding_gives_the_same_tokens[torch.float32]",
-    ]
-    assert sum(any(name.startswith(gpu_check.NUMERIC) for name in group) for group in groups) == 2
-    kinds = [group[0].split("_")[1] for group in groups[1:]]
-    assert kinds[:8] == ["vllm"] * 4 + ["speed"] * 3 + [kinds[7]] and "vllm" not in kinds[4:]
-
-
 @pytest.mark.slow
 def test_states_of_checks(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch

@@ -9,13 +9,12 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from tiny_models import FAMILIES, FAMILY_ROWS, tiny_checkpoint, tiny_model, tiny_tokenizer
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from video_r1.errors import ConfigError
 from video_r1.models.loading import (
-    add_lora,
     freeze_vision,
     keep_angles_exact,
     load_model,
@@ -71,8 +70,6 @@ def truncated_weights(folder: Path, target: Path) -> Path:
 
 
 def lost_weight(folder: Path, target: Path) -> Path:
-    from safetensors.torch import load_file, save_file
-
     copy_without(folder, target)
     weights = load_file(target / "model.safetensors")
     del weights[next(name for name in weights if "q_proj.weight" in name)]
@@ -122,17 +119,11 @@ def test_incomplete_processor(
 
 
 @pytest.mark.parametrize("family", FAMILY_ROWS)
-def test_what_trains(checkpoints: dict[str, Path], family: str) -> None:
+def test_a_frozen_tower(checkpoints: dict[str, Path], family: str) -> None:
     model = load_model(checkpoints[family])
     frozen = freeze_vision(model)
     assert frozen == sum(p.numel() for n, p in model.named_parameters() if ".visual." in n) > 0
     assert all(p.requires_grad == (".visual." not in n) for n, p in model.named_parameters())
-    adapted = add_lora(model, rank=4, alpha=8)
-    trainable = [name for name, p in adapted.named_parameters() if p.requires_grad]
-    text = model.get_submodule("model.language_model").named_modules()
-    linear = [name for name, part in text if hasattr(part, "lora_A")]
-    assert len(trainable) == len(linear) * 2 >= 24
-    assert all("language_model" in name and "lora_" in name for name in trainable)
 
 
 def test_rotary_frequencies_are_computed_again() -> None:
