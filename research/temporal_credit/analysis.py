@@ -118,7 +118,8 @@ def markdown(head: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
 
 PREDICTED = {
     "grpo": (0.0, False), "apart-0.3": (0.3, False), "apart-1": (1.0, False), "apart-3": (3.0, False),
-    "gate": (0.9, True), "gate-frozen": (0.9, True), "pairs": (0.0, False), "pairs-gate": (0.9, True),
+    "gate": (0.9, True), "gate-frozen": (0.9, True), "gate-apart": (0.9, True),
+    "pairs": (0.0, False), "pairs-gate": (0.9, True),
 }  # fmt: skip
 """α of each arm of the diagram, and whether it is a gate."""
 DROP = 0.9  # d of looking; that of reading the mark is 0

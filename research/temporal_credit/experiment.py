@@ -107,7 +107,7 @@ class Cell:
 
 
 DIAGRAM_ARMS = (
-    "grpo", "gate-frozen", "gate", "apart-0.3", "apart-1", "apart-3", "pairs", "pairs-gate",
+    "grpo", "gate-frozen", "gate-apart", "gate", "apart-0.3", "apart-1", "apart-3", "pairs", "pairs-gate",
 )  # fmt: skip
 CONFIRMATION_ARMS = (
     "grpo", "likelihood", "gate-frozen", "pairs", "pairs-gate", "placebo", "clean", "margin", "margin-batch",
