@@ -26,18 +26,10 @@ def lab_clips(folder: Path) -> list[Path]:
 
 def write_benchmarks(root: Path, clips: list[Path]) -> None:
     """All benchmarks below `root`."""
-    _vsibench(root / "vsibench", clips)
-    _videommmu(root / "videommmu", clips)
-    _mmvu(root / "mmvu", clips)
-    _mvbench(root / "mvbench", clips)
-    _tempcompass(root / "tempcompass", clips)
-    _videomme(root / "videomme", clips)
-    _videoholmes(root / "videoholmes", clips)
-    _tomato(root / "tomato", clips)
-    _tvbench(root / "tvbench", clips)
-    _longvideobench(root / "longvideobench", clips)
+    for write in (_vsibench, _videommmu, _mmvu, _mvbench, _tempcompass, _videomme, _videoholmes, _tomato,
+                  _tvbench, _longvideobench, _charades_sta):
+        write(root / write.__name__[1:], clips)
     write_pairs(root, clips)
-    _charades_sta(root / "charades_sta", clips)
 
 
 def _json(path: Path, value: Any) -> None:

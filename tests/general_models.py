@@ -9,45 +9,15 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from tiny_models import tiny_tokenizer
-from transformers import (
-    Gemma4AudioFeatureExtractor,
-    Gemma4Config,
-    Gemma4ForConditionalGeneration,
-    Gemma4ImageProcessor,
-    Gemma4Processor,
-    Gemma4VideoProcessor,
-    GenerationConfig,
-    Glm4vConfig,
-    Glm4vForConditionalGeneration,
-    Glm4vImageProcessor,
-    Glm4vProcessor,
-    Glm4vVideoProcessor,
-    Glm46VConfig,
-    Glm46VForConditionalGeneration,
-    Glm46VImageProcessor,
-    Glm46VProcessor,
-    Glm46VVideoProcessor,
-    GotOcr2ImageProcessor,
-    InternVLConfig,
-    InternVLForConditionalGeneration,
-    InternVLProcessor,
-    InternVLVideoProcessor,
-    LlavaOnevisionConfig,
-    LlavaOnevisionForConditionalGeneration,
-    LlavaOnevisionImageProcessor,
-    LlavaOnevisionProcessor,
-    LlavaOnevisionVideoProcessor,
-    PreTrainedModel,
-    Qwen2Tokenizer,
-    SmolVLMConfig,
-    SmolVLMForConditionalGeneration,
-    SmolVLMImageProcessor,
-    SmolVLMProcessor,
-    SmolVLMVideoProcessor,
-)
+from transformers import GenerationConfig, PreTrainedModel, Qwen2Tokenizer
 
-GENERAL = ("smolvlm", "internvl", "llava_onevision", "gemma4", "glm4v", "glm46v")
+CLASSES = {
+    "smolvlm": "SmolVLM", "internvl": "InternVL", "llava_onevision": "LlavaOnevision", "gemma4": "Gemma4",
+    "glm4v": "Glm4v", "glm46v": "Glm46V",
+}  # fmt: skip
+GENERAL = tuple(CLASSES)
 GENERAL_ROWS = ["smolvlm", *(pytest.param(family, marks=pytest.mark.slow) for family in GENERAL[1:])]
 SIDE = 32  # pixels to which most of them resize a frame
 NAMES: dict[str, dict[str, str]] = {  # the special tokens of each family, by the names that processors use
@@ -89,10 +59,8 @@ TURNS: dict[str, tuple[str, str, str, str]] = {
     "internvl": ("<video>", "<IMG_CONTEXT>", "<|im_start|>", "<|im_end|>"),
     "llava_onevision": ("<video>", "<image>", "<|im_start|>", "<|im_end|>"),
     "gemma4": ("<|video|>", "<|image|>", "<|turn>", "<turn|>"),
-    "glm4v": ("<|begin_of_video|><|video|><|end_of_video|>", "<|begin_of_image|><|image|><|end_of_image|>",
-              "<|im_start|>", ""),
-    "glm46v": ("<|begin_of_video|><|video|><|end_of_video|>", "<|begin_of_image|><|image|><|end_of_image|>",
-               "<|im_start|>", ""),
+    **dict.fromkeys(("glm4v", "glm46v"), ("<|begin_of_video|><|video|><|end_of_video|>",
+                    "<|begin_of_image|><|image|><|end_of_image|>", "<|im_start|>", "")),
 }  # fmt: skip
 
 
@@ -126,36 +94,30 @@ def general_tokenizer(family: str) -> Qwen2Tokenizer:
 def general_processor(family: str) -> Any:
     """The family's own processor, for frames of few tokens."""
     tokenizer, template = general_tokenizer(family), chat_template(family)
-    square = {"height": SIDE, "width": SIDE}
+    square, longest = {"height": SIDE, "width": SIDE}, {"longest_edge": SIDE}
+    given: tuple[Any, ...] = ()
+    more: dict[str, Any] = {}
+    images: dict[str, Any] = {"size": square}
+    videos: dict[str, Any] = {"size": square}
     if family == "smolvlm":  # 4 tokens a frame
-        pictures = SmolVLMImageProcessor(
-            size={"longest_edge": SIDE}, max_image_size={"longest_edge": SIDE}, do_image_splitting=False
-        )
-        clips = SmolVLMVideoProcessor(size={"longest_edge": SIDE}, max_image_size={"longest_edge": SIDE})
-        return SmolVLMProcessor(pictures, tokenizer, clips, image_seq_len=4, chat_template=template)
-    if family == "internvl":  # 4 tokens a frame
-        pictures = GotOcr2ImageProcessor(size=square, crop_to_patches=True, max_patches=2)
-        clips = InternVLVideoProcessor(size=square)
-        return InternVLProcessor(pictures, tokenizer, clips, image_seq_length=4, chat_template=template)
-    if family == "llava_onevision":  # 16 patches a frame, 4 tokens in a clip
-        pinpoints = [[SIDE, SIDE], [SIDE, 2 * SIDE], [2 * SIDE, SIDE]]
-        pictures = LlavaOnevisionImageProcessor(size=square, image_grid_pinpoints=pinpoints)
-        clips = LlavaOnevisionVideoProcessor(size=square)
-        return LlavaOnevisionProcessor(
-            pictures, tokenizer, clips, 16, "full", chat_template=template, image_token="<image>"
-        )
-    if family == "gemma4":  # up to 70 tokens a frame, of 2 × 2 patches
-        patches: Any = {"patch_size": 4, "max_soft_tokens": 70, "pooling_kernel_size": 2}
-        return Gemma4Processor(
-            Gemma4AudioFeatureExtractor(), Gemma4ImageProcessor(**patches), tokenizer,
-            Gemma4VideoProcessor(**patches), chat_template=template, image_seq_length=70,
-        )  # fmt: skip
-    pixels: Any = {"shortest_edge": 28 * 28, "longest_edge": 64 * 56 * 56}
-    if family == "glm4v":
-        return Glm4vProcessor(Glm4vImageProcessor(size=pixels), tokenizer, Glm4vVideoProcessor(size=pixels),
-                              chat_template=template)  # fmt: skip
-    return Glm46VProcessor(Glm46VImageProcessor(size=pixels), tokenizer, Glm46VVideoProcessor(size=pixels),
-                           chat_template=template)  # fmt: skip
+        videos = {"size": longest, "max_image_size": longest}
+        images, more = {**videos, "do_image_splitting": False}, {"image_seq_len": 4}
+    elif family == "internvl":  # 4 tokens a frame
+        images |= {"crop_to_patches": True, "max_patches": 2}
+        more = {"image_seq_length": 4}
+    elif family == "llava_onevision":  # 16 patches a frame, 4 tokens in a clip
+        images |= {"image_grid_pinpoints": [[SIDE, SIDE], [SIDE, 2 * SIDE], [2 * SIDE, SIDE]]}
+        more = {"num_image_tokens": 16, "vision_feature_select_strategy": "full", "image_token": "<image>"}
+    elif family == "gemma4":  # up to 70 tokens a frame, of 2 × 2 patches
+        images = videos = {"patch_size": 4, "max_soft_tokens": 70, "pooling_kernel_size": 2}
+        given, more = (transformers.Gemma4AudioFeatureExtractor(),), {"image_seq_length": 70}
+    else:
+        images = videos = {"size": {"shortest_edge": 28 * 28, "longest_edge": 64 * 56 * 56}}
+    part = "GotOcr2ImageProcessor" if family == "internvl" else f"{CLASSES[family]}ImageProcessor"
+    pictures = getattr(transformers, part)(**images)
+    clips = getattr(transformers, f"{CLASSES[family]}VideoProcessor")(**videos)
+    kind = getattr(transformers, f"{CLASSES[family]}Processor")
+    return kind(*given, pictures, tokenizer, clips, chat_template=template, **more)
 
 
 def general_model(family: str, processor: Any, seed: int = 0) -> PreTrainedModel:
@@ -174,27 +136,18 @@ def general_model(family: str, processor: Any, seed: int = 0) -> PreTrainedModel
         "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2,
         "image_size": SIDE, "patch_size": 8, "initializer_range": 0.2,
     }  # fmt: skip
-    torch.manual_seed(seed)
+    more: dict[str, Any] = {}
     if family == "smolvlm":
         text["model_type"] = "llama"
-        model = SmolVLMForConditionalGeneration(
-            SmolVLMConfig(text_config=text, vision_config=vision, scale_factor=2, **ids)
-        )
+        more = {"scale_factor": 2}
     elif family == "internvl":
         text["model_type"] = "qwen2"
-        model = InternVLForConditionalGeneration(
-            InternVLConfig(text_config=text, vision_config=vision, image_seq_length=4, **ids)
-        )
+        more = {"image_seq_length": 4}
     elif family == "llava_onevision":
-        pinpoints = processor.image_processor.image_grid_pinpoints
+        text["model_type"] = "qwen2"
         vision |= {"vision_use_head": False, "model_type": "siglip_vision_model"}
-        model = LlavaOnevisionForConditionalGeneration(
-            LlavaOnevisionConfig(
-                text_config=text | {"model_type": "qwen2"}, vision_config=vision,
-                image_token_index=ids["image_token_id"], video_token_index=ids["video_token_id"],
-                image_grid_pinpoints=pinpoints,
-            )
-        )  # fmt: skip
+        ids = {name.replace("_id", "_index"): token for name, token in ids.items()}
+        more = {"image_grid_pinpoints": processor.image_processor.image_grid_pinpoints}
     elif family == "gemma4":  # a sliding window, and frames whose tokens see one another
         text |= {"layer_types": ["sliding_attention", "full_attention"], "sliding_window": 96,
                  "hidden_size_per_layer_input": 8, "vocab_size_per_layer_input": 448, "global_head_dim": 12,
@@ -203,24 +156,21 @@ def general_model(family: str, processor: Any, seed: int = 0) -> PreTrainedModel
                    "position_embedding_size": 128}  # fmt: skip
         vision.pop("image_size")
         ids |= {"audio_token_id": processor.audio_token_id}
-        model = Gemma4ForConditionalGeneration(Gemma4Config(text_config=text, vision_config=vision, **ids))
     else:
-        marks = {"image_start": "begin_of_image", "image_end": "end_of_image",
-                 "video_start": "begin_of_video", "video_end": "end_of_video"}  # fmt: skip
-        for name, mark in marks.items():
-            ids[f"{name}_token_id"] = tokenizer.convert_tokens_to_ids(f"<|{mark}|>")
+        for side, mark in (("start", "begin"), ("end", "end")):
+            for kind in MARKS:
+                ids[f"{kind}_{side}_token_id"] = tokenizer.convert_tokens_to_ids(f"<|{mark}_of_{kind}|>")
         text["rope_parameters"] = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 2, 2]}
         vision |= {"depth": 2, "num_heads": 2, "out_hidden_size": 48, "patch_size": 14, "image_size": 56}
         for name in ("num_hidden_layers", "num_attention_heads"):
             vision.pop(name)
-        if family == "glm4v":
-            model = Glm4vForConditionalGeneration(Glm4vConfig(text_config=text, vision_config=vision, **ids))
-        else:
-            parts = {
-                "text_config": text | {"model_type": "glm4v_text"},
-                "vision_config": vision | {"model_type": "glm4v_vision"},
-            }
-            model = Glm46VForConditionalGeneration(Glm46VConfig(**parts, **ids))
+        if family == "glm46v":
+            text["model_type"], vision["model_type"] = "glm4v_text", "glm4v_vision"
+    config = getattr(transformers, f"{CLASSES[family]}Config")
+    torch.manual_seed(seed)
+    model = getattr(transformers, f"{CLASSES[family]}ForConditionalGeneration")(
+        config(text_config=text, vision_config=vision, **ids, **more)
+    )
     model.generation_config = GenerationConfig(
         eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id, do_sample=False
     )

@@ -14,27 +14,16 @@ import av
 import numpy as np
 import pytest
 import torch
+import transformers
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
     GenerationConfig,
     PreTrainedModel,
-    Qwen2_5_VLConfig,
-    Qwen2_5_VLForConditionalGeneration,
     Qwen2_5_VLProcessor,
     Qwen2Tokenizer,
-    Qwen2VLConfig,
-    Qwen2VLForConditionalGeneration,
     Qwen2VLImageProcessor,
     Qwen2VLProcessor,
     Qwen2VLVideoProcessor,
-    Qwen3_5Config,
-    Qwen3_5ForConditionalGeneration,
-    Qwen3_5MoeConfig,
-    Qwen3_5MoeForConditionalGeneration,
-    Qwen3VLConfig,
-    Qwen3VLForConditionalGeneration,
-    Qwen3VLMoeConfig,
-    Qwen3VLMoeForConditionalGeneration,
     Qwen3VLProcessor,
     Qwen3VLVideoProcessor,
 )
@@ -42,17 +31,15 @@ from transformers.models.qwen2.tokenization_qwen2 import PRETOKENIZE_REGEX
 
 from video_r1.lab import model as lab
 
-FAMILIES = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe", "qwen3_5", "qwen3_5_moe")
+CLASSES = {
+    "qwen2_vl": "Qwen2VL", "qwen2_5_vl": "Qwen2_5_VL", "qwen3_vl": "Qwen3VL", "qwen3_vl_moe": "Qwen3VLMoe",
+    "qwen3_5": "Qwen3_5", "qwen3_5_moe": "Qwen3_5Moe",
+}  # fmt: skip
+FAMILIES = tuple(CLASSES)
 DENSE = tuple(family for family in FAMILIES if not family.endswith("_moe"))  # without experts
 FAST = ("qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe", "qwen3_5")  # one for each mechanism of the fast paths
 FAMILY_ROWS = [name if name in FAST else pytest.param(name, marks=pytest.mark.slow) for name in FAMILIES]
 HYBRID = ("qwen3_5", "qwen3_5_moe")  # with Gated DeltaNet layers
-LATER: dict[str, tuple[Any, Any]] = {
-    "qwen3_vl": (Qwen3VLForConditionalGeneration, Qwen3VLConfig),
-    "qwen3_vl_moe": (Qwen3VLMoeForConditionalGeneration, Qwen3VLMoeConfig),
-    "qwen3_5": (Qwen3_5ForConditionalGeneration, Qwen3_5Config),
-    "qwen3_5_moe": (Qwen3_5MoeForConditionalGeneration, Qwen3_5MoeConfig),
-}
 CORPUS = (
     "You are a helpful assistant. Think within <think></think>, then answer within <answer></answer>.",
     "Which way does the red square move? Options: A. left B. right C. up D. down. Give the letter only.",
@@ -161,15 +148,12 @@ def tiny_model(
     }
     vision: dict[str, Any] = {"depth": 2, "num_heads": 2, "spatial_merge_size": 2, "initializer_range": 0.2}
     parts |= {"text_config": text, "vision_config": vision}
-    torch.manual_seed(seed)
     if family == "qwen2_vl":
         vision |= {"embed_dim": 32, "hidden_size": 64, "mlp_ratio": 2}
-        model = Qwen2VLForConditionalGeneration(Qwen2VLConfig(**parts))
     elif family == "qwen2_5_vl":
         vision |= {"hidden_size": 32, "out_hidden_size": 64, "intermediate_size": 48, "window_size": 56,
                    "fullatt_block_indexes": [1], "tokens_per_second": 2}  # fmt: skip
-        model = Qwen2_5_VLForConditionalGeneration(Qwen2_5_VLConfig(**parts))
-    elif family in LATER:
+    else:
         text["head_dim"] = 16 * times
         text["rope_parameters"]["mrope_interleaved"] = True
         vision |= {"hidden_size": 32, "out_hidden_size": 64, "intermediate_size": 48,
@@ -191,10 +175,9 @@ def tiny_model(
                      "moe_intermediate_size": 96 if for_vllm else 32}  # fmt: skip
             # Each has its own: vLLM makes layers of what it finds in a config.
             text |= {"shared_expert_intermediate_size": 32} if family in HYBRID else {"norm_topk_prob": True}
-        kind, configuration = LATER[family]
-        model = kind(configuration(**parts))
-    else:
-        raise ValueError(f"family {family!r} is none of {FAMILIES}")
+    config = getattr(transformers, f"{CLASSES[family]}Config")(**parts)
+    torch.manual_seed(seed)
+    model = getattr(transformers, f"{CLASSES[family]}ForConditionalGeneration")(config)
     # States that fade slowly. With transformers' first values its chunked rule, which adds up logarithms over
     # 64 tokens in float32, is itself wrong by 3e-4 of a gradient.
     for name, weight in model.named_parameters():
