@@ -3,7 +3,7 @@
     python -m research.temporal_credit.static runs/static --seeds 0,1,2
 
 Each seed: a cold start without marks, then each arm on it. Prints accuracy on moving and on still clips
-before and after RL; OUT/static.json has it for all runs that are complete. Runs that are there are not repeated.
+before and after RL; OUT/static.json has it for all complete runs, which are not repeated.
 """
 
 import argparse
