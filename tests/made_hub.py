@@ -33,7 +33,7 @@ class Hub:
 
 
 @contextmanager
-def made_hub(folder: Path) -> Iterator[Hub]:
+def made_hub(folder: Path, ranges: bool = True) -> Iterator[Hub]:
     hub = Hub(folder)
 
     class Handler(http.server.BaseHTTPRequestHandler):
@@ -66,7 +66,7 @@ def made_hub(folder: Path) -> Iterator[Hub]:
                 self.missing()
 
         def file(self, name: str, content: bytes) -> None:
-            part = re.fullmatch(r"bytes=(\d+)-(\d+)?", self.headers.get("Range", ""))
+            part = re.fullmatch(r"bytes=(\d+)-(\d+)?", self.headers.get("Range", "")) if ranges else None
             begin, end = (int(part[1]), int(part[2] or len(content)) + 1) if part else (0, len(content))
             body = content[begin:end]
             self.send_response(206 if part else 200)
@@ -74,7 +74,8 @@ def made_hub(folder: Path) -> Iterator[Hub]:
                 self.send_header("Content-Range", f"bytes {begin}-{begin + len(body) - 1}/{len(content)}")
             self.send_header("X-Repo-Commit", COMMIT)
             self.send_header("ETag", f'"{len(content)}"')
-            self.send_header("Accept-Ranges", "bytes")
+            if ranges:
+                self.send_header("Accept-Ranges", "bytes")
             self.send_header("Content-Length", str(len(body)))
             self.end_headers()
             if self.command == "GET":

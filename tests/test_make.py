@@ -11,9 +11,8 @@ from made_tables import make, write_shelf, written
 
 from video_r1.cli import main
 from video_r1.data.making.drafts import subtitle_lines
-from video_r1.data.making.layouts import LAYOUTS, REMEDIES, layout_of
+from video_r1.data.making.layouts import LAYOUTS, REMEDIES
 from video_r1.data.manifests.records import load_manifest
-from video_r1.errors import RequestError
 
 
 @pytest.fixture(scope="module")
@@ -176,22 +175,6 @@ def test_published_layouts(
     assert (
         main(["data", "check", str(tmp_path / "out.json"), "--media_root", str(shelf), "--workers", "1"]) == 0
     )
-
-
-def test_every_layout_is_a_setting_and_knows_its_own_rows_alone() -> None:
-    firsts = {
-        "onethinker": PUBLISHED["onethinker"][1][0],
-        "video-r1": PUBLISHED["video-r1"][1][0], "llava-video": PUBLISHED["llava-video"][1][0],
-        "nextqa": dict.fromkeys(PUBLISHED["nextqa"][1].splitlines()[0].split(","), "1"),
-        "perception-test": PUBLISHED["perception-test"][1]["video_0"],
-        "swift": PUBLISHED["swift"][1][0], "trl": PUBLISHED["trl"][1][0],
-    }  # fmt: skip
-    assert {name: layout_of(row) for name, row in firsts.items()} == {name: name for name in LAYOUTS}
-    assert layout_of({"question": "x", "video": "y", "answer": "z"}) == "table"
-    with pytest.raises(RequestError, match=" \\| ".join(("auto", "table", *LAYOUTS))):
-        from video_r1.recipe import load_recipe
-
-        load_recipe("data make", None, {"table": "t", "out": "o.json", "layout": "no"})
 
 
 # --- refusals ------------------------------------------------------------------------------------

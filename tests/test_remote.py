@@ -340,23 +340,16 @@ def test_a_server_that_gives_takes_its_time_or_breaks_off(
     assert asked[name.partition(".")[0]] == requests
 
 
-def test_a_file_larger_than_the_limit_is_refused_while_it_comes(tmp_path: Path, memory: Any) -> None:
+@pytest.mark.parametrize("declared", [True, False])
+def test_a_file_larger_than_the_limit_is_refused_while_it_comes(
+    server: tuple[str, Counter[str]], tmp_path: Path, memory: Any, declared: bool
+) -> None:
     memory.pipe("/big.mp4", bytes(1001))
     cache = RemoteCache(tmp_path, 1000)
-    with (
-        pytest.raises(MediaError, match="is larger than remote_cache_gb"),
-        cache.file("memory://big.mp4"),
-    ):
+    address = "memory://big.mp4" if declared else f"{server[0]}/open.mp4"
+    with pytest.raises(MediaError, match="is larger than remote_cache_gb"), cache.file(address):
         pass
     assert not [path for path in tmp_path.rglob("*") if path.is_file() and path.stat().st_size > 100]
-
-
-def test_a_file_of_undeclared_size_is_refused_while_it_comes(
-    server: tuple[str, Counter[str]], tmp_path: Path
-) -> None:
-    cache = RemoteCache(tmp_path, 1000)
-    with pytest.raises(MediaError, match="is larger"), cache.file(f"{server[0]}/open.mp4"):
-        pass
 
 
 def test_the_least_recently_used_copies_go_but_none_in_use(tmp_path: Path, memory: Any) -> None:

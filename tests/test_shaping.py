@@ -41,15 +41,10 @@ def test_length_reward_bounds_belong_to_the_interval() -> None:
     )
 
 
-@pytest.mark.parametrize(
-    ("text", "found"),
-    [
-        ("It is left. Wait, it is right.", True),
-        ("The waiter sits.", False),
-    ],
-)
-def test_self_reflection(text: str, found: bool) -> None:
-    assert has_self_reflection(text, ("wait", "let me check")) is found
+def test_self_reflection() -> None:
+    words = ("wait", "let me check")
+    assert has_self_reflection("It is left. Wait, it is right.", words)
+    assert not has_self_reflection("The waiter sits.", words)
 
 
 def sample(problem_id: int | str, **extra: object) -> Sample:
@@ -87,13 +82,8 @@ def test_a_users_reward_function_gets_every_column() -> None:
 
 
 def test_an_extra_field_never_hides_a_record_field() -> None:
-    assert reward_columns([sample(1, path="/other", speed=2.0)]) == {
-        "problem_id": [1], "problem": ["question 1"], "data_type": ["video"],
-        "problem_type": ["multiple choice"], "solution": ["<answer>A</answer>"],
-        "path": ["/v.mp4"], "options": [()], "process": [None],
-        "data_source": [""], "start": [None], "end": [None], "speed": [2.0],
-        "subtitles": [None], "messages": [()], "play": ["forward"],
-    }  # fmt: skip
+    columns = reward_columns([sample(1, path="/other", speed=2.0)])
+    assert (columns["path"], columns["speed"], columns["options"]) == (["/v.mp4"], [2.0], [()])
 
 
 def divide(prompts, completions, **columns):

@@ -256,29 +256,16 @@ def test_no_path_leads_out(client: TestClient, runs: Path, tmp_path: Path) -> No
     assert read["points"]["steps"] == [] and "leads out" in read["notes"][0]
 
 
-def test_a_strip_outside_the_run_is_not_served(client: TestClient, runs: Path, tmp_path: Path) -> None:
-    picture = next((runs / "rl" / "frames").glob("*.jpg"))
-    (tmp_path / "private.jpg").write_bytes(picture.read_bytes())
-    path = runs / "rl" / "rollouts.jsonl"
-    line = json.loads(path.read_text().splitlines()[0])
-    (runs / "rl" / "linked.jpg").symlink_to(tmp_path / "private.jpg")
-    names = ["../../private.jpg", str(tmp_path / "private.jpg"), "linked.jpg", "config.yaml", "\x00", 7]
-    append(
-        path,
-        *(line | {"step": 100 + i, "frames": line["frames"] | {"strip": n}} for i, n in enumerate(names)),
-    )
-    life = get(client, "/api/entries", run="rl")["life"]
-    for at in range(12, 12 + len(names)):
-        assert get(client, "/api/group", run="rl", life=life, at=at)["strip"] is None
-        assert client.get("/api/frames", params={"run": "rl", "life": life, "at": at}).status_code == 404
-
-
-def test_names_and_values_beyond_all_bounds(client: TestClient, runs: Path) -> None:
-    """Links in a circle, names of kilobytes, brackets a thousand deep, numbers of thousands of digits."""
-    run = runs / "rl"
+def test_names_and_values_beyond_all_bounds(client: TestClient, runs: Path, tmp_path: Path) -> None:
+    """Strips outside the run, links in a circle, names of kilobytes, brackets a thousand deep, numbers of
+    thousands of digits."""
+    run, private = runs / "rl", tmp_path / "private.jpg"
+    private.write_bytes(next((run / "frames").glob("*.jpg")).read_bytes())
+    (run / "linked.jpg").symlink_to(private)
     line = json.loads((run / "rollouts.jsonl").read_text().splitlines()[0])
     (run / "loop.jpg").symlink_to("loop.jpg")
-    names = ["loop.jpg", "x" * 5000, "a/" * 3000, "frames", ".", ""]
+    names = ["loop.jpg", "x" * 5000, "a/" * 3000, "frames", ".", "", "../../private.jpg", str(private)]
+    names += ["linked.jpg", "config.yaml", "\x00", 7]
     append(
         run / "rollouts.jsonl",
         *(line | {"step": 100 + i, "frames": line["frames"] | {"strip": n}} for i, n in enumerate(names)),

@@ -3,7 +3,6 @@ a row may name, and manifests made of such tables."""
 
 from __future__ import annotations
 
-import json
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -14,6 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from made_tables import make
 from media_files import SMALL, noise, sample, saved, write_video
 
 from video_r1.cli import main
@@ -107,12 +107,6 @@ def test_what_cannot_be_read(
     assert error.value.path == whole
 
 
-def test_a_table_at_an_address(tmp_path: Path, clips: list[Path], memory: Any) -> None:
-    memory.pipe("/b/t.parquet", table(tmp_path / "t.parquet", clips).read_bytes())
-    media = read_media(sample("parquet://video/4::memory://b/t.parquet"), replace(SMALL, seconds=0))
-    assert torch.equal(media.frames, read_media(sample(clips[4]), replace(SMALL, seconds=0)).frames)
-
-
 def test_a_column_says_what_its_cells_are() -> None:
     kinds = [
         data_type_of(f"parquet://{column}/3::images/t.parquet") for column in ("image", "Picture", "video")
@@ -142,20 +136,9 @@ def test_a_manifest_of_a_table_with_the_files_themselves(tmp_path: Path) -> None
     root = tmp_path / "root"
     (root / "data").mkdir(parents=True)
     made.to_parquet(root / "data" / "t.parquet")
-    request = [
-        "data",
-        "make",
-        str(root / "data" / "t.parquet"),
-        "--media_root",
-        str(root),
-        "--out",
-        str(tmp_path / "out.json"),
-    ]
-    assert main(request) == 0
-    rows = json.loads((tmp_path / "out.json").read_text())
+    rows, (line,) = make(root, root / "data" / "t.parquet")
     assert [(row["path"], row["data_type"]) for row in rows] == [
         (f"parquet://image/{n}::data/t.parquet", "image") for n in range(3)
     ]
-    (line,) = map(json.loads, (tmp_path / "out.refused.jsonl").read_text().splitlines())
     assert line["row"] == 4 and "is not an image" in line["found"]
-    assert main(["data", "check", str(tmp_path / "out.json"), "--media_root", str(root)]) == 0
+    assert main(["data", "check", str(root / "data" / "out.json"), "--media_root", str(root)]) == 0

@@ -61,7 +61,9 @@ def test_run_folder(finished: TGRPOTrainer) -> None:
     for line in rollouts:
         assert len(line["ordered"]) == 4
         assert len(line["shuffled"]) == (2 if line["data_type"] == "video" else 0)
-        assert (line["p_shuffled"] is None) == (line["permutation"] is None) == (line["data_type"] == "image")
+        alone = line["data_type"] == "image"
+        assert all((line[name] is None) == alone for name in ("p_shuffled", "permutation", "contrast"))
+        assert (line["frames"]["count"] == 1) == alone
 
 
 def test_bad_media_give_their_place_to_other_questions(checkpoint: Path, tmp_path: Path) -> None:

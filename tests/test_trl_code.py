@@ -62,23 +62,15 @@ trainer.train()
 
 
 def table(count: int = 4) -> datasets.Dataset:
-    return datasets.Dataset.from_list(
-        [
-            {
-                "image": Image.new("RGB", (84, 56), (40 * n, 90, 200 - 40 * n)),
-                "problem": f"What is in picture {n}?",
-                "solution": f"$x = {n}$",
-            }
-            for n in range(count)
-        ],
-        features=datasets.Features(
-            {
-                "image": datasets.Image(),
-                "problem": datasets.Value("string"),
-                "solution": datasets.Value("string"),
-            }
-        ),
-    )
+    rows = [
+        {
+            "image": Image.new("RGB", (84, 56), (40 * n, 90, 200 - 40 * n)),
+            "problem": f"What is in picture {n}?",
+            "solution": f"$x = {n}$",
+        }
+        for n in range(count)
+    ]
+    return datasets.Dataset.from_list(rows)
 
 
 def think_format_reward(completions: list[list[dict[str, str]]], **kwargs: Any) -> list[float]:
