@@ -8,7 +8,7 @@ import re
 import threading
 import time
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -33,7 +33,7 @@ def rationale(number: int, seed: int, index: int) -> str:
 class ChatEndpoint:
     """Answers "B" with a rationale to every question, unless the next event in `script[number]` is another.
 
-    Events: an HTTP status; "busy": 429 with Retry-After 0; "garbage", "empty": no chat completion; "drop": no
+    Events: an HTTP status; "busy": 429 with Retry-After 0; "garbage": no chat completion; "drop": no
     answer; "slow": a late answer; "one": one completion instead of all; "abort": an aborted completion;
     "wrong": the wrong answer; "length": the token limit; "bare": no tags. `gate`: requests that must be in
     flight before any is answered. `right`: the right answer.
@@ -46,7 +46,6 @@ class ChatEndpoint:
         self.pause, self.gate, self.right = 0.0, 0, "B"
         self.requests: list[dict[str, Any]] = []
         self.headers: list[dict[str, str]] = []
-        self.times: list[float] = []
         self.under_way = self.most_under_way = self.answered = 0
         self.changed = threading.Condition()
         self.listed = self.takes_video = True
@@ -85,20 +84,25 @@ class ChatEndpoint:
         if asked is None:
             return self.reply(handler, 200, {"choices": []})
         number = int(asked[1])
+        script = self.script[number]
+        event = self.event_of(body, lambda: script.pop(0) if script else self.always)
+        self.act(handler, event, number, body)
+
+    def event_of(self, body: dict[str, Any], find: Callable[[], Any]) -> Any:
+        """Take a request up and wait as long as it is to take. `find`: what happens then."""
         with self.changed:
             self.requests.append(body)
-            self.times.append(time.monotonic())
             self.under_way += 1
             self.most_under_way = max(self.most_under_way, self.under_way)
             self.changed.notify_all()
             self.changed.wait_for(lambda: self.most_under_way >= self.gate, timeout=60)
-            event = self.script[number].pop(0) if self.script[number] else self.always
+            event = find()
         time.sleep(0.3 if event == "slow" else self.pause)
         with self.changed:  # before the client can know of it
             self.under_way -= 1
             self.answered += 1
             self.changed.notify_all()
-        self.act(handler, event, number, body)
+        return event
 
     def act(self, handler: Any, event: Any, number: int, body: dict[str, Any]) -> None:
         if event == "drop":
@@ -109,8 +113,6 @@ class ChatEndpoint:
             return self.reply(handler, event, {"error": {"message": f"this is a {event}"}})
         if event == "garbage":
             return self.reply(handler, 200, "<html>busy</html>")
-        if event == "empty":
-            return self.reply(handler, 200, {"choices": []})
         seed, finish = body.get("seed", 0), {"length": "length", "abort": "abort"}.get(event, "stop")
         choices = []
         for index in range(1 if event == "one" else body.get("n", 1)):

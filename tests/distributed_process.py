@@ -14,7 +14,7 @@ from typing import Any
 from ports import free_port
 
 SERVER = multiprocessing.get_context("forkserver")
-SERVER.set_forkserver_preload(["torch", "transformers", "accelerate", "video_r1.training.tgrpo"])
+SERVER.set_forkserver_preload(["torch", "accelerate", "video_r1.cli", "video_r1.training.tgrpo"])
 
 
 def run_processes(
@@ -63,11 +63,16 @@ def last_words(logs: list[Path]) -> str:
     return "\n".join(log.read_text(errors="replace")[-3000:] for log in logs if log.exists())
 
 
-def one_process(work: str, args: tuple[Any, ...], environment: Mapping[str, str], log: Path) -> None:
-    """What each process does: its environment, its log, its work; it ends without a clean-up."""
+def write_into(log: Path | str) -> None:
+    """From here on what this process prints goes to the end of a file."""
     handle = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(handle, 1)
     os.dup2(handle, 2)
+
+
+def one_process(work: str, args: tuple[Any, ...], environment: Mapping[str, str], log: Path) -> None:
+    """What each process does: its environment, its log, its work; it ends without a clean-up."""
+    write_into(log)
     os.environ.update(environment)
     import torch
 

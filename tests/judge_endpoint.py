@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import time
 from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 from typing import Any
@@ -18,16 +17,15 @@ TRIAL = "It has 4 legs."  # the answer in the question before the first step
 
 
 class JudgeEndpoint(ChatEndpoint):
-    """Scores an answer by its letters; `said[answer]` is what it says in place of that, an event of
-    ChatEndpoint's, or a list of such for one time after another. `away`: it closes every connection.
+    """Scores an answer by its letters; `said[answer]` is what it says in place of that, or an HTTP status.
+    `away`: it closes every connection.
     """
 
     def __init__(self) -> None:
         super().__init__("judge")
-        self.said: dict[str, Any] = {}
+        self.said: dict[str, str | int] = {}
         self.away = False
         self.away_after: int | None = None  # so many requests
-        self.finish_reason = "stop"
 
     def asked(self) -> list[str]:
         """The answers that it was asked about, in turn, without the trial before the first step."""
@@ -41,24 +39,11 @@ class JudgeEndpoint(ChatEndpoint):
             self.away = self.away or (many and answer != TRIAL)
             if self.away:
                 return handler.connection.close()
-            self.requests.append(body)
-            self.under_way += 1
-            self.most_under_way = max(self.most_under_way, self.under_way)
-            event = self.said.get(answer)
-            if isinstance(event, list):
-                event = event.pop(0) if event else None
-        time.sleep(self.pause)
-        with self.changed:
-            self.under_way -= 1
-            self.answered += 1
-            self.changed.notify_all()
-        if event is not None and (
-            not isinstance(event, str) or event in ("garbage", "empty", "drop", "busy")
-        ):
-            return self.act(handler, event, 0, body)
-        said = str(score(answer)) if event is None else event
+        said = self.event_of(body, lambda: self.said.get(answer, str(score(answer))))
+        if isinstance(said, int):
+            return self.act(handler, said, 0, body)
         message = {"role": "assistant", "content": said}
-        self.reply(handler, 200, {"choices": [{"message": message, "finish_reason": self.finish_reason}]})
+        self.reply(handler, 200, {"choices": [{"message": message, "finish_reason": "stop"}]})
 
     def reply(self, handler: Any, status: int, value: Any, *rest: Any, **more: Any) -> None:
         if self.away:

@@ -207,6 +207,14 @@ def left_out_lines(steps: int) -> list[dict[str, Any]]:
     return lines
 
 
+def prediction(number: int, order: str, right: bool, **more: Any) -> dict[str, Any]:
+    return {
+        "problem_id": number, "order": order, "output": f"<answer>{order} {number}</answer>", "answer": "B",
+        "prediction": "B", "score": float(right), "strict_score": 0.0, "format": True, "tokens": 40,
+        "finish_reason": "stop", "data_type": "video", "data_source": "lab", **more,
+    }  # fmt: skip
+
+
 def write_evaluation(folder: Path, ordered: float, shuffled: float, questions: int = 240) -> dict[str, Any]:
     """Predictions on videos and, every sixth, an image; returns the summary that is written beside them."""
     random_ = random.Random(folder.name)
@@ -218,25 +226,11 @@ def write_evaluation(folder: Path, ordered: float, shuffled: float, questions: i
             if image and order == "shuffled":
                 continue
             right = random_.random() < rate - 0.08 + 0.04 * (i % 5)
-            lines.append(
-                {
-                    "problem_id": i,
-                    "order": order,
-                    "output": "…",
-                    "prediction": "B",
-                    "answer": "B",
-                    "frames": 8,
-                    "score": float(right),
-                    "strict_score": float(right),
-                    "format": random_.random() < ordered + 0.25,
-                    "tokens": 40,
-                    "finish_reason": "stop",
-                    "problem_type": TYPES[i % 5],
-                    "data_type": "image" if image else "video",
-                    "data_source": f"lab/{families[i % 5]}",
-                    "task_type": families[i % 5],
-                }
-            )
+            family = families[i % 5]
+            kinds = {"problem_type": TYPES[i % 5], "data_type": "image" if image else "video"}
+            names = {"data_source": f"lab/{family}", "task_type": family}
+            scores = {"strict_score": float(right), "format": random_.random() < ordered + 0.25}
+            lines.append(prediction(i, order, right, frames=8, **scores, **kinds, **names))
     write_lines(folder / "predictions-8.jsonl", lines)
     summary = {"questions": questions, "settings": {"seed": 0}, "frames": {"8": summarise(lines)}}
     (folder / "summary.json").write_text(json.dumps(summary), "utf-8")
@@ -246,17 +240,15 @@ def write_evaluation(folder: Path, ordered: float, shuffled: float, questions: i
 def write_controls(folder: Path, rate: float, direct: float) -> None:
     """120 questions in order and with five controls, with reasoning and directly."""
     random_ = random.Random(folder.name)
+    types, tasks = ("multiple choice", "numerical"), ("object_rel_direction_medium", "count")
     for begin, right, tokens in (("predictions", rate, 180), ("direct", direct, 6)):
-        write_lines(folder / f"{begin}-16.jsonl", [
-            {
-                "problem_id": i, "order": order, "output": f"<answer>{order} {i}</answer>", "answer": "B",
-                "score": float(random_.random() < right - 0.1 * CONTROLS.index(order)), "strict_score": 0.0,
-                "format": True, "prediction": "B", "finish_reason": "stop", "tokens": tokens + i % 3,
-                "problem_type": ("multiple choice", "numerical")[i % 2], "data_type": "video",
-                "data_source": "lab", "task_type": ("object_rel_direction_medium", "count")[i % 2],
-            }
-            for order in CONTROLS for i in range(120)
-        ])  # fmt: skip
+        lines = []
+        for order in CONTROLS:
+            for i in range(120):
+                is_right = random_.random() < right - 0.1 * CONTROLS.index(order)
+                kinds = {"problem_type": types[i % 2], "task_type": tasks[i % 2]}
+                lines.append(prediction(i, order, is_right, tokens=tokens + i % 3, **kinds))
+        write_lines(folder / f"{begin}-16.jsonl", lines)
 
 
 def write_demo(demo: Path) -> None:

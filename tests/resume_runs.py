@@ -6,7 +6,6 @@ already, so that a run lasts seconds and a kill hits its work instead of its imp
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import random
 import signal
@@ -20,6 +19,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from distributed_process import SERVER, write_into
 from safetensors.torch import load_file
 from tiny_models import tiny_checkpoint
 from tiny_questions import read_lines, training_arguments, write_manifest
@@ -27,9 +27,6 @@ from torch import Tensor
 
 from video_r1.data.manifests.records import Sample
 from video_r1.data.rollouts import Rollout
-
-SERVER = multiprocessing.get_context("forkserver")
-SERVER.set_forkserver_preload(["torch", "transformers", "video_r1.cli", "video_r1.training.tgrpo"])
 
 
 def write_recipe(folder: Path, **changes: Any) -> Path:
@@ -62,9 +59,7 @@ PHASES = ("loading", "between", "rollout", "update", "writing a checkpoint", "wr
 
 def command(words: list[str], output: str, phase: Any) -> None:
     """The process's work: one command line, whose exit code it ends with. `phase` tells what it is at."""
-    handle = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-    os.dup2(handle, 1)
-    os.dup2(handle, 2)
+    write_into(output)
     from video_r1.cli import main
     from video_r1.rewards import judge, scoring
     from video_r1.rollout.transformers import TransformersEngine

@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from resume_runs import SERVER, any_format, comparable, write_recipe
+from distributed_process import SERVER, write_into
+from resume_runs import any_format, comparable, write_recipe
 from tiny_questions import read_lines
 
 from video_r1.cli import main
@@ -67,9 +68,7 @@ def killed(recipe: Path, run: Path, method: str, step: int) -> None:
 
 
 def suicide(recipe: str, run: str, output: str, method: str, step: int) -> None:
-    handle = os.open(output, os.O_WRONLY | os.O_CREAT)
-    os.dup2(handle, 1)
-    os.dup2(handle, 2)
+    write_into(output)
     setattr(TGRPOTrainer, "validate", scripted)  # noqa: B010 - not its declared form
     scoring.format_scores = any_format
     unharmed = getattr(TGRPOTrainer, method)

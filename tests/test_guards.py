@@ -13,7 +13,8 @@ from typing import Any
 
 import pytest
 import torch
-from resume_runs import SERVER, write_recipe
+from distributed_process import SERVER, write_into
+from resume_runs import write_recipe
 from safetensors.torch import load_file
 from tgrpo_trainers import make_trainer, weights
 from tiny_questions import read_lines
@@ -90,9 +91,7 @@ def test_a_step_of_cut_completions_is_warned_of(
 
 def limited(recipe: str, run: str, log: str, bytes_of_a_file: int) -> None:
     """A run whose files may not grow beyond a size: writing more fails, as on a disk that is full."""
-    handle = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-    os.dup2(handle, 1)
-    os.dup2(handle, 2)
+    write_into(log)
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (bytes_of_a_file, bytes_of_a_file))
     from video_r1.cli import main

@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from distributed_process import SERVER
 from distributed_runs import Run
-from resume_runs import SERVER, command, comparable, finish, wait_for_phase, write_recipe
+from resume_runs import command, comparable, finish, wait_for_phase, write_recipe
 from test_resume import same_run
 from tiny_questions import read_lines
 from transformers import TrainerControl, TrainerState
