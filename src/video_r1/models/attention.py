@@ -9,8 +9,6 @@ last token of a completion predicts nothing that is scored, so it is not in the 
 modules look the implementation up by name; a call without a row's layout goes to its SDPA unchanged.
 """
 
-from __future__ import annotations
-
 import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass

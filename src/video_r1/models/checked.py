@@ -4,8 +4,6 @@ Kernels that run only on GPUs cannot be tested everywhere. If one fails or gives
 is used from then on, and one warning says what to report.
 """
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Callable, Sequence
 from typing import Any

@@ -5,8 +5,6 @@ repeated here: placeholders, chat template, rotary positions, the multiple of a 
 have a state, DeepStack.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass, replace
 from typing import Any
 

@@ -9,8 +9,6 @@ functions that follow a row's layout. Calls without a layout go to the original 
 transformers has picked (`causal_conv1d`, `fla`), or torch's own.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from functools import cache, wraps
 from importlib import import_module

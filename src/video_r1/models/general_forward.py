@@ -8,8 +8,6 @@ completion. A model expects a visual for every placeholder, so completions must 
 have no probability, neither here nor in sampling (rollout/general.py).
 """
 
-from __future__ import annotations
-
 import inspect
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any

@@ -1,7 +1,5 @@
 """Checkpoints through transformers' Auto classes; frozen weights; adding and merging LoRA adapters."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any

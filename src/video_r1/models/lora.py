@@ -8,8 +8,6 @@ QLoRA's adapters are trained beside W̃, not beside W, so a merged checkpoint is
 writes how W became W̃ into a checkpoint with adapters; `recorded_four_bits` reads it when they are merged.
 """
 
-from __future__ import annotations
-
 import json
 import logging
 from collections.abc import Iterator

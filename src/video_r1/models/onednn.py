@@ -5,8 +5,6 @@ multiplies a few rows by all weights at every token and spends most of its time 
 that are arranged once. `python -m benchmarks.rollout` measures the gain.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial

@@ -8,8 +8,6 @@ token it reads all weights, keys and values. Launches are counted by `python -m 
 included: decoding of clips (which runs in parallel), validation and checkpoints.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 from video_r1.models.general_forward import micro_batches

@@ -6,8 +6,6 @@ has. The tower is counted: a layer keeps 17 numbers a patch and hidden unit (arX
 without attention scores, which kernels do not keep).
 """
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass
 from typing import Any

@@ -4,8 +4,6 @@ An answer such as 9^{9^9} keeps sympy busy for hours, in C code that no signal h
 interrupts: the kernel ends the process by an alarm, and the answers count as different.
 """
 
-from __future__ import annotations
-
 import json
 import subprocess
 import sys

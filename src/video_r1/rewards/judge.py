@@ -6,8 +6,6 @@ If one answer of a group has no score (the judge is away and `judge_down` is ski
 the group has none (nan): other rewards, or ROUGE, compare all of its answers.
 """
 
-from __future__ import annotations
-
 import asyncio
 import json
 import logging

@@ -4,8 +4,6 @@ Such an endpoint has its own processor: it gets the question's text and the fram
 token ids or log-probs, so nothing can be trained on its rollouts.
 """
 
-from __future__ import annotations
-
 import base64
 from collections.abc import Sequence
 from io import BytesIO

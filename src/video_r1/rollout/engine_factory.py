@@ -1,7 +1,5 @@
 """Opens the engine that the settings name. The engine itself loads the model or vLLM."""
 
-from __future__ import annotations
-
 import logging
 import os
 from dataclasses import replace

@@ -5,8 +5,6 @@
 Every completion has its own prompt pass. Tokens are drawn as in `rollout/transformers.py`.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 

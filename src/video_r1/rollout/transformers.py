@@ -6,8 +6,6 @@ prompts ─► prefill: pixels and prompt once ─► keys and values [R, P] ─
 ```
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple, TypeVar
 

@@ -1,7 +1,5 @@
 """Callbacks of both trainers: checks, skipped updates, progress, trackers, run folder and stopping."""
 
-from __future__ import annotations
-
 import logging
 import math
 import os

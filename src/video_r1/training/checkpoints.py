@@ -6,8 +6,6 @@
 A process that is killed, or a disk that fills up, leaves an `unfinished` folder behind, which nothing loads.
 """
 
-from __future__ import annotations
-
 import contextlib
 import json
 import shutil

@@ -7,8 +7,6 @@ Each term takes one forward of the group in one row; nothing is sampled from the
 in bf16, or in vLLM, rounds a log-prob by about 0.01: even a clip without motion would then show a drop.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from functools import partial
 from typing import Any

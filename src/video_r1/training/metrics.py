@@ -1,7 +1,5 @@
 """Metrics of a run, gathered between two logging steps for trackers and metrics.jsonl."""
 
-from __future__ import annotations
-
 import math
 import re
 import time

@@ -14,8 +14,6 @@ it counts (both 1 by default); the loss type defines the surrogate f, v and the 
 add up to the loss of the whole.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass

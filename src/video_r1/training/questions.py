@@ -5,8 +5,6 @@ the shuffled frame order are each drawn from a generator that is seeded by their
 run therefore sees exactly what an uninterrupted one sees.
 """
 
-from __future__ import annotations
-
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future

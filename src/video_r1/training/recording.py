@@ -1,7 +1,5 @@
 """Records of sampled groups with their frames, for the report and the studio."""
 
-from __future__ import annotations
-
 import hashlib
 import math
 import re

@@ -1,7 +1,5 @@
 """The reference model of the KL term: the policy that training starts from."""
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Iterator
 from contextlib import contextmanager

@@ -1,7 +1,5 @@
 """Run folders: a run starts, or resumes from the last complete checkpoint, and saves its model at the end."""
 
-from __future__ import annotations
-
 import logging
 import os
 from collections.abc import Callable, Mapping, Sequence

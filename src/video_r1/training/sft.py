@@ -6,8 +6,6 @@
 A question with its response is a group of one completion (see models/group_forward.py).
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path

@@ -4,8 +4,6 @@ FSDP2 and ZeRO-3 gather a layer's weights when it runs, which all ranks have to 
 each rank runs the model a different number of times: the ranks would wait for each other forever.
 """
 
-from __future__ import annotations
-
 from collections import OrderedDict
 from collections.abc import Iterator
 from contextlib import contextmanager

@@ -1,7 +1,5 @@
 """Base of both trainers: `transformers.Trainer` over questions whose media are prefetched."""
 
-from __future__ import annotations
-
 import logging
 import math
 import shutil

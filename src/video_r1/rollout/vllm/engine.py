@@ -6,8 +6,6 @@
 vLLM decides while it is imported to run in this process, so it is imported when an engine is built.
 """
 
-from __future__ import annotations
-
 import copy
 import gc
 import math

@@ -12,8 +12,6 @@ transformers 5.2 had vLLM's rule, 5.3 to 5.19 have the other; vLLM 0.32 still ha
 is started with VIDEO_R1_POSITIONS=transformers, `serve.plugin` calls it (entry point `vllm.general_plugins`).
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

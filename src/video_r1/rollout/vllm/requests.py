@@ -4,8 +4,6 @@ Both get exactly what the trainer has: a prompt's token ids, and its processed p
 vLLM selects no frames, resizes and tokenises nothing, for any family.
 """
 
-from __future__ import annotations
-
 import hashlib
 from collections.abc import Sequence
 from typing import Any, NamedTuple

@@ -1,7 +1,5 @@
 """Starts a vLLM server (`video-r1 serve`), and extends vLLM in the server's processes."""
 
-from __future__ import annotations
-
 import json
 import os
 import secrets

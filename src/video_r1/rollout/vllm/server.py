@@ -8,8 +8,6 @@ weights that sampled it. A server that comes back with other weights gets the pr
 are used.
 """
 
-from __future__ import annotations
-
 import logging
 import os
 import tempfile
