@@ -47,11 +47,6 @@ class Family:
         """Regular expression for the names of the text model's linear layers, without adapters' wrappers."""
         return rf".*\blanguage_model\..*\.({'|'.join(self.text_linear)})"
 
-    @property
-    def tower_layers(self) -> str:
-        """Regular expression for the names of the vision tower's linear layers."""
-        return rf".*\bvisual\.({self.tower_linear})"
-
 
 # arXiv 2502.13923: time positions in seconds (`second_per_grid_ts`), windows in the tower
 QWEN2_5_VL = Family(

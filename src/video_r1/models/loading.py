@@ -222,7 +222,9 @@ def add_lora(
         if family is None:
             layers: str | list[str] = text_linear_layers(model)
         else:
-            layers = f"{family.text_layers}|{family.tower_layers}" if vision_tower else family.text_layers
+            layers = family.text_layers
+            if vision_tower:
+                layers += rf"|.*\bvisual\.({family.tower_linear})"
         experts = [name for name in targets or () if name in EXPERTS]
         if experts and dropout:
             raise ConfigError(f"lora_dropout is {dropout}; adapters of {experts[0]} need lora_dropout 0")

@@ -8,7 +8,7 @@ import copy
 import math
 import weakref
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from importlib import import_module
 from typing import Any
@@ -26,6 +26,7 @@ from video_r1.models.gated_delta import RULE
 from video_r1.models.group_forward import vision_language_model
 from video_r1.models.loading import with_trained_parts
 from video_r1.models.lora import IN_FULL, adapted_linears
+from video_r1.rollout.engine import replaced
 from video_r1.settings.shared import ModelSettings
 from video_r1.settings.training import SFTSettings, TGRPOSettings
 
@@ -141,7 +142,8 @@ def _untrained(config: PreTrainedConfig, policy: Policy) -> Any:
 def without_storage(*models: nn.Module, gradients_kept: float) -> Iterator[tuple[FakeTensorMode, LiveBytes]]:
     """Let the models of `build_models` run on fake tensors, whose bytes LiveBytes counts while entered."""
     live, family = LiveBytes(gradients_kept), find_family(vision_language_model(models[0]))
-    rule = rule_without_storage(None if family is None else family.state_functions)
+    module = None if family is None else family.state_functions  # of layers with a state
+    rule = replaced(import_module(module), RULE, gated_delta_rule) if module else nullcontext()
     with rule, FakeTensorMode(allow_non_fake_inputs=True) as mode:
         for module in {*models}:  # fake weights on the CPU
             module.to_empty(device="cpu")
@@ -263,21 +265,6 @@ def _between_chunks(query: Tensor, key: Tensor, value: Tensor, *others: Tensor) 
     batch, length, heads, size = key.shape
     states = key.new_empty(batch, -(-length // CHUNK), heads, size, value.shape[-1])
     return states, torch.empty_like(key), torch.empty_like(value), torch.empty_like(value)
-
-
-@contextmanager
-def rule_without_storage(module: str | None) -> Iterator[None]:
-    """Let layers with a state in transformers' module (None: no such layers) call `gated_delta_rule`."""
-    if module is None:
-        yield
-        return
-    found = import_module(module)
-    real = getattr(found, RULE)
-    setattr(found, RULE, gated_delta_rule)
-    try:
-        yield
-    finally:
-        setattr(found, RULE, real)
 
 
 AttentionInterface.register(ATTENTION_NAME, attention)

@@ -18,6 +18,7 @@ from video_r1.settings.base import own_field_types
 from video_r1.settings.commands import GPUS, PlanSettings, parse_bytes
 from video_r1.settings.shared import ModelSettings, PromptSettings
 from video_r1.settings.training import SFTSettings, TGRPOSettings
+from video_r1.settings.types import default_text
 
 
 def plan_lines(recipe: Recipe) -> Iterator[str]:
@@ -127,7 +128,8 @@ def remedy_lines(config: Any, plan: MemoryPlan) -> Iterator[str]:
         )
         if made.fits:
             found = True
-            options = [f"--{name} {text(value)}" for name, value in settings.items()]
+            texts = {name: default_text(value).replace(", ", ",") for name, value in settings.items()}
+            options = [f"--{name} {value}" for name, value in texts.items()]
             options += [f"--gpus {gpus} --sharding fsdp2"] * bool(gpus)
             yield f"  {' '.join(options):<60}{made.peak / 2**30:9.2f}"
     if not found:
@@ -137,12 +139,6 @@ def remedy_lines(config: Any, plan: MemoryPlan) -> Iterator[str]:
 
 LORA = {"use_peft": True, "dtype": "bfloat16"}
 MORE_GPUS = (2, 4, 8)
-
-
-def text(value: Any) -> str:
-    if isinstance(value, list):
-        return ",".join(map(str, value))
-    return str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def changes(plan: MemoryPlan) -> Iterator[tuple[dict[str, Any], int]]:

@@ -59,12 +59,9 @@ class Curves:
             else:
                 self.series[name][-1] = known
         if len(self.steps) * (len(self.series) + 2) > MAX_CELLS:
-            self._halve()
-
-    def _halve(self) -> None:
-        self.merged *= 2
-        self.steps, self.times = array("q", _last(self.steps, 2)), array("d", _last(self.times, 2))
-        self.series = {name: array("d", _means(column, 2)) for name, column in self.series.items()}
+            self.merged *= 2
+            self.steps, self.times = array("q", _last(self.steps, 2)), array("d", _last(self.times, 2))
+            self.series = {name: array("d", _means(column, 2)) for name, column in self.series.items()}
 
     def points(self) -> dict[str, Any]:
         """Return the points of all series as JSON values; a series has None where it was not logged."""

@@ -5,8 +5,7 @@
 Every completion has its own prompt pass. Tokens are drawn as in `rollout/transformers.py`.
 """
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -23,6 +22,7 @@ from video_r1.rollout.engine import (
     as_rollouts,
     draw,
     eval_mode,
+    replaced,
     uniform_numbers,
     useful_threads,
     wanted_counts,
@@ -45,7 +45,12 @@ class GeneralEngine(InProcessEngine):
         numbers = uniform_numbers(counts, sampling)
         results: list[list[Rollout]] = [[] for _ in prompts]
         device, chosen_from = self.model.device, without_placeholders(self.model)
-        with eval_mode(self.model), merged_adapters(self.model), self._plain_settings(sampling):
+        plain = GenerationConfig(  # the checkpoint's own may change probabilities (a penalty, say)
+            max_new_tokens=sampling.max_tokens, do_sample=False, use_cache=True,
+            eos_token_id=self.stop_ids, pad_token_id=self.stop_ids[0],
+        )  # fmt: skip
+        settings = replaced(self.model, "generation_config", plain)
+        with eval_mode(self.model), merged_adapters(self.model), settings:
             for index, (prompt, uniform) in enumerate(zip(prompts, numbers, strict=True)):
                 if counts[index] == 0:
                     continue
@@ -67,19 +72,6 @@ class GeneralEngine(InProcessEngine):
                         self.tokenizer, token_ids, logprobs, drawn.lengths, drawn.stopped
                     )
         return results
-
-    @contextmanager
-    def _plain_settings(self, sampling: SamplingSettings) -> Iterator[None]:
-        """Replace the checkpoint's generation settings, which may change probabilities (a penalty, say)."""
-        own = self.model.generation_config
-        self.model.generation_config = GenerationConfig(
-            max_new_tokens=sampling.max_tokens, do_sample=False, use_cache=True,
-            eos_token_id=self.stop_ids, pad_token_id=self.stop_ids[0],
-        )  # fmt: skip
-        try:
-            yield
-        finally:
-            self.model.generation_config = own
 
 
 class _Draw(LogitsProcessor):

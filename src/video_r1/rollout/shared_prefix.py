@@ -15,8 +15,7 @@ which take the CPU longer than the GPU needs for the work; replayed, they are on
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -219,21 +218,7 @@ def attend(
     return output.reshape(count, 1, heads, size), None
 
 
-AttentionInterface.register(ATTENTION_NAME, attend)
-
-
-@contextmanager
-def shared_prefix_attention(text_config: Any) -> Iterator[None]:
-    """Make text models of this config use `attend`; the caller passes `shared_prefix=cache` to the model.
-
-    No mask function is registered under the name, so transformers builds no mask.
-    """
-    previous = text_config._attn_implementation
-    text_config._attn_implementation = ATTENTION_NAME
-    try:
-        yield
-    finally:
-        text_config._attn_implementation = previous
+AttentionInterface.register(ATTENTION_NAME, attend)  # without a mask function: transformers builds no mask
 
 
 # ---- A decoding step as a CUDA graph

@@ -28,11 +28,12 @@ from video_r1.rollout.engine import (
     as_rollouts,
     draw,
     eval_mode,
+    replaced,
     uniform_numbers,
     useful_threads,
     wanted_counts,
 )
-from video_r1.rollout.shared_prefix import SharedPrefixCache, decode_step, shared_prefix_attention
+from video_r1.rollout.shared_prefix import ATTENTION_NAME, SharedPrefixCache, decode_step
 
 T = TypeVar("T")
 # Finished completions leave the batch several at a time: copying the others' states is costly, and on a GPU
@@ -175,7 +176,7 @@ class TransformersEngine(InProcessEngine):
         active = torch.arange(len(rows), device=device)  # [B] completions in the batch
         on_gpu = device.type != "cpu"
         synced_every = TOKENS_BETWEEN_SYNCS if on_gpu else 1
-        with shared_prefix_attention(self._text_config):
+        with replaced(self._text_config, "_attn_implementation", ATTENTION_NAME):
             for step in range(sampling.max_tokens):
                 tokens, values = draw(logits, sampling, uniform[active, step])
                 token_ids[active, step], logprobs[active, step] = tokens, values

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from torch import Tensor, nn
+from torch import nn
 from torch.distributed.fsdp import FSDPModule
 from torch.serialization import get_unsafe_globals_in_checkpoint
 
@@ -138,11 +138,6 @@ def check_kind(checkpoint: Path, kind: str) -> None:
 def zero_stage(accelerator: Accelerator) -> int | None:
     plugin = getattr(accelerator.state, "deepspeed_plugin", None)
     return None if plugin is None else int(plugin.zero_stage)
-
-
-def loss_that_skips(loss: Tensor) -> Tensor:
-    """Make all gradients nan if the loss is not finite, even in one term: DeepSpeed skips such an update."""
-    return loss if bool(loss.detach().isfinite()) else loss * float("nan")
 
 
 def check_training_state(checkpoint: Path) -> None:

@@ -213,7 +213,9 @@ class QuestionTrainer(Trainer, ABC):
 
     def watched(self, loss: Tensor, problem_ids: Sequence[str | int]) -> Tensor:
         self.guard.watch(loss.detach(), problem_ids)
-        return sharded.loss_that_skips(loss) if self.is_deepspeed_enabled else loss
+        # DeepSpeed skips an update whose gradients are all nan, not one where a single term is.
+        is_bad = self.is_deepspeed_enabled and not bool(loss.detach().isfinite())
+        return loss * math.nan if is_bad else loss
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
         return 0  # the Trainer's count does not know packed rows

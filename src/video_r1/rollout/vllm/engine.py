@@ -13,10 +13,10 @@ import os
 import random
 import sys
 import tempfile
-from collections.abc import Callable, Sequence
-from functools import wraps
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TypeVar, cast
+from typing import Any
 
 import numpy
 import torch
@@ -44,18 +44,11 @@ ENVIRONMENT = {
 }
 
 
-Method = TypeVar("Method", bound=Callable[..., Any])
-
-
-def without_autocast(method: Method) -> Method:
+@contextmanager
+def without_autocast() -> Iterator[None]:
     """Let vLLM compute in its own number format, also within the trainer's autocast."""
-
-    @wraps(method)
-    def plain(*args: Any, **kwargs: Any) -> Any:
-        with torch.autocast("cuda" if torch.cuda.is_available() else "cpu", enabled=False):
-            return method(*args, **kwargs)
-
-    return cast(Method, plain)
+    with torch.autocast("cuda" if torch.cuda.is_available() else "cpu", enabled=False):
+        yield
 
 
 class VLLMEngine(RolloutEngine):
@@ -139,7 +132,7 @@ class VLLMEngine(RolloutEngine):
         self.processor.save_pretrained(self._folder.name)
         return self._folder.name
 
-    @without_autocast
+    @without_autocast()
     def update_weights(self, model: Any) -> None:
         """Copy the weights to vLLM in memory, adapters merged, and empty the caches of old ones."""
         if self._asleep:
@@ -159,7 +152,7 @@ class VLLMEngine(RolloutEngine):
         if not self.llm.reset_prefix_cache():
             raise VideoR1Error("vLLM could not empty its prefix cache; requests are still running")
 
-    @without_autocast
+    @without_autocast()
     def generate(
         self, prompts: Sequence[Prompt], sampling: SamplingSettings, counts: Sequence[int] | None = None
     ) -> list[list[Rollout]]:
