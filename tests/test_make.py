@@ -22,28 +22,22 @@ def shelf(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 # --- layouts: rows in the form that the published files have -------------------------------------
 
+VIDEO_R1: list[dict[str, Any]] = [
+    {
+        "problem_id": 2, "problem": "What moves?", "data_type": "video", "problem_type": "multiple choice",
+        "options": ["A. a cup", "B. a ball"], "process": "<think>It rolls.</think>",
+        "solution": "<answer>B</answer>", "path": "a/ball.mp4", "data_source": "LLaVA-Video-178K/x",
+    },
+    {
+        "problem_id": 3, "problem": "How far?", "data_type": "image", "problem_type": "regression",
+        "options": [], "solution": "<answer>2.5</answer>", "path": "sign.png", "data_source": "SR-91k",
+    },
+]  # fmt: skip
 PUBLISHED: dict[str, tuple[str, Any, list[dict[str, Any]]]] = {
     "video-r1": (
         "Video-R1-COT-165k.json",
-        [{
-            "problem_id": 2, "problem": "What moves?", "data_type": "video",
-            "problem_type": "multiple choice",
-            "options": ["A. a cup", "B. a ball"], "process": "<think>It rolls.</think>",
-            "solution": "<answer>B</answer>", "path": "./a/ball.mp4", "data_source": "LLaVA-Video-178K/x",
-        }, {
-            "problem_id": 3, "problem": "How far?", "data_type": "image", "problem_type": "regression",
-            "options": [], "process": "", "solution": "<answer>2.5</answer>", "path": "./sign.png",
-            "data_source": "SR-91k",
-        }],
-        [{
-            "problem_id": 2, "problem": "What moves?", "problem_type": "multiple choice",
-            "options": ["A. a cup", "B. a ball"], "solution": "<answer>B</answer>", "data_type": "video",
-            "path": "a/ball.mp4", "process": "<think>It rolls.</think>", "data_source": "LLaVA-Video-178K/x",
-        }, {
-            "problem_id": 3, "problem": "How far?", "problem_type": "regression", "options": [],
-            "solution": "<answer>2.5</answer>", "data_type": "image", "path": "sign.png",
-            "data_source": "SR-91k",
-        }],
+        [{"process": "", **row, "path": f"./{row['path']}"} for row in VIDEO_R1],
+        VIDEO_R1,
     ),
     "onethinker": (
         "onethinker_rl_train.json",

@@ -24,23 +24,15 @@ def cut(path: Path, share: float) -> Path:
     return path
 
 
-def audio_only(path: Path) -> Path:
+def audio(path: Path, with_cover: bool = False) -> Path:
     with av.open(str(path), "w") as container:
-        stream = container.add_stream("aac", rate=16000)
-        frame = av.AudioFrame.from_ndarray(np.zeros((1, 1024), np.float32), format="fltp", layout="mono")
-        frame.sample_rate = 16000
-        container.mux(stream.encode(frame))
-        container.mux(stream.encode())
-    return path
-
-
-def audio_with_a_cover(path: Path) -> Path:
-    with av.open(str(path), "w") as container:
-        sound, cover = container.add_stream("aac", rate=16000), container.add_stream("mjpeg", rate=1)
-        cover.width, cover.height, cover.pix_fmt = SIDE, SIDE, "yuvj420p"
-        cover.disposition = Disposition.attached_pic
-        container.mux(cover.encode(av.VideoFrame.from_ndarray(picture(0), format="rgb24")))
-        container.mux(cover.encode())
+        sound = container.add_stream("aac", rate=16000)
+        if with_cover:
+            cover = container.add_stream("mjpeg", rate=1)
+            cover.width, cover.height, cover.pix_fmt = SIDE, SIDE, "yuvj420p"
+            cover.disposition = Disposition.attached_pic
+            container.mux(cover.encode(av.VideoFrame.from_ndarray(picture(0), format="rgb24")))
+            container.mux(cover.encode())
         frame = av.AudioFrame.from_ndarray(np.zeros((1, 1024), np.float32), format="fltp", layout="mono")
         frame.sample_rate = 16000
         container.mux(sound.encode(frame))
@@ -89,8 +81,8 @@ BAD_VIDEOS = {
     "zero bytes": (lambda d: written(d / "a.mp4", b""), "the file is empty (0 bytes)"),
     "text": (lambda d: written(d / "a.mp4", b"some text\n" * 99), "is not a video that FFmpeg can read"),
     "play list": (lambda d: written(d / "a.mp4", PLAY_LIST), "is not a kind of file that holds videos"),
-    "cover picture": (lambda d: audio_with_a_cover(d / "a.mp4"), "in it, only audio and a cover picture"),
-    "audio": (lambda d: audio_only(d / "a.mp4"), "has no video in it, only audio"),
+    "cover picture": (lambda d: audio(d / "a.mp4", with_cover=True), "in it, only audio and a cover picture"),
+    "audio": (lambda d: audio(d / "a.mp4"), "has no video in it, only audio"),
     "image": (lambda d: saved(noise(), d / "a.jpg"), "is not a kind of file that holds videos"),
     "one frame": (lambda d: write_video(d / "a.mp4", 1), "has 1 frame, at least 2 needed"),
     "index cut off": (lambda d: cut(write_video(d / "a.mp4", 50), 0.5), "is not a video that"),
@@ -113,22 +105,16 @@ BAD_IMAGES = {
 }
 
 
-@pytest.mark.parametrize("name", BAD_VIDEOS)
-def test_each_bad_video_gives_its_named_error(tmp_path, name):
-    make, reason = BAD_VIDEOS[name]
-    path = make(tmp_path)
-    with pytest.raises(MediaError) as error:
-        read_media(sample(path), SMALL)
-    assert error.value.path == str(path)
-    assert reason in error.value.reason
+BAD = {("video", name): made for name, made in BAD_VIDEOS.items()}
+BAD |= {("image", name): made for name, made in BAD_IMAGES.items()}
 
 
-@pytest.mark.parametrize("name", BAD_IMAGES)
-def test_each_bad_image_gives_its_named_error(tmp_path, name):
-    make, reason = BAD_IMAGES[name]
+@pytest.mark.parametrize(("kind", "name"), BAD)
+def test_each_bad_file_gives_its_named_error(tmp_path, kind, name):
+    make, reason = BAD[kind, name]
     path = make(tmp_path)
     with pytest.raises(MediaError) as error:
-        read_media(sample(path, "image"), SMALL)
+        read_media(sample(path, kind), SMALL)
     assert error.value.path == str(path)
     assert reason in error.value.reason
 

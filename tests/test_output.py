@@ -1,4 +1,4 @@
-"""What commands say while they work: progress in 80 columns, warnings, no bars of other libraries in logs."""
+"""What commands say while they work: progress in 80 columns, tables, warnings, no bars of others in logs."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import pytest
 from transformers import TrainerControl, TrainerState
 
 from video_r1 import console as progress_module
-from video_r1.console import Progress, Warnings
+from video_r1.console import Progress, Warnings, table
 from video_r1.training.callbacks import StepProgress
 
 FIGURES = {"reward": "1.32", "format": "0.98", "gap": "-0.12"}
@@ -66,3 +66,14 @@ def test_a_warning_replaces_the_line_of_progress(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(sys, "stderr", log := io.StringIO())
     Warnings().emit(record)
     assert log.getvalue() == "step 7 is skipped\n"
+
+
+def test_columns_are_aligned_whatever_the_cells_hold() -> None:
+    rows = [("all", "7", "0.5 [0.4, 0.6]"), ("  [bold]源", "1,234", "-"), ("last", "", "")]
+    assert table(("source", "questions", "ordered"), rows).splitlines() == [
+        "source      questions         ordered",
+        "all                 7  0.5 [0.4, 0.6]",
+        "  [bold]源      1,234               -",
+        "last",
+    ]
+    assert table(("", "a"), [("x" * 300, "1")]).splitlines()[1] == "x" * 300 + "  1"

@@ -12,7 +12,6 @@ import pytest
 import torch
 from report_runs import write_hostile_run, write_rl_run
 from tgrpo_trainers import make_trainer
-from tiny_models import tiny_checkpoint
 from tiny_questions import row, write_manifest
 
 from video_r1.data.manifests.records import load_manifest
@@ -20,11 +19,6 @@ from video_r1.errors import ConfigError, ManifestError
 from video_r1.models.loading import load_model
 from video_r1.report.page import build_report
 from video_r1.settings.shared import ModelSettings
-
-
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny_checkpoint("qwen2_5_vl", tmp_path_factory.mktemp("model"))
 
 
 class Bomb:

@@ -17,6 +17,7 @@ import torch
 from safetensors.torch import load_file
 from tiny_models import moving_square, tiny_model, tiny_processor
 from transformers import GenerationConfig
+from vllm_prompts import ids
 
 from video_r1 import chat_client
 from video_r1.data.decoding.media import Media
@@ -185,9 +186,7 @@ def test_what_fails_is_asked_again_and_counted_once(loopback: Server, tmp_path: 
     loopback.requests.clear()
     loopback.script = ["fine", event, event, "fine", event]
     groups = client.generate(prompts(6), SETTINGS)
-    assert [[r.token_ids.tolist() for r in g] for g in groups] == [
-        [r.token_ids.tolist() for r in g] for g in expected
-    ]
+    assert ids(groups) == ids(expected)
     assert len(loopback.requests) > 6
     assert len({json.dumps(request) for request in loopback.requests}) == 6  # the same seeds again
     assert (loopback.version, loopback.loaded) == (version, weights)
@@ -308,9 +307,7 @@ def test_another_server_is_asked_again(
     client = engine([loopback.url, beside.url], tmp_path, concurrency=1)
     loopback.script = ["fine", event]
     groups = client.generate(prompts(12), SETTINGS)
-    assert [[r.token_ids.tolist() for r in g] for g in groups] == [
-        [r.token_ids.tolist() for r in g] for g in expected
-    ]
+    assert ids(groups) == ids(expected)
     assert sent(loopback) | sent(beside) == alone  # with the same seeds
     assert (len(loopback.requests), len(beside.requests)) == (2, 11)
     assert client.concurrency == 2

@@ -95,24 +95,19 @@ def test_settings_check_themselves_when_they_are_built(
     assert [name for name, _ in caught.value.problems] == names
 
 
-def test_defaults_are_the_papers() -> None:
-    settings = TGRPOSettings()
-    assert (settings.num_generations, settings.beta, settings.learning_rate) == (8, 0.04, 1e-6)
-    assert (settings.max_grad_norm, settings.weight_decay, settings.lr_scheduler_type) == (
-        5.0,
-        0.01,
-        "cosine",
-    )
-    assert (settings.max_completion_length, settings.length_bounds, settings.length_reward) == (
-        768,
-        [320, 512],
-        0.2,
-    )
-    assert (settings.temporal_alpha, settings.correct_threshold) == (0.3, 0.5)
-    assert SFTSettings().gradient_accumulation_steps == 2
-    evaluation = EvalSettings()
-    assert (evaluation.temperature, evaluation.top_p, evaluation.max_new_tokens) == (0.01, 0.001, 1024)
-    assert (PromptSettings().frame_pixels, evaluation.frame_pixels) == (128 * 28 * 28, 256 * 28 * 28)
+@pytest.mark.parametrize(("kind", "expected"), [
+    (TGRPOSettings, {
+        "num_generations": 8, "beta": 0.04, "learning_rate": 1e-6, "max_grad_norm": 5.0, "weight_decay": 0.01,
+        "lr_scheduler_type": "cosine", "max_completion_length": 768, "length_bounds": [320, 512],
+        "length_reward": 0.2, "temporal_alpha": 0.3, "correct_threshold": 0.5,
+    }),
+    (EvalSettings, {
+        "temperature": 0.01, "top_p": 0.001, "max_new_tokens": 1024, "frame_pixels": 256 * 28 * 28,
+    }),
+    (PromptSettings, {"frame_pixels": 128 * 28 * 28}),
+])  # fmt: skip
+def test_defaults_are_the_papers(kind: type[Settings], expected: dict[str, Any]) -> None:
+    assert {name: getattr(kind(), name) for name in expected} == expected
 
 
 @pytest.mark.parametrize("command", COMMANDS)

@@ -100,7 +100,12 @@ def test_recipe_learns_resumes_and_loads(checkpoint: Path, tmp_path: Path) -> No
         tmp_path / "run", max_steps=12, save_steps=4, learning_rate=3e-3, model_name_or_path=str(checkpoint),
         train_manifest=str(manifest), eval_manifest=str(manifest), eval_strategy="steps", eval_steps=6,
     )  # fmt: skip
-    folder = run_sft(load_recipe("sft", None, {name: str(value) for name, value in settings.items()}))
+
+    def command(**changes: Any) -> Path:
+        values = {name: str(value) for name, value in (settings | changes).items()}
+        return run_sft(load_recipe("sft", None, values))
+
+    folder = command()
     lines = read_lines(folder / "metrics.jsonl")
     losses = [line["loss"] for line in lines if "loss" in line]
     assert len(losses) == 12 and losses[-1] < 0.5 * losses[0]
@@ -111,24 +116,19 @@ def test_recipe_learns_resumes_and_loads(checkpoint: Path, tmp_path: Path) -> No
     # Killed after step 9, with a checkpoint that was cut short: the same command does the last steps again.
     (folder / "model.safetensors").unlink()
     (folder / "checkpoint-12" / "trainer_state.json").write_text('{"global_step": 12, "log_hist')
-    run_sft(load_recipe("sft", None, {name: str(value) for name, value in settings.items()}))
+    command()
     assert [line["loss"] for line in read_lines(folder / "metrics.jsonl") if "loss" in line] == losses
     assert AutoModelForImageTextToText.from_pretrained(folder).config.model_type == "qwen2_5_vl"
     assert (folder / "chat_template.jinja").exists()
 
     before = (folder / "metrics.jsonl").read_text()
-    run_sft(load_recipe("sft", None, {name: str(value) for name, value in settings.items()}))  # finished
+    command()  # finished
     assert (folder / "metrics.jsonl").read_text() == before
     with pytest.raises(ConfigError, match=r"other settings: learning_rate \(0.003 → 0.5\)"):
-        run_sft(
-            load_recipe(
-                "sft", None, {name: str(v) for name, v in (settings | {"learning_rate": 0.5}).items()}
-            )
-        )
+        command(learning_rate=0.5)
     # A run finds its checkpoint itself; one that is named would not be heard.
-    settings |= {"output_dir": str(tmp_path / "other"), "resume_from_checkpoint": str(folder)}
     with pytest.raises(ConfigError, match="resumes by itself from the last complete checkpoint"):
-        run_sft(load_recipe("sft", None, {name: str(value) for name, value in settings.items()}))
+        command(output_dir=tmp_path / "other", resume_from_checkpoint=folder)
 
 
 def test_the_last_step_is_logged(checkpoint: Path, manifest: Path, tmp_path: Path) -> None:

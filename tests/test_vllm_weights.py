@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import SimpleNamespace
 from typing import Any
@@ -143,44 +143,40 @@ def test_weights_that_are_shared_out_are_not_read_when_the_engine_is_built(
     assert calls == [] and engine.stop_ids == stop_token_ids(model.generation_config, processor)
 
 
-def test_memory_goes_back_once_and_weights_come_before_the_next_rollouts() -> None:
-    """Sleep of level 2 needs a GPU; here vLLM is replaced by what it is asked for."""
-    calls: list[str] = []
-
-    class Recorder:
-        llm_engine = SimpleNamespace(reset_encoder_cache=lambda: None)
-
-        def __getattr__(self, name: str) -> Any:
-            return lambda *args, **kwargs: calls.append(f"{name} {args[0] if args else kwargs}") or True
-
-    engine = VLLMEngine.__new__(VLLMEngine)
-    engine.llm, engine.tokenizer = Recorder(), tiny_processor("qwen2_vl").tokenizer
-    engine.max_model_len, engine.stop_ids = 4096, []
-    engine._sleep, engine._asleep = True, False
-    model = tiny_model("qwen2_vl", engine.tokenizer)
-    engine.rest()
-    engine.rest()
-    assert calls == ["sleep {'level': 2}"]
-    engine.update_weights(model)
-    assert calls[1:4] == ["wake_up ['weights']", "collective_rpc reload_weights", "wake_up ['kv_cache']"]
-    assert engine._asleep is False
-    engine._sleep = False
-    engine.rest()
-    assert engine._asleep is False and calls[-1] != "sleep {'level': 2}"
-
-
-def test_vllm_computes_without_the_trainers_autocast() -> None:
-    seen: list[bool] = []
+def engine_without_vllm(heard: Callable[..., Any]) -> VLLMEngine:
+    """`heard` is called in place of each method of vLLM's `LLM`, by name and arguments."""
 
     class LLM:
         llm_engine = SimpleNamespace(reset_encoder_cache=lambda: None, add_request=lambda *given: "0")
 
         def __getattr__(self, name: str) -> Any:
-            return lambda *given, **named: seen.append(torch.is_autocast_enabled("cpu")) or [1]
+            return lambda *given, **named: heard(name, *given, *named.values()) or [1]
 
     engine = VLLMEngine.__new__(VLLMEngine)
     engine.llm, engine.tokenizer = LLM(), tiny_processor("qwen2_vl").tokenizer
-    engine.max_model_len, engine._asleep, engine._neighbours = 4096, False, None
+    engine.max_model_len, engine.stop_ids, engine._neighbours = 4096, [], None
+    engine._sleep, engine._asleep = True, False
+    return engine
+
+
+def test_memory_goes_back_once_and_weights_come_before_the_next_rollouts() -> None:
+    """Sleep of level 2 needs a GPU; here vLLM is replaced by what it is asked for."""
+    calls: list[tuple[Any, ...]] = []
+    engine = engine_without_vllm(lambda *call: calls.append(call[:2]))
+    engine.rest()
+    engine.rest()
+    assert calls == [("sleep", 2)]
+    engine.update_weights(tiny_model("qwen2_vl", engine.tokenizer))
+    woken = [("wake_up", ["weights"]), ("collective_rpc", "reload_weights"), ("wake_up", ["kv_cache"])]
+    assert calls[1:4] == woken and engine._asleep is False
+    engine._sleep = False
+    engine.rest()
+    assert engine._asleep is False and calls[-1] != ("sleep", 2)
+
+
+def test_vllm_computes_without_the_trainers_autocast() -> None:
+    seen: list[bool] = []
+    engine = engine_without_vllm(lambda *call: seen.append(torch.is_autocast_enabled("cpu")))
     with torch.autocast("cpu", torch.bfloat16):
         engine.update_weights(tiny_model("qwen2_vl", engine.tokenizer))
         engine.generate([], SamplingSettings())
