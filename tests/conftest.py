@@ -108,6 +108,25 @@ def manifest(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 
 @pytest.fixture(scope="session")
+def shelf(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Clips as they lie about, for tables that name them. All tests share it: change no file."""
+    from made_tables import write_shelf
+
+    return write_shelf(tmp_path_factory.mktemp("shelf"))
+
+
+@pytest.fixture(scope="session")
+def lab(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small lab. All tests share it: change no file."""
+    from video_r1.lab.clips import write_lab
+    from video_r1.settings.commands import LabSettings
+
+    folder = tmp_path_factory.mktemp("lab")
+    write_lab(LabSettings(folder=str(folder), train=16, test=8, seed=0, workers=1))
+    return folder
+
+
+@pytest.fixture(scope="session")
 def vllm_engines() -> Iterator[list[Any]]:
     engines: list[Any] = []
     yield engines

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import random
+import re
 from pathlib import Path
 from typing import Any
 
@@ -301,6 +302,11 @@ def write_hostile_run(run: Path) -> None:
     predictions.write_text(
         predictions.read_text().replace("lab/direction", "<img src=x onerror=window.pwned=1>")
     )
+
+
+def data_of(page: Path) -> dict[str, Any]:
+    """The values that a report's page embeds."""
+    return json.loads(re.findall(r'id="data">(.*?)</script>', page.read_text("utf-8"), re.S)[0])
 
 
 def plain_frames(*levels: int, size: tuple[int, int] = (28, 28)) -> torch.Tensor:

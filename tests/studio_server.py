@@ -25,6 +25,12 @@ def studio_client(*roots: Path, headers: dict[str, str] | None = None, **options
     )  # fmt: skip
 
 
+def get(client: Any, path: str, **query: Any) -> Any:
+    answer = client.get(path, params=query)
+    assert answer.status_code == 200, answer.text
+    return answer.json()
+
+
 @contextmanager
 def studio(*folders: Path) -> Iterator[tuple[str, subprocess.Popen[str]]]:
     """The address of a server over these folders, and its process, which is ended afterwards."""

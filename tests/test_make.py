@@ -7,18 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from made_tables import make, write_shelf, written
+from made_tables import make, written
 
 from video_r1.cli import main
 from video_r1.data.making.drafts import subtitle_lines
 from video_r1.data.making.layouts import LAYOUTS, REMEDIES
 from video_r1.data.manifests.records import load_manifest
-
-
-@pytest.fixture(scope="module")
-def shelf(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_shelf(tmp_path_factory.mktemp("shelf"))
-
 
 # --- layouts: rows in the form that the published files have -------------------------------------
 

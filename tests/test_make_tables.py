@@ -9,7 +9,7 @@ from typing import Any
 
 import datasets
 import pytest
-from made_tables import make, write_shelf, written
+from made_tables import make, written
 
 from video_r1.cli import main
 from video_r1.data.answers import options_of, parse_options, split_options
@@ -18,12 +18,6 @@ from video_r1.data.making.drafts import numbers_of, read_choice
 from video_r1.data.making.layouts import Rejected, guess_columns
 from video_r1.data.manifests.records import load_manifest
 from video_r1.errors import RequestError
-
-
-@pytest.fixture(scope="module")
-def shelf(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_shelf(tmp_path_factory.mktemp("shelf"))
-
 
 # --- tables --------------------------------------------------------------------------------------
 

@@ -13,7 +13,6 @@ from tiny_questions import read_lines, write_manifest
 from video_r1.cli import carry_out, main
 from video_r1.data.manifests.records import load_manifest
 from video_r1.errors import ManifestError, RequestError
-from video_r1.lab.clips import write_lab
 from video_r1.lab.smoke import smoke_recipe
 from video_r1.plan.memory import memory_plan, sharding_of
 from video_r1.plan.shapes import published, published_config
@@ -23,7 +22,6 @@ from video_r1.recipe_files import (
     catalogue,
     packaged_recipes,
 )
-from video_r1.settings.commands import LabSettings
 
 GB = 10**9
 ONE, SMALL, LAPTOP, FOUR, EIGHT = (1, 80), (1, 24), (1, 8), (4, 96), (8, 80)
@@ -181,13 +179,6 @@ def test_a_recipe_fits_its_machine(name: str, form: str) -> None:
     assert (plan.traced.parameters - adapters) / 1e9 == pytest.approx(billions, abs=0.01)
     assert plan.fits, f"{plan.peak / GB:.1f} GB: {plan.phases}, {plan.parts}"
     assert not plan.fits_awake  # sleeping costs a second a step
-
-
-@pytest.fixture(scope="module")
-def lab(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("lab")
-    write_lab(LabSettings(folder=str(folder), train=8, test=8, seed=0, workers=1))
-    return folder
 
 
 @pytest.mark.parametrize(("name", "form"), RUN)

@@ -10,11 +10,11 @@ import re
 import shutil
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
 
 import pytest
 from report_runs import (
     HOSTILE,
+    data_of,
     plain_frames,
     write_controls,
     write_evaluation,
@@ -31,10 +31,6 @@ from video_r1.files import append_line, claimed, replace_text
 from video_r1.report.page import build_report, duration, embed, page_data
 from video_r1.report.run_data import read_groups, read_run
 from video_r1.training.recording import save_strip
-
-
-def data_of(page: Path) -> dict[str, Any]:
-    return json.loads(re.findall(r'id="data">(.*?)</script>', page.read_text("utf-8"), re.S)[0])
 
 
 def test_series_of_a_resumed_and_killed_run(tmp_path: Path) -> None:

@@ -5,12 +5,12 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
-from typing import Any
 
 import pytest
 from browser import fits, settle, show
 from report_runs import (
     HOSTILE,
+    data_of,
     group_of,
     write_demo,
     write_evaluation,
@@ -51,10 +51,6 @@ def pick(page: Page, select: str, value: str) -> None:
         f"(s => {{ s.value = {json.dumps(value)}; s.dispatchEvent(new Event('change')) }})"
         f"(document.getElementById({json.dumps(select)}))"
     )
-
-
-def data_of(page: Path) -> dict[str, Any]:
-    return json.loads(re.findall(r'id="data">(.*?)</script>', page.read_text("utf-8"), re.S)[0])
 
 
 def test_hostile_text_is_shown_and_never_run(page: Page, tmp_path: Path) -> None:

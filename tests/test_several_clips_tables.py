@@ -9,7 +9,7 @@ from typing import Any
 import datasets
 import pytest
 import torch
-from made_tables import make, write_shelf, written
+from made_tables import make, written
 from PIL import Image
 from test_several_clips_runs import BUDGET, ROWS, write_files
 from tiny_questions import row
@@ -24,11 +24,6 @@ from video_r1.errors import MediaError
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_files(tmp_path_factory.mktemp("several"))
-
-
-@pytest.fixture(scope="module")
-def shelf(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_shelf(tmp_path_factory.mktemp("shelf"))
 
 
 def user(content: Any) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 from report_runs import write_lines, write_rl_run
-from studio_server import AUTHORIZED, TOKEN, studio_client
+from studio_server import AUTHORIZED, TOKEN, get, studio_client
 
 pytest.importorskip("starlette", reason="the extra studio is not installed")
 from starlette.testclient import TestClient
@@ -35,12 +35,6 @@ def runs(tmp_path: Path) -> Path:
 def client(runs: Path) -> Iterator[TestClient]:
     with studio_client(runs) as opened:
         yield opened
-
-
-def get(client: TestClient, path: str, **query: Any) -> Any:
-    answer = client.get(path, params=query)
-    assert answer.status_code == 200, answer.text
-    return answer.json()
 
 
 def append(path: Path, *lines: dict[str, Any]) -> None:

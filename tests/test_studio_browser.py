@@ -44,6 +44,12 @@ SLOW = 60_000
 LIVE = 2000  # milliseconds from a written line to the screen
 
 
+def fits_at(page: Page, *widths: int) -> None:
+    for width in widths:
+        page.set_viewport_size({"width": width, "height": 900})
+        fits(page)
+
+
 def write_question_about_two(folder: Path) -> None:
     """A row with two clips, and a run that has recorded it: four frames of each."""
     rows = [r for r in json.loads((folder / "lab" / "test.json").read_text()) if r["data_type"] == "video"]
@@ -215,9 +221,7 @@ def test_studio_an_answer_streams_beside_other_orders(page: Page, address: str, 
     expect(page.locator(".state-line")).to_have_text("Stopped.")
     rows.select_option(index=11)  # answers about another clip go
     expect(page.locator(".answers")).to_have_count(0)
-    for width in (390, 2560):
-        page.set_viewport_size({"width": width, "height": 900})
-        fits(page)
+    fits_at(page, 390, 2560)
 
 
 @pytest.mark.slow
@@ -254,9 +258,7 @@ def test_studio_pages_through_a_manifest(page: Page, folder: Path, tmp_path: Pat
         page.get_by_label("with problems").uncheck()
         page.get_by_label("Find").fill("VERY LAST")
         expect(page.locator(".facts")).to_contain_text("row 3\u2009000")
-        for width in (390, 1280, 2560):
-            page.set_viewport_size({"width": width, "height": 900})
-            fits(page)
+        fits_at(page, 390, 1280, 2560)
         page.get_by_role("link", name="Ask a model about it").click()
         expect(page.get_by_label("Question", exact=True)).to_have_value(rows[2999]["problem"])
         assert page.locator("main img, main script, iframe").count() == 0
@@ -327,9 +329,7 @@ def test_all_clips_of_a_row_are_shown(page: Page, address: str) -> None:
         for video, begin in zip(videos.all(), begins, strict=True):
             page.wait_for_function("v => v.readyState > 1 && !v.seeking", arg=video.element_handle())
             assert drawn(video) and abs(video.evaluate("video => video.currentTime") - begin) < 0.1
-    for width in (390, 1280):
-        page.set_viewport_size({"width": width, "height": 900})
-        fits(page)
+    fits_at(page, 390, 1280)
 
 
 @pytest.mark.slow
@@ -351,9 +351,7 @@ def test_evaluations_side_by_side_and_one_against_its_controls(page: Page, addre
     before = page.locator(".versus-question .facts").first.inner_text()
     page.get_by_role("button", name="left wins").click()
     expect(page.locator(".versus-question .facts").first).not_to_have_text(before)
-    for width in (390, 760, 1280, 2560):
-        page.set_viewport_size({"width": width, "height": 900})
-        fits(page)
+    fits_at(page, 390, 760, 1280, 2560)
     page.set_viewport_size({"width": 390, "height": 900})
     cell = whole.locator("td").nth(4)
     assert cell.evaluate("cell => getComputedStyle(cell, '::before').content") == '"right minus left"'

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import pytest
 
 pytest.importorskip("starlette", reason="the extra studio is not installed")
 
+from studio_server import get as got
 from studio_server import studio_client
 
 from video_r1.studio import folders, tail
@@ -101,12 +103,7 @@ def test_pages_of_rows(tmp_path: Path) -> None:
     rows[9]["problem_id"] = 8
     write(tmp_path / "m", rows, "lines")
     with studio_client(tmp_path) as client:
-
-        def get(**query: Any) -> Any:
-            answer = client.get("/api/rows", params={"manifest": "m.jsonl", **query})
-            assert answer.status_code == 200, answer.text
-            return answer.json()
-
+        get = partial(got, client, "/api/rows", manifest="m.jsonl")
         page = get()
         assert (page["rows"], page["total"], page["next"], page["bad"]) == (120, 120, 50, 42)
         assert page["counts"]["source"] == {"set 0": 60, "set 1": 60}

@@ -11,8 +11,7 @@ import pytest
 from report_runs import write_lines
 
 pytest.importorskip("starlette", reason="the extra studio is not installed")
-from starlette.testclient import TestClient
-from studio_server import studio_client
+from studio_server import get, studio_client
 
 from video_r1.data.manifests.records import question_digest
 
@@ -49,12 +48,6 @@ def folder(tmp_path: Path) -> Path:
     others = [row | {"problem_id": i, "solution": "<answer>99</answer>"} for i in range(20)]
     (tmp_path / "other.json").write_text(json.dumps(others))
     return tmp_path
-
-
-def get(client: TestClient, path: str, **query: Any) -> Any:
-    answer = client.get(path, params=query)
-    assert answer.status_code == 200, answer.text
-    return answer.json()
 
 
 def test_two_evaluations_side_by_side(folder: Path) -> None:

@@ -22,12 +22,10 @@ from vllm_prompts import (
 
 from video_r1.data.prompts import Prompt
 from video_r1.data.rollouts import Rollout
-from video_r1.lab.clips import write_lab
 from video_r1.lab.model import base_folder
 from video_r1.models.loading import load_model, load_processor
 from video_r1.rollout.engine import SamplingSettings
 from video_r1.rollout.vllm.server import ServerEngine
-from video_r1.settings.commands import LabSettings
 
 pytestmark = [pytest.mark.vllm, pytest.mark.slow]
 SETTINGS = SamplingSettings(n=4, max_tokens=24, seed=1)
@@ -72,13 +70,6 @@ def test_logprobs_before_and_after_the_weight_sync(
     engine: ServerEngine, model: Any, prompts: list[Prompt]
 ) -> None:
     check_weight_sync(engine, model, prompts, peft=True)
-
-
-@pytest.fixture(scope="module")
-def lab(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("lab")
-    write_lab(LabSettings(folder=str(folder), train=16, test=1, workers=1))
-    return folder
 
 
 def test_training_goes_on_when_the_server_is_killed(

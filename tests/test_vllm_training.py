@@ -8,24 +8,15 @@ from typing import Any
 import pytest
 from tiny_questions import read_lines
 
-from video_r1.lab.clips import write_lab
 from video_r1.lab.model import base_folder
 from video_r1.models.loading import load_model, load_processor
 from video_r1.rollout import engine_factory
 from video_r1.rollout.vllm.engine import VLLMEngine
-from video_r1.settings.commands import LabSettings
 from video_r1.training.tgrpo import TGRPOConfig, TGRPOTrainer
 
 pytestmark = pytest.mark.vllm
 STEPS = 4
 SIZES: dict[str, Any] = {"frame_pixels": 56 * 56, "image_pixels": 56 * 56, "max_frames": 8}
-
-
-@pytest.fixture(scope="module")
-def lab(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("lab")
-    write_lab(LabSettings(folder=str(folder), train=16, test=8, workers=1))
-    return folder
 
 
 @pytest.fixture
