@@ -165,7 +165,8 @@ def test_training_records_and_resumes_exactly(checkpoint: Path, manifest: Path, 
 
 
 def test_evaluation_in_several_orders(checkpoint: Path, manifest: Path, tmp_path: Path) -> None:
-    builder, engine = PromptBuilder(AutoProcessor.from_pretrained(checkpoint)), ScriptedEngine(lambda prompt, n: ["A"] * n)
+    builder = PromptBuilder(AutoProcessor.from_pretrained(checkpoint))
+    engine = ScriptedEngine(lambda prompt, count: ["A"] * count)
     samples = load_manifest(manifest)
     orders = ["ordered", "shuffled", "reversed", "single", "blind"]
     summary = evaluate(samples, engine, builder, folder=tmp_path, order=orders, frames=[4, 8])
