@@ -27,7 +27,7 @@ complete_word() {
         (("rl", "lab-tgrpo", "--temporal_ru"), "--temporal_rule"),
         (
             ("rl", "lab-tgrpo", "--temporal_rule", "likelihood_"),
-            "likelihood_apart likelihood_gate",
+            "likelihood_apart likelihood_gate likelihood_gate_apart",
         ),
         (("plan", "lab-tgrpo", "--sharding", "z"), "zero2 zero3"),
     ],
