@@ -83,7 +83,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_rl_run(folder / "live", steps=20, every=5)
     write_rl_run(folder / "other", steps=40, every=5)
     config = folder / "other" / "config.yaml"
-    config.write_text(config.read_text().replace("margin", "weight"))
+    config.write_text(config.read_text().replace("margin", "threshold"))
     for name, rates in (("eval-sft", (0.6, 0.5)), ("eval-rl", (0.8, 0.55))):
         write_controls(folder / name, *rates)
     (folder / "broken").mkdir()
@@ -140,7 +140,7 @@ def test_studio_runs_over_each_other(page: Page, address: str) -> None:
     page.get_by_role("button", name="Compare").click()
     expect(page.locator(".headline .line")).to_have_count(6)
     row = page.locator("#comparison tbody tr", has_text="temporal_rule")
-    expect(row).to_have_text("temporal_ruleweightmargin")
+    expect(row).to_have_text("temporal_rulethresholdmargin")
 
 
 @pytest.mark.slow
