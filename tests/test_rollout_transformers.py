@@ -203,14 +203,14 @@ def test_seeds() -> None:
     assert torch.equal(state, torch.get_rng_state())
 
 
-@pytest.mark.parametrize(("products", "threads"), [(engine.PRODUCTS_OF_A_THREAD, 1), (1, 2)])
+@pytest.mark.parametrize(("weights", "threads"), [(engine.WEIGHTS_OF_A_THREAD, 1), (1, 2)])
 def test_small_models_decode_with_one_thread(
-    products: int, threads: int, monkeypatch: pytest.MonkeyPatch
+    weights: int, threads: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Two would wait for each other after every small product."""
     model, seen = build_model("qwen2_5_vl"), set()
     model.lm_head.register_forward_hook(lambda *given: seen.add(torch.get_num_threads()))
-    monkeypatch.setattr(engine, "PRODUCTS_OF_A_THREAD", products)
+    monkeypatch.setattr(engine, "WEIGHTS_OF_A_THREAD", weights)
     torch.set_num_threads(2)
     try:
         for kind in (TransformersEngine, GeneralEngine):

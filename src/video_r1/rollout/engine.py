@@ -15,12 +15,13 @@ from video_r1.data.prompts import Prompt
 from video_r1.data.reading import Question
 from video_r1.data.rollouts import Rollout
 from video_r1.data.templates import end_token_id
+from video_r1.models.families import text_of
 from video_r1.models.group_forward import vision_language_model
 from video_r1.seeds import hashed_seed
 from video_r1.settings.decoding import DecodingSettings
 
 MAX_SEQUENCES = 256  # completions decoded at once
-PRODUCTS_OF_A_THREAD = 2**23  # multiplications; with fewer a CPU's threads wait for each other
+WEIGHTS_OF_A_THREAD = 2**21  # of the text model; with fewer a CPU's threads wait for each other
 OnToken = Callable[[int, int, int], object]
 """Called with the indices of prompt and completion, and a token id."""
 
@@ -113,10 +114,11 @@ def eval_mode(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def useful_threads(model: Any, rows: int) -> Iterator[None]:
-    """Decode this many completions with as many CPU threads as their products with the head keep busy."""
-    threads, products = torch.get_num_threads(), rows * model.get_output_embeddings().weight.numel()
-    torch.set_num_threads(max(1, min(threads, products // PRODUCTS_OF_A_THREAD)))
+def useful_threads(model: Any) -> Iterator[None]:
+    """Decode with as many CPU threads as the text model's weights keep busy."""
+    threads, text = torch.get_num_threads(), text_of(vision_language_model(model))
+    weights = sum(weight.numel() for weight in text.parameters())
+    torch.set_num_threads(max(1, min(threads, weights // WEIGHTS_OF_A_THREAD)))
     try:
         yield
     finally:

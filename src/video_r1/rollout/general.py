@@ -60,7 +60,7 @@ class GeneralEngine(InProcessEngine):
                     rows = uniform[start : start + self.max_sequences].to(device)
                     drawn = _Draw(chosen_from, rows, sampling, self.stop_ids, heard)
                     ids = prompt.input_ids.to(device).expand(len(rows), -1)
-                    with useful_threads(self.model, len(ids)):
+                    with useful_threads(self.model):
                         self.model.generate(
                             input_ids=ids,
                             attention_mask=torch.ones_like(ids),

@@ -94,7 +94,7 @@ class TransformersEngine(InProcessEngine):
             for wave in _cut(order, lambda wave: sum(counts[index] for index in wave), self.max_sequences):
                 numbers = [(index, completion) for index in wave for completion in range(counts[index])]
                 drawn = torch.cat([uniform[index] for index in wave])
-                with useful_threads(self.model, len(numbers)), onednn_linears(self.model, len(numbers)):
+                with useful_threads(self.model), onednn_linears(self.model, len(numbers)):
                     prefilled = self._prefill([prompts[index] for index in wave])
                     rollouts = self._decode(prefilled, numbers, drawn, sampling, on_token)
                 for (index, _), rollout in zip(numbers, rollouts, strict=True):
