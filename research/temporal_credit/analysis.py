@@ -211,6 +211,7 @@ def collect(out: Path) -> list[Run]:
 
 
 def key(run: Run) -> tuple[Any, ...]:
+    """Return what tells a run from all others."""
     return run["part"], run["skill"], run["seed"], run["arm"], run["cue"]
 
 

@@ -27,14 +27,14 @@ from research.temporal_credit.experiment import (
     made_with,
     read_rows,
     video_r1,
-)  # fmt: skip
+)
 from video_r1.files import replace_json
 from video_r1.lab.clips import write_clip
 from video_r1.lab.questions import IMAGE_FAMILIES
 from video_r1.lab.scenes import FPS, SECONDS
 
 ARMS = ("grpo", "gate-frozen", "gate-apart")
-TEST = 1000
+TEST, SFT_STEPS = 1000, 480
 
 
 def make_lab(folder: Path, seed: int, train: int, test: int) -> None:
@@ -69,6 +69,7 @@ def accuracy(model: Path, manifest: Path, to: Path) -> dict[str, float]:
 
 
 def run_seed(out: Path, seed: int) -> list[dict[str, Any]]:
+    """Make the cold start and the arms of a seed that are not there; return the results of all."""
     folder = out / f"seed-{seed}"
     cold, lab, lessons = folder / "cold-start", folder / "lab", folder / "lessons"
     make_lab(lab, seed + RL_SEED, QUESTIONS, TEST)
@@ -79,13 +80,9 @@ def run_seed(out: Path, seed: int) -> list[dict[str, Any]]:
             shutil.rmtree(run, ignore_errors=True)
             if arm == "cold-start":
                 make_lab(lessons, seed, LESSONS, 0)
+                lesson = lessons / "sft.json"
                 video_r1(
-                    "sft",
-                    "lab-sft",
-                    train_manifest=lessons / "sft.json",
-                    output_dir=run,
-                    seed=seed,
-                    max_steps=480,
+                    "sft", "lab-sft", train_manifest=lesson, output_dir=run, seed=seed, max_steps=SFT_STEPS
                 )
             else:
                 video_r1(

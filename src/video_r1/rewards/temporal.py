@@ -6,8 +6,8 @@
 
 A rule compares V with Ṽ in one of two ways. `sampled`: the policy also answers the contrast clip, which gives
 p̃. `scored`: the ordered completions are scored behind the contrast clip, which gives d_it. It then changes
-the rewards or the advantages. G: ordered completions of a question; Q: questions of a
-step. A new rule takes an entry in RULES and its name in settings/training.py.
+the rewards or the advantages. G: ordered completions of a question; Q: questions of a step. A new rule takes
+an entry in RULES and its name in settings/training.py.
 """
 
 from __future__ import annotations
