@@ -153,7 +153,7 @@ class Step:
         exact = samples_as_it_scores(self.model)
         drops = logprob_drops(
             self.model, questions, ordered, settings.temperature, len(questions),
-            vision if unit == "patch" or not exact else None, exact,
+            [[part] for part in vision] if vision and (unit == "patch" or not exact) else None, exact,
         )  # fmt: skip
         return self.updated(self.scored(questions, ordered, shuffled, drops), vision)
 

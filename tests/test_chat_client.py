@@ -20,6 +20,7 @@ from tiny_questions import read_lines
 
 from video_r1 import chat_client
 from video_r1.chat_client import SKIP, Failover, ServerFailure, ServerRefusal, get, post
+from video_r1.data.prompts import TextPrompts
 from video_r1.errors import ConfigError, VideoR1Error
 from video_r1.evaluation.evaluate import run_eval
 from video_r1.rollout import endpoint_engine
@@ -297,11 +298,11 @@ def test_failures_that_stay(
 
 def test_it_cannot_be_trained_with() -> None:
     with chat_endpoint() as server:
-        engine = open_engine(EvalSettings(engine=server.url, **SIZES), None)
+        engine = open_engine(EvalSettings(engine=server.url, **SIZES), TextPrompts())
         with pytest.raises(VideoR1Error, match="cannot sample for training"):
             engine.update_weights(torch.nn.Linear(1, 1))
         with pytest.raises(ConfigError, match="serves teacher, not other"):
-            open_engine(EvalSettings(engine=server.url, **{**SIZES, "model": "other"}), None)
+            open_engine(EvalSettings(engine=server.url, **{**SIZES, "model": "other"}), TextPrompts())
 
 
 @pytest.mark.parametrize(("engine", "expected"), [

@@ -134,7 +134,7 @@ def test_what_the_general_path_refuses(checkpoints: dict[str, Path], tmp_path: P
     for engine in ("vllm", "http://127.0.0.1:9"):
         settings = EvalSettings(model=str(source), manifest="m.json", engine=engine)
         with pytest.raises(ConfigError, match=r"vLLM samples for .*not known for smolvlm"):
-            open_engine(settings, processor)
+            open_engine(settings, PromptBuilder(processor))
     sharded: Any = SimpleNamespace(is_fsdp2=True, state=SimpleNamespace(deepspeed_plugin=None))
     with pytest.raises(ConfigError, match=r"SmolVLMForConditionalGeneration .* FSDP2 .* use DDP or ZeRO-2"):
         check_sharding_of(load_model(source), sharded)

@@ -11,6 +11,7 @@ import pytest
 from chat_endpoint import chat_endpoint
 from tiny_models import FAMILIES, has_timestamps, tiny_model, tiny_tokenizer
 
+from video_r1.data.prompts import TextPrompts
 from video_r1.rollout.engine_factory import open_engine
 from video_r1.rollout.vllm.mrope import rule_of_training
 from video_r1.settings.decoding import AskSettings
@@ -41,7 +42,7 @@ def test_an_endpoint_of_another_rule(
     with chat_endpoint(model=model) as server:
         server.positions = served
         settings = AskSettings(model=model, path="x.mp4", question=["?"], engine=server.url)
-        with caplog.at_level(logging.WARNING), closing(open_engine(settings, None)):
+        with caplog.at_level(logging.WARNING), closing(open_engine(settings, TextPrompts())):
             assert len(warnings_of(caplog)) == said
     if said:
         has = "has those of vllm" if served else "does not say which it has"

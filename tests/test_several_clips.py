@@ -237,7 +237,7 @@ def test_contrasts_and_drops(family: str, unit: Any) -> None:
     with torch.no_grad():
         vision = encode_vision(model, [question.ordered])
     apart = logprob_drops(model, [question], rollouts, 0.8, batch_size=1)
-    shared = logprob_drops(model, [question], rollouts, 0.8, batch_size=1, vision=vision)
+    shared = logprob_drops(model, [question], rollouts, 0.8, batch_size=1, vision=[vision])
     torch.testing.assert_close(shared[0], apart[0], rtol=0, atol=1e-5)
 
 

@@ -52,7 +52,7 @@ def test_commands_take_it_as_their_default(trained: Path, caplog: pytest.LogCapt
     model = {"model": str(trained)}
     ask = load_recipe("ask", None, {**model, "path": "x.mp4", "question": "?"}).section(AskSettings)
     assert budget(ask) == LEARNT and ask.dtype == "float32"
-    _, builder, frames = open_prompts(ask)
+    builder, frames = open_prompts(ask)
     assert builder.template.text == "Look: {question}\n{options}\n{hint}"
     assert builder.template.hints["OCR"] == "Read it." and frames.max_frames == 6
     evaluation = load_recipe("eval", None, {**model, "manifest": "x", "frames": "16,32"}).section(

@@ -181,9 +181,9 @@ def _local_teacher(settings: TeacherSettings) -> EngineTeacher:
 
     decoding = copy(settings)
     decoding.model = settings.teacher
-    processor, builder, budget = open_prompts(decoding)
+    builder, budget = open_prompts(decoding)
     cache = open_frame_cache(settings.frame_cache, settings.frame_cache_gb)
-    engine = open_engine(decoding, processor)
+    engine = open_engine(decoding, builder)
     return EngineTeacher(engine, builder, Reader(budget, cache, settings.workers), settings)
 
 

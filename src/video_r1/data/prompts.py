@@ -31,7 +31,15 @@ from torch import Generator, Tensor
 
 from video_r1.data.decoding.media import Media, Shown, clips_of, reordered
 from video_r1.data.manifests.records import Sample
-from video_r1.data.templates import Template, end_token_id, load_template, prompt_text, special_tokens
+from video_r1.data.sources.media_types import ClipRef
+from video_r1.data.templates import (
+    Template,
+    end_token_id,
+    load_template,
+    prompt_text,
+    special_tokens,
+    turn_text,
+)
 from video_r1.errors import PromptError
 from video_r1.settings.frames import TEMPORAL_PATCH, Contrast, ContrastUnit, Order
 
@@ -56,6 +64,9 @@ class Prompt:
     messages: the chat, for engines that tokenise themselves.
     contrast: the kind of permutation.
     thinks: whether the completion begins with its reasoning (templates.py).
+    files: what `media` was read from, for tools that read more of it.
+    parts: of an answer that goes on after tool calls: the question's prompt and each tool turn, with the
+        index of its first token in `input_ids`. Tokens between them are the policy's; `features` is empty.
     """
 
     input_ids: Tensor
@@ -63,12 +74,25 @@ class Prompt:
     media: tuple[Media, ...]
     permutation: Tensor | None
     messages: list[dict[str, Any]]
-    contrast: Contrast = "shuffled"
+    contrast: Order = "shuffled"
     thinks: bool = True
+    files: tuple[ClipRef, ...] = ()
+    parts: tuple[tuple[int, "Prompt"], ...] = ()
+
+    @property
+    def pieces(self) -> "list[Prompt | Tensor]":
+        """Prompts with visuals and the policy's tokens between them, in order; their ids are `input_ids`."""
+        pieces: list[Prompt | Tensor] = []
+        done = 0
+        for first, part in self.parts or ((0, self),):
+            pieces += [self.input_ids[done:first], part] if first > done else [part]
+            done = first + len(part.input_ids)
+        return [*pieces, self.input_ids[done:]] if done < len(self.input_ids) else pieces
 
     @property
     def order(self) -> Order:
-        return "ordered" if self.permutation is None else self.contrast
+        own = self.permutation is None and self.contrast != "elsewhere"
+        return "ordered" if own else self.contrast
 
     @property
     def frames(self) -> int:
@@ -114,7 +138,9 @@ def video_metadata(media: Media) -> dict[str, Any]:
 class TextPrompts:
     """Prompts for a model whose processor is not here (an endpoint): text and frames, no token ids."""
 
+    processor: Any = None
     tokenizer: Any = None
+    toolbox: Any = None  # a Toolbox (tools.py) whose tools the prompts offer
     takes_videos = True
 
     def __init__(self, template: str | Path | None = None, subtitles: bool = False) -> None:
@@ -148,7 +174,7 @@ class TextPrompts:
         return chat
 
     def build(
-        self, sample: Sample, media: Shown, permutation: Tensor | None = None, contrast: Contrast = "shuffled"
+        self, sample: Sample, media: Shown, permutation: Tensor | None = None, contrast: Order = "shuffled"
     ) -> Prompt:
         """Build a question's prompt. media: one per file. permutation: `Prompt.permutation`; an empty one
         gives no visuals. contrast: its name.
@@ -163,7 +189,7 @@ class TextPrompts:
         visuals = [[{"type": kind} for _ in range(count)] for count in counts]
         nothing = torch.empty(0, dtype=torch.long)
         chat = self._chat(sample, visuals)
-        return Prompt(nothing, {}, shown, permutation, chat, contrast, self.template.thinks)
+        return Prompt(nothing, {}, shown, permutation, chat, contrast, self.template.thinks, sample.files)
 
 
 def between_marks(sample: Sample, turns: Sequence[Mapping[str, str]]) -> list[list[str]] | None:
@@ -229,39 +255,26 @@ class PromptBuilder(TextPrompts):
         return text
 
     def build(
-        self, sample: Sample, media: Shown, permutation: Tensor | None = None, contrast: Contrast = "shuffled"
+        self, sample: Sample, media: Shown, permutation: Tensor | None = None, contrast: Order = "shuffled"
     ) -> Prompt:
         """Build a question's prompt. Raises PromptError if it is too long or does not fit the model."""
         plain = super().build(sample, media, permutation, contrast)
-        text = prompt_text(self.processor, plain.messages, plain.thinks)
+        text = prompt_text(
+            self.processor, plain.messages, plain.thinks, self.toolbox.schemas if self.toolbox else ()
+        )
         for shown in plain.media:
             self._check_frames(sample, shown)
-        start = self.tokenizer.bos_token
-        # If the template writes the BOS token, the tokenizer must not add a second one.
-        common = {"add_special_tokens": False} if start and text.startswith(start) else {}
-        with _TOKENIZING:
-            if plain.frames == 0:
-                encoded = self.processor(text=[text], return_tensors="pt", **common)
-            elif plain.media[0].kind == "image" or not self.takes_videos:
-                images = [frame for shown in plain.media for frame in shown.frames]
-                encoded = self.processor(text=[text], images=[images], **self._settings, **common)
-            else:
-                metadata = {"video_metadata": [video_metadata(shown) for shown in plain.media]}
-                settings = self._settings | self._video_settings | metadata | common
-                videos = [shown.frames for shown in plain.media]
-                try:
-                    encoded = self.processor(text=[text], videos=[videos], **settings)
-                except ValueError as error:
-                    if len({len(frames) for frames in videos}) == 1:
-                        raise
-                    counts = " and ".join(str(len(frames)) for frames in videos)
-                    raise PromptError(
-                        f"question {sample.problem_id!r}: the model's processor does not take clips of "
-                        f"{counts} frames together; give all clips as many (min_frames and max_frames)"
-                    ) from error
-        features = {k: v for k, v in encoded.items() if isinstance(v, Tensor) and k != "attention_mask"}
-        input_ids = features.pop("input_ids")[0]
-        features |= {name: features[name][0] for name in TOKEN_FEATURES if name in features}
+        try:
+            input_ids, features = self._encoded(text, plain.media)
+        except ValueError as error:
+            lengths = {len(shown.frames) for shown in plain.media}
+            if plain.media[0].kind == "image" or len(lengths) == 1:
+                raise
+            counts = " and ".join(str(len(shown.frames)) for shown in plain.media)
+            raise PromptError(
+                f"question {sample.problem_id!r}: the model's processor does not take clips of "
+                f"{counts} frames together; give all clips as many (min_frames and max_frames)"
+            ) from error
         if len(input_ids) > self.max_prompt_length:
             count = len(plain.media)
             of_several = f" (of {count} {sample.data_type}s)" if count > 1 else ""
@@ -271,6 +284,52 @@ class PromptBuilder(TextPrompts):
                 f"is {self.max_prompt_length}. Take fewer or smaller frames, or raise the limit"
             )
         return replace(plain, input_ids=input_ids, features=features)
+
+    def _encoded(self, text: str, media: Sequence[Media]) -> tuple[Tensor, dict[str, Tensor]]:
+        """Return the token ids [P] of a rendered chat, placeholders expanded, and the other inputs."""
+        start = self.tokenizer.bos_token
+        # If the template writes the BOS token, the tokenizer must not add a second one.
+        common = {"add_special_tokens": False} if start and text.startswith(start) else {}
+        shown = [clip for clip in media if len(clip.frames)]
+        with _TOKENIZING:
+            if not shown:
+                encoded = self.processor(text=[text], return_tensors="pt", **common)
+            elif shown[0].kind == "image" or not self.takes_videos:
+                images = [frame for clip in shown for frame in clip.frames]
+                encoded = self.processor(text=[text], images=[images], **self._settings, **common)
+            else:
+                metadata = {"video_metadata": [video_metadata(clip) for clip in shown]}
+                settings = self._settings | self._video_settings | metadata | common
+                encoded = self.processor(text=[text], videos=[[clip.frames for clip in shown]], **settings)
+        features = {k: v for k, v in encoded.items() if isinstance(v, Tensor) and k != "attention_mask"}
+        input_ids = features.pop("input_ids")[0]
+        return input_ids, features | {n: features[n][0] for n in TOKEN_FEATURES if n in features}
+
+    def build_turn(self, results: Sequence[Sequence[str | Media]], like: Prompt) -> Prompt:
+        """Build the turn in which tools answer, up to the policy's next turn.
+
+        results: of each call, texts and visuals. like: the question's prompt. The turn follows the policy's
+        end-of-turn token. Raises PromptError for images and clips in one turn, and for special tokens.
+        """
+        media = tuple(part for result in results for part in result if isinstance(part, Media))
+        if len({clip.kind for clip in media}) > 1:
+            raise PromptError("tools returned images and clips in one turn; call them one after the other")
+        contents = [
+            [
+                {"type": part.kind} if isinstance(part, Media) else {"type": "text", "text": part}
+                for part in result
+            ]
+            for result in results
+        ]
+        text = turn_text(self.processor, contents, like.thinks)
+        refused = [
+            token for token in self._special_tokens for c in contents for p in c if token in p.get("text", "")
+        ]
+        if refused:
+            raise PromptError(f"a tool's text holds the model's special token {refused[0]!r}")
+        input_ids, features = self._encoded(text, media)
+        nothing = torch.empty(0, dtype=torch.long)
+        return Prompt(input_ids, features, media, None if media else nothing, [], like.contrast, like.thinks)
 
     def build_with_response(self, sample: Sample, media: Shown, response: str) -> tuple[Prompt, Tensor]:
         """Build the ordered prompt, and the response's token ids [L] int64 with the end-of-turn token.

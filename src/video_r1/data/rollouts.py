@@ -1,23 +1,75 @@
 """Records of a question's sampled completions and their rewards."""
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
+from video_r1.data.decoding.media import Media
 from video_r1.data.manifests.records import Sample
 from video_r1.data.prompts import Prompt
 
 
 @dataclass(frozen=True, slots=True)
+class ToolCall:
+    """A call of a tool as the policy wrote it, and what came back."""
+
+    name: str
+    arguments: Mapping[str, Any]
+    result: Sequence[str | Media]
+    failed: bool = False  # then the result is one line that says why
+
+    def __str__(self) -> str:
+        given = ", ".join(f"{name}={value}" for name, value in self.arguments.items())
+        result = (p if isinstance(p, str) else f"{len(p.frames)} frames" for p in self.result)
+        return f"{self.name}({given}): {' '.join(result)}"
+
+
+@dataclass(frozen=True, slots=True)
+class ToolTurn:
+    """Answers of tools, in the middle of a completion."""
+
+    after: int  # tokens of the policy before it
+    text: str  # of the policy's turn that ends with the calls
+    calls: tuple[ToolCall, ...]
+    prompt: Prompt  # tokens and pixels of the turn
+    contrast: Prompt | None = None  # the same with the contrast of its clips, where it was asked for
+
+
+@dataclass(frozen=True, slots=True)
 class Rollout:
-    """Sampled completion of L tokens."""
+    """Sampled completion: L tokens of the policy, and the turns in which tools answered.
+
+    Log-probs, lengths and losses are of the policy's tokens. An answer without tools has one turn.
+    """
 
     token_ids: Tensor  # [L] int64
     logprobs: Tensor  # [L] float32, of the sampler
-    text: str
+    text: str  # of the last turn
     finish_reason: Literal["stop", "length"]
+    turns: tuple[ToolTurn, ...] = ()
+
+    @property
+    def calls(self) -> list[ToolCall]:
+        return [call for turn in self.turns for call in turn.calls]
+
+    @property
+    def transcript(self) -> str:
+        """The text of all turns, with each call's answer in brackets."""
+        said = [turn.text + "".join(f"\n[{call}]\n" for call in turn.calls) for turn in self.turns]
+        return "".join([*said, self.text])
+
+    def pieces(self, contrast: bool = False) -> list[Tensor | Prompt]:
+        """Return the completion in order: the policy's tokens of a turn, a tool turn, and so on."""
+        pieces: list[Tensor | Prompt] = []
+        done = 0
+        for turn in self.turns:
+            answer = turn.contrast if contrast else turn.prompt
+            pieces += [self.token_ids[done : turn.after], answer or turn.prompt]
+            done = turn.after
+        return [*pieces, self.token_ids[done:]]
 
 
 @dataclass(slots=True)

@@ -22,9 +22,10 @@ completion contains its own `<think>…</think>`, which rewards parse and SFT te
     Qwen3.5, smaller   assistant↵<think></think>   assistant↵                     assistant↵<think></think>
 """
 
+import json
 import re
 import string
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args
@@ -52,6 +53,14 @@ PLACEHOLDERS = ("question", "options", "hint", "subtitles")
 SUBTITLE_CHARACTERS = 4000  # about 1,000 tokens; longer subtitles are cut, with a notice
 
 SWITCH = "enable_thinking"
+TOOLS_MESSAGE = """You can call these functions:
+<tools>
+{}
+</tools>
+To call one, end your turn with its name and arguments as JSON:
+<tool_call>
+{{"name": "function", "arguments": {{"argument": 1}}}}
+</tool_call>"""
 _BEGUN = re.compile(r"<think>\s*(</think>\s*)?\Z")
 _OPEN = re.compile(r"<think>\s*\Z")
 NO_THOUGHT = "<think>\n\n</think>\n\n"
@@ -136,13 +145,50 @@ def _parsed(lines: list[str]) -> Template:
     return Template(text, hints)
 
 
-def prompt_text(processor: Any, messages: list[dict[str, Any]], thinks: bool = True) -> str:
+def prompt_text(
+    processor: Any,
+    messages: list[dict[str, Any]],
+    thinks: bool = True,
+    tools: Sequence[Mapping[str, Any]] = (),
+) -> str:
     """Render the chat up to the completion, placeholders not expanded. thinks: the completion begins with its
-    reasoning; otherwise the prompt ends with an empty one, if the template has any.
+    reasoning; otherwise the prompt ends with an empty one, if the template has any. tools: JSON schemas, in
+    the template's own words; a template that has none for tools gets a system message (TOOLS_MESSAGE).
     """
-    switch = {SWITCH: False} if not thinks and SWITCH in str(processor.chat_template) else {}
+    switch: dict[str, Any] = {}
+    if not thinks and SWITCH in str(processor.chat_template):
+        switch[SWITCH] = False
+    if tools and _knows_tools(processor):
+        switch["tools"] = list(tools)
+    elif tools:
+        said = TOOLS_MESSAGE.format("\n".join(json.dumps(tool) for tool in tools))
+        messages = [{"role": "system", "content": [{"type": "text", "text": said}]}, *messages]
     text = chat_text(processor, messages, add_generation_prompt=True, **switch)
     return _BEGUN.sub("", text) if thinks else _OPEN.sub(NO_THOUGHT, text)
+
+
+def _knows_tools(processor: Any) -> bool:
+    return "tool_response" in str(processor.chat_template)
+
+
+def turn_text(processor: Any, results: Sequence[list[dict[str, Any]]], thinks: bool = True) -> str:
+    """Render the tool turn with these results, and the beginning of the policy's next turn. It follows the
+    policy's end-of-turn token.
+    """
+    if _knows_tools(processor):
+        turns = [{"role": "tool", "content": result} for result in results]
+    else:
+        start, end = ({"type": "text", "text": f"<{slash}tool_response>"} for slash in ("", "/"))
+        turns = [{"role": "user", "content": [part for result in results for part in (start, *result, end)]}]
+    asked, said = (
+        {"role": role, "content": [{"type": "text", "text": role}]} for role in ("user", "assistant")
+    )
+    call = {"type": "function", "function": {"name": "call-of-tool", "arguments": {}}}
+    before = chat_text(processor, [asked, {**said, "tool_calls": [call]}])
+    whole = prompt_text(processor, [asked, {**said, "tool_calls": [call]}, *turns], thinks)
+    tokenizer = processor.tokenizer
+    end_token = tokenizer.convert_ids_to_tokens(end_token_id(processor))
+    return whole[before.rindex(end_token) + len(end_token) :]
 
 
 def chat_text(

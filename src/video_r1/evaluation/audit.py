@@ -87,12 +87,12 @@ def _audited_path(settings: AuditSettings) -> Path:
 
 
 def _audit(samples: Sequence[Sample], settings: AuditSettings, out: Path) -> dict[str, Any]:
-    processor, builder, budget = open_prompts(settings)
+    builder, budget = open_prompts(settings)
     sampling = SamplingSettings.of(settings, settings.samples)
     made_with = asked_with(samples, builder, budget, settings, sampling)
     wanted = ("blind", "frozen", settings.temporal_contrast, "ordered")
     orders: list[Order] = [view for view in VIEWS if view in wanted]
-    with closing(open_engine(settings, processor)) as engine:
+    with closing(open_engine(settings, builder)) as engine:
         loop = Audit(
             samples[: settings.limit], engine, builder, budget, settings, out.with_suffix(""), sampling,
             orders, [settings.max_frames],

@@ -83,8 +83,8 @@ def _run(
 
     if bench.controls or bench.temporal_gap:
         settings = replace(settings, order=list(CONTROLS if bench.controls else ORDERS))
-    processor, builder, budget = open_prompts(settings)
-    with closing(open_engine(settings, processor)) as engine, writing_to(folder):
+    builder, budget = open_prompts(settings)
+    with closing(open_engine(settings, builder)) as engine, writing_to(folder):
         ask = partial(evaluate, engine=engine, prompt_builder=builder, budget=budget, settings=settings)
         if bench.bench:
             results = _benchmark_results(asked, settings, folder, ask)

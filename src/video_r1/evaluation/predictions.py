@@ -81,6 +81,7 @@ class _Evaluation(QuestionLoop):
             "frames": frames,
             "tokens": len(rollout.token_ids),
             "finish_reason": rollout.finish_reason,
+            **({"calls": len(rollout.calls), "transcript": rollout.transcript} if rollout.turns else {}),
             "problem_type": sample.problem_type,
             "data_type": sample.data_type,
             "data_source": sample.data_source,

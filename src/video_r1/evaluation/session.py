@@ -47,7 +47,7 @@ class ModelSession:
 
     def __init__(self, settings: AskSettings) -> None:
         self.settings = settings
-        self._processor, self.builder, self.budget = open_prompts(settings)
+        self.builder, self.budget = open_prompts(settings)
         cache = open_frame_cache(settings.frame_cache, settings.frame_cache_gb)
         self._reader = Reader(self.budget, cache)
         self._engine: RolloutEngine | None = None
@@ -78,7 +78,7 @@ class ModelSession:
 
     def load(self) -> None:
         """Open the engine, unless it is open."""
-        self._engine = self._engine or open_engine(self.settings, self._processor)
+        self._engine = self._engine or open_engine(self.settings, self.builder)
 
     def ask(
         self, sample: Sample, prompts: Sequence[Prompt], samples: int, sampling: SamplingSettings, hear: Hear
@@ -118,7 +118,7 @@ def heard(
     takes_tokens = "on_token" in inspect.signature(generate).parameters
     groups = generate(prompts, sampling, **({"on_token": on_token} if takes_tokens else {}))
     for stream, rollouts in zip(streams, groups, strict=True):
-        stream.write(rollouts[0].text[stream.written :])
+        stream.write(rollouts[0].transcript[stream.written :])
     return groups
 
 

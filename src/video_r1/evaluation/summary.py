@@ -15,10 +15,9 @@ from video_r1.evaluation.metrics import (
     paired_difference,
     task_mean,
 )
-from video_r1.settings.frames import Contrast, Order
+from video_r1.settings.frames import Order
 
 ORDERS = ("ordered", "shuffled")  # the two columns of tables
-CONTRASTS = get_args(Contrast)
 COLLAPSED = 0.9  # share of the outputs with one answer, of at least FEWEST
 FEWEST = 20
 _GROUPINGS = {
@@ -40,6 +39,7 @@ def summarise(records: Sequence[Record], direct: Sequence[Record] = ()) -> dict[
                       "unparsable_rate", "truncated_rate", "warning" if nearly all outputs are one answer},
          "shuffled": the same, over the videos,
          "temporal_gap": {"gap", "interval95", "questions", "ordered", "shuffled"},
+         "look_gap": as temporal_gap, for `elsewhere`,
          "temporal_gaps": {name: {"gap", "interval95", "questions", "ordered", name}},
          "by_modality": {name: {"ordered", "shuffled", "temporal_gap"}},
          "by_type": …, "by_source": …, "by_task": …, "by_pairs": …,
@@ -147,6 +147,8 @@ def _figures(records: Iterable[Record], direct: Iterable[Record]) -> dict[str, A
             gaps[contrast] = gap
     if "shuffled" in gaps:
         figures["temporal_gap"] = gaps.pop("shuffled")
+    if "elsewhere" in gaps:
+        figures["look_gap"] = gaps.pop("elsewhere")
     if gaps:
         figures["temporal_gaps"] = gaps
     gains: dict[str, Any] = {}
@@ -198,7 +200,7 @@ def _collapse(records: Sequence[Record]) -> dict[str, str]:
 
 
 def _by_order(records: Iterable[Record]) -> dict[str, list[Record]]:
-    groups: dict[str, list[Record]] = {order: [] for order in ("ordered", *CONTRASTS)}
+    groups: dict[str, list[Record]] = {order: [] for order in get_args(Order)}
     for record in records:
         groups[record["order"]].append(record)
     return {order: chosen for order, chosen in groups.items() if chosen}
@@ -228,6 +230,9 @@ def summary_table(summary: Mapping[str, Any]) -> str:
             f"{name}: accuracy {cell(figures[name], 'accuracy')}, temporal gap {cell(gap, 'gap')}"
             for name, gap in figures.get("temporal_gaps", {}).items()
         ]
+        if "look_gap" in figures:
+            gap = cell(figures["look_gap"], "gap")
+            lines.append(f"look gap (accuracy minus that with looks elsewhere in the clip): {gap}")
         lines += [_gain_line(order, gain) for order, gain in figures.get("reasoning_gains", {}).items()]
         for way, own in (("", figures), (", direct", figures.get("direct", {}))):
             lines += [_order_line(order + way, own[order]) for order in get_args(Order) if order in own]

@@ -22,8 +22,8 @@ from torch.utils.checkpoint import checkpoint
 
 from video_r1.data.prompts import Prompt
 from video_r1.errors import ConfigError, PromptError
-from video_r1.models.attention import IMPLEMENTATION, row_layout
-from video_r1.models.families import check_kind, family_of, find_family, text_of
+from video_r1.models.attention import IMPLEMENTATION, RowLayout, row_layout
+from video_r1.models.families import check_kind, family_names, family_of, find_family, text_of
 from video_r1.models.gated_delta import fork_states
 from video_r1.models.general_forward import Encoded, encode_prompts, general_scores
 from video_r1.models.vision import encode_visuals
@@ -89,6 +89,17 @@ class VisionFeatures:
 
 VisualFeatures = VisionFeatures | Encoded
 """Features of a known family, or of the general path."""
+Pieces = Sequence[Tensor | Prompt]
+"""Tokens that the policy sampled, and prompts with visuals, in the order of a sequence."""
+
+
+def all_parts(prompts: Sequence[Prompt], pieces: Sequence[Sequence[Pieces]]) -> list[Prompt]:
+    """Return each question's prompt, followed by the tool turns of its completions."""
+    return [
+        part
+        for prompt, group in zip(prompts, pieces, strict=True)
+        for part in (prompt, *(piece for answer in group for piece in answer if isinstance(piece, Prompt)))
+    ]
 
 
 def group_logprobs(
@@ -100,14 +111,16 @@ def group_logprobs(
     vision_features: Sequence[VisualFeatures | None] | None = None,
     with_likeliest: bool = False,
     entropy_gradient: bool = False,
+    pieces: Sequence[Sequence[Pieces]] | None = None,
 ) -> GroupLogprobs:
     """Return the log-probs of every completion's tokens after its prompt.
 
     model: for conditional generation, also inside PEFT, DDP or FSDP; of no known family: see
     general_forward.py. With autocast, call within its context. `completions[q][g]`: token ids [L_qg] int64 of
     any lengths. vision_features: one a prompt from `encode_vision`, to share a frozen tower's output; by
-    default the tower runs here. entropy_gradient: keep the entropy's gradient. Raises PromptError if a
-    prompt's placeholders and pixels do not match, and ConfigError if the model is no vision-language model.
+    default the tower runs here. entropy_gradient: keep the entropy's gradient. `pieces[q][g]`: the completion
+    with what tools returned (`Rollout.pieces`), whose features follow those of its prompt. Raises PromptError
+    if placeholders and pixels do not match, and ConfigError if the model is no vision-language model.
     """
     if len(prompts) != len(completions) or not prompts:
         raise ValueError(f"{len(prompts)} prompts and {len(completions)} groups of completions")
@@ -119,9 +132,12 @@ def group_logprobs(
             with_likeliest=with_likeliest, entropy_gradient=entropy_gradient,
         )  # fmt: skip
         if find_family(inner) is None:
+            if pieces is not None and len(all_parts(prompts, pieces)) > len(prompts):
+                raise ConfigError(f"{type(inner).__name__}: tools need a model of {family_names()}")
             visuals: Any = vision_features or encode_prompts(inner, prompts)
             return tuple(_joined(general_scores(inner, prompts, completions, visuals, score)))
-        hidden = _predicting_states(inner, prompts, completions, vision_features)
+        answers = pieces or [[[tokens] for tokens in group] for group in completions]
+        hidden = _predicting_states(inner, prompts, answers, vision_features)
         targets = torch.cat([tokens for group in completions for tokens in group]).to(hidden.device)
         vocabulary = inner.config.get_text_config().vocab_size
         return tuple(score(inner.get_output_embeddings(), hidden, targets, vocabulary=vocabulary))
@@ -140,6 +156,15 @@ def encode_vision(model: nn.Module, prompts: Sequence[Prompt]) -> list[Any]:
     inner = vision_language_model(model)
     encode: Callable[..., Any] = encode_prompts if find_family(inner) is None else visual_features
     return through_wrapper(model, lambda: encode(inner, prompts))
+
+
+def encode_groups(
+    model: nn.Module, prompts: Sequence[Prompt], pieces: Sequence[Sequence[Pieces]]
+) -> list[list[Any]]:
+    """Return `encode_vision` of each question's prompt and of its completions' tool turns (`all_parts`)."""
+    parts = [all_parts([prompt], [group]) for prompt, group in zip(prompts, pieces, strict=True)]
+    found = iter(encode_vision(model, list(itertools.chain(*parts))))
+    return [[next(found) for _ in own] for own in parts]
 
 
 def visual_features(model: Any, prompts: Sequence[Prompt]) -> list[VisionFeatures | None]:
@@ -189,6 +214,8 @@ def prompt_positions(model: Any, prompt: Prompt) -> tuple[Tensor, int]:
 
     As in `generate`, it follows the position of the last token. (Time positions of a video may be larger.)
     """
+    if prompt.parts:
+        return piece_positions(model, prompt.pieces)
     ids = prompt.input_ids[None].cpu()
     names = ("image_grid_thw", "video_grid_thw", "second_per_grid_ts")
     grids = {name: prompt.features[name].cpu() for name in names if name in prompt.features}
@@ -199,40 +226,85 @@ def prompt_positions(model: Any, prompt: Prompt) -> tuple[Tensor, int]:
     return positions[:, 0], int(positions[:, 0, -1].max()) + 1
 
 
-def _predicting_states(
+def piece_positions(model: Any, pieces: Pieces, start: int = 0) -> tuple[Tensor, int]:
+    """Return the positions [3, S] of pieces that follow one another from `start`, and the next position."""
+    parts = [torch.empty(3, 0, dtype=torch.long)]
+    for piece in pieces:
+        if isinstance(piece, Prompt):
+            positions, length = prompt_positions(model, piece)
+        else:
+            positions, length = torch.arange(len(piece)).expand(3, -1), len(piece)
+        parts.append(positions + start)
+        start += length
+    return torch.cat(parts, 1), start
+
+
+class Row(NamedTuple):
+    """Inputs of the text model for a row of groups, and where completions start and end [G of each group]."""
+
+    inputs: dict[str, Any]
+    layout: RowLayout
+    after: list[list[int]]  # the position that follows each completion
+
+
+def row_of(
     model: Any,
     prompts: Sequence[Prompt],
-    completions: Sequence[Sequence[Tensor]],
-    vision_features: Sequence[VisualFeatures | None] | None,
-) -> Tensor:
-    """Return the last hidden states [N, d] at the positions that predict completion tokens."""
+    answers: Sequence[Sequence[Pieces]],
+    vision_features: Sequence[VisualFeatures | None] | None = None,
+) -> Row:
+    """Build the row of groups: every completion continues where its prompt ends. Sets the attention of the
+    text model, which has to be full attention (ConfigError).
+    """
     text = text_of(model)
     if "sliding_attention" in (getattr(text.config, "layer_types", None) or ()):
         raise ConfigError("the text layers use sliding-window attention; one row needs full attention")
     text.config._attn_implementation = IMPLEMENTATION
     device = model.get_input_embeddings().weight.device
-
-    inputs = [[tokens[:-1] for tokens in group] for group in completions]
-    row_ids = torch.cat([t for p, group in zip(prompts, inputs, strict=True) for t in (p.input_ids, *group)])
-    row_ids = row_ids.to(device)
-    lengths = [len(prompt.input_ids) for prompt in prompts], [[len(t) for t in group] for group in inputs]
+    ids, given, positions, after = [], [], [], []
+    for prompt, group in zip(prompts, answers, strict=True):
+        found, following = prompt_positions(model, prompt)
+        positions.append(found)
+        after.append([])
+        for answer in group:
+            found, end = piece_positions(model, answer, following)
+            positions.append(found)
+            after[-1].append(end)
+        for piece in (prompt, *itertools.chain(*group)):
+            is_given = isinstance(piece, Prompt)
+            ids.append(piece.input_ids if is_given else piece)
+            given.append(torch.full((len(ids[-1]),), is_given))
+    row_ids, in_prompt = torch.cat(ids)[None].to(device), torch.cat(given)[None].to(device)
+    lengths = [[sum(map(_length, answer)) for answer in group] for group in answers]
     kernel = None
     if states := family_of(model).state_functions:
         fork_states(states)
         kernel = text.config.linear_conv_kernel_dim
-    layout = row_layout(*lengths, device, kernel)
-    in_prompt = torch.zeros(1, len(row_ids), dtype=torch.bool)
-    for start, ends in layout.groups:
-        in_prompt[0, start : ends[0]] = True
-    features: Any = visual_features(model, prompts) if vision_features is None else vision_features
-    hidden = text(
-        **embedded(model, prompts, features, row_ids[None], in_prompt.to(device)),
-        position_ids=_row_positions(model, prompts, inputs).to(device)[:, None],
-        use_cache=False,
-        group_layout=layout,
-    ).last_hidden_state[0]
+    layout = row_layout([len(prompt.input_ids) for prompt in prompts], lengths, device, kernel)
+    parts = all_parts(prompts, answers)
+    features: Any = visual_features(model, parts) if vision_features is None else vision_features
+    inputs = embedded(model, parts, features, row_ids, in_prompt)
+    inputs["position_ids"] = torch.cat(positions, 1).to(device)[:, None]
+    return Row({**inputs, "group_layout": layout}, layout, after)
 
-    return hidden[_predicting_positions(prompts, completions).to(device)]
+
+def _length(piece: Tensor | Prompt) -> int:
+    return len(piece.input_ids if isinstance(piece, Prompt) else piece)
+
+
+def _predicting_states(
+    model: Any,
+    prompts: Sequence[Prompt],
+    answers: Sequence[Sequence[Pieces]],
+    vision_features: Sequence[VisualFeatures | None] | None,
+) -> Tensor:
+    """Return the last hidden states [N, d] at the positions that predict the policy's tokens."""
+    inputs: list[list[Pieces]] = [
+        [[*answer[:-1], cast(Tensor, answer[-1])[:-1]] for answer in group] for group in answers
+    ]
+    row = row_of(model, prompts, inputs, vision_features)
+    hidden = text_of(model)(**row.inputs, use_cache=False).last_hidden_state[0]
+    return hidden[_predicting_positions(row.layout, answers).to(hidden.device)]
 
 
 def embedded(
@@ -266,29 +338,21 @@ def embedded(
     return result
 
 
-def _row_positions(model: Any, prompts: Sequence[Prompt], inputs: Sequence[Sequence[Tensor]]) -> Tensor:
-    """Return the rotary positions [3, N] of the row: every completion continues where its prompt ends."""
-    parts = []
-    for prompt, group in zip(prompts, inputs, strict=True):
-        positions, after = prompt_positions(model, prompt)
-        parts.append(positions)
-        parts += [torch.arange(after, after + len(tokens)).expand(3, -1) for tokens in group]
-    return torch.cat(parts, dim=1)
-
-
-def _predicting_positions(prompts: Sequence[Prompt], completions: Sequence[Sequence[Tensor]]) -> Tensor:
-    """Return row indices [N] of the tokens that predict completion tokens, each first one by the prompt's."""
-    parts = []
-    position = 0
-    for prompt, group in zip(prompts, completions, strict=True):
-        position += len(prompt.input_ids)
-        last_of_prompt = torch.tensor([position - 1])
-        for tokens in group:
-            if len(tokens):
-                end = position + len(tokens) - 1
-                parts += [last_of_prompt, torch.arange(position, end)]
-                position = end
-    return torch.cat(parts) if parts else torch.empty(0, dtype=torch.long)
+def _predicting_positions(layout: RowLayout, answers: Sequence[Sequence[Pieces]]) -> Tensor:
+    """Return row indices [N] of the tokens that predict the policy's, each first one by the prompt's last."""
+    parts = [torch.empty(0, dtype=torch.long)]
+    for (_, ends), group in zip(layout.groups, answers, strict=True):
+        for start, answer in zip(ends, group, strict=False):  # the last end starts nothing
+            place, own = start - 1, []
+            for piece in answer:
+                if not isinstance(piece, Prompt):
+                    own.append(torch.arange(place, place + len(piece)))
+                place += _length(piece)
+            predicting = torch.cat(own)
+            if len(predicting):
+                predicting[0] = ends[0] - 1
+            parts.append(predicting)
+    return torch.cat(parts)
 
 
 def through_wrapper(model: nn.Module, function: Callable[[], Result]) -> Result:

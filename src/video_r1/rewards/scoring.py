@@ -307,7 +307,7 @@ def score_groups(
             name,
             [sample for sample, _ in rollouts],
             prompts=[as_said(sample, texts[id(sample)], "user") for sample, _ in rollouts],
-            completions=[as_said(sample, rollout.text, "assistant") for sample, rollout in rollouts],
+            completions=[as_said(sample, rollout.transcript, "assistant") for sample, rollout in rollouts],
             completion_ids=[rollout.token_ids.tolist() for _, rollout in rollouts],
         )
         for group, values in zip(groups, rewards.split([len(g.ordered) for g in groups]), strict=True):
@@ -366,6 +366,9 @@ def score_group(
     if (temporal_reward := rule_of(settings).reward) is not None:
         every["temporal"] = temporal_reward(group, accuracy, correct, settings)
     group.rewards = {name: every[name] for name in terms.built_in if name in every}
+    if settings.look_cost:
+        calls = torch.tensor([len(rollout.calls) for rollout in ordered], dtype=torch.float32)
+        group.rewards["look_cost"] = -settings.look_cost * calls
     return group
 
 

@@ -57,6 +57,10 @@ class RolloutEngine(Protocol):
 
     def update_weights(self, model: Any) -> None: ...
 
+    def anyone(self, wanted: bool) -> bool:
+        """Return whether any of the ranks that have to make the same calls wants another one."""
+        return wanted
+
     def rest(self) -> None:
         """Free the memory that sampling needs; `update_weights` has to be called before the next rollouts."""
 

@@ -4,12 +4,14 @@ import logging
 import os
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 
 from video_r1.chat_client import Endpoint, ServerFailure, ServerRefusal, endpoint_urls, open_endpoint
+from video_r1.data.decoding.frame_cache import open_frame_cache
 from video_r1.data.prompts import PromptBuilder, TextPrompts
+from video_r1.data.tools import Toolbox
 from video_r1.errors import ConfigError
 from video_r1.models.families import family_names, find_family
 from video_r1.models.group_forward import vision_language_model
@@ -23,6 +25,7 @@ from video_r1.models.loading import (
 from video_r1.processes import process_count
 from video_r1.rollout.endpoint_engine import EndpointEngine
 from video_r1.rollout.engine import MAX_SEQUENCES, RolloutEngine
+from video_r1.rollout.episodes import ToolEngine, tool_tokens
 from video_r1.rollout.general import GeneralEngine
 from video_r1.rollout.transformers import TransformersEngine
 from video_r1.rollout.vllm.engine import VLLMEngine, generation_config
@@ -35,27 +38,37 @@ from video_r1.settings.vllm import VLLMSettings
 logger = logging.getLogger(__name__)
 
 
-def open_prompts(settings: DecodingSettings) -> tuple[Any, TextPrompts, FrameBudget]:
-    """Return the model's processor (None for an endpoint), its prompts and its frame budget."""
+def open_prompts(settings: DecodingSettings) -> tuple[TextPrompts, FrameBudget]:
+    """Return a model's prompts, which offer the settings' tools, and its frame budget."""
     if is_endpoint(settings.engine):
         prompts = TextPrompts(settings.prompt_template, settings.subtitles)
-        return None, prompts, settings.frame_budget(PIXELS_OF_ANY_MODEL)
+        return prompts, settings.frame_budget(PIXELS_OF_ANY_MODEL)
     assert settings.model is not None  # settings without it are refused
     processor = load_processor(settings.model, settings.trust_remote_code)
     builder = PromptBuilder(
         processor, settings.prompt_template, settings.max_prompt_length, settings.subtitles
     )
-    return processor, builder, settings.frame_budget(size_multiple(processor))
+    budget = settings.frame_budget(size_multiple(processor))
+    if settings.tools:
+        cache = open_frame_cache(settings.frame_cache, settings.frame_cache_gb)
+        builder.toolbox = Toolbox(settings, budget, (), cache)
+    return builder, budget
 
 
-def open_engine(settings: DecodingSettings, processor: Any) -> RolloutEngine:
-    """Open the engine of a command; the caller closes it.
+def open_engine(settings: DecodingSettings, prompts: TextPrompts) -> RolloutEngine:
+    """Open the engine of a command, which answers calls of the tools that the prompts offer; the caller
+    closes it.
 
     `settings.engine` is transformers, vllm, addresses of vLLM servers of the checkpoint
     (http://a:8000,http://b:8000), or addresses with a path (http://host:8000/v1) of OpenAI-compatible
     endpoints that serve `model` by that name. Raises ConfigError for an unusable checkpoint, or a server that
     does not answer or serves another model.
     """
+    engine = _engine(settings, prompts.processor)
+    return engine if prompts.toolbox is None else ToolEngine(engine, cast(PromptBuilder, prompts))
+
+
+def _engine(settings: DecodingSettings, processor: Any) -> RolloutEngine:
     assert settings.model is not None  # settings without it are refused
     if is_endpoint(settings.engine):
         key = os.environ.get(settings.key_variable)
@@ -77,7 +90,7 @@ def open_engine(settings: DecodingSettings, processor: Any) -> RolloutEngine:
             settings.model,
             processor,
             dtype=settings.dtype,
-            max_model_len=settings.max_prompt_length + settings.max_new_tokens,
+            max_model_len=settings.max_prompt_length + settings.max_new_tokens + tool_tokens(settings),
             settings=VLLMSettings(vllm_gpu_memory_utilization=0.9),
             frames=replace(settings.frame_budget(size_multiple(processor)), max_frames=max(counts)),
         )

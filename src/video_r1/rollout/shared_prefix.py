@@ -61,6 +61,8 @@ class SharedPrefixCache:
         `stateful` the two tensors of ForkedState.
     lengths: [R] int64, prompt tokens.
     rows: [B] int64, the prompt of each completion.
+    own: keys and values [B, K, S, D] of what completions have already, by layer; the shorter ones begin with
+        `blank` [B] empty places.
     """
 
     def __init__(
@@ -69,6 +71,8 @@ class SharedPrefixCache:
         lengths: Tensor,
         rows: Tensor,
         stateful: Collection[int] = (),
+        own: Sequence[tuple[Tensor, Tensor]] | None = None,
+        blank: Tensor | None = None,
     ) -> None:
         self.layers = {number: ForkedState(*layers[number]).select(rows) for number in stateful}
         self.prefix = {number: list(pair) for number, pair in enumerate(layers) if number not in stateful}
@@ -81,9 +85,15 @@ class SharedPrefixCache:
             for number, pair in self.prefix.items()
         }
         self.length = 0  # tokens of every completion in the batch
-        self.place = torch.full((1,), -1, device=rows.device)  # index of the newest token, on the device
+        self.blank = blank
+        if own is not None:
+            self.length = own[0][0].shape[2]
+            for number, pair in self.room.items():
+                pair[:] = [torch.cat(both, 2) for both in zip(own[number], pair, strict=True)]
+        place = self.length - 1
+        self.place = torch.full((1,), place, device=rows.device)  # index of the newest token, on the device
         self.used = 0  # tokens of the room that are attended to
-        self.own_bias: Tensor | None = None  # [capacity], -inf where the room is empty
+        self.own_bias: Tensor | None = None  # [capacity] or [B, 1, 1, capacity], -inf where the room is empty
         padding = torch.arange(prompt, device=lengths.device) >= lengths[:, None]
         self.bias = torch.zeros_like(padding, dtype=keys.dtype).masked_fill_(padding, -torch.inf)
         self.padded = bool(padding.any())
@@ -113,6 +123,8 @@ class SharedPrefixCache:
         for pair in self.room.values():
             pair[:] = [part.index_select(0, kept) for part in pair]
         self.layers = {number: layer.select(kept) for number, layer in self.layers.items()}
+        if self.blank is not None:
+            self.blank = self.blank[kept]
         rows = self.rows[kept]
         needed = rows.unique()
         if 2 * len(needed) <= len(self.bias):  # copying the prompts pays off only when many are done
@@ -136,11 +148,14 @@ class SharedPrefixCache:
 
         A CPU, which records no graph, gets a view of the used part instead.
         """
-        if self.place.device.type == "cpu":
-            self.own_bias, self.used = None, self.length
+        on_cpu = self.place.device.type == "cpu"
+        self.used, self.own_bias = (self.length if on_cpu else self.capacity), None
+        if on_cpu and self.blank is None:
             return
-        self.used = self.capacity
-        empty = torch.arange(self.used, device=self.place.device) > self.place
+        places = torch.arange(self.used, device=self.place.device)
+        empty = places > self.place
+        if self.blank is not None:
+            empty = (empty | (places < self.blank[:, None]))[:, None, None]
         self.own_bias = torch.zeros_like(empty, dtype=self.bias.dtype).masked_fill_(empty, -torch.inf)
 
     def update(self, keys: Tensor, values: Tensor, layer: int, *args: Any) -> tuple[Tensor, ...]:

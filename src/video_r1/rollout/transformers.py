@@ -6,6 +6,7 @@ prompts ─► prefill: pixels and prompt once ─► keys and values [R, P] ─
 ```
 """
 
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple, TypeVar
 
@@ -18,7 +19,7 @@ from video_r1.data.prompts import Prompt
 from video_r1.data.rollouts import Rollout
 from video_r1.errors import ConfigError
 from video_r1.models.families import text_of
-from video_r1.models.group_forward import embedded, prompt_positions, visual_features
+from video_r1.models.group_forward import embedded, prompt_positions, row_of, visual_features
 from video_r1.models.lora import merged_adapters
 from video_r1.models.onednn import onednn_linears
 from video_r1.rollout.engine import (
@@ -44,12 +45,17 @@ MAX_PREFILL_TOKENS = 16384  # in one prefill forward, padding included
 
 
 class _Prefilled(NamedTuple):
-    """R prompts after their prefill."""
+    """R prompts after their prefill; of B answers that go on after tool calls, `rows` and what follows too,
+    and then `logits` and `next_position` are of the answers.
+    """
 
     layers: Sequence[tuple[Tensor, Tensor]]  # keys and values [R, K, P, D], or convolution inputs and state
     logits: Tensor  # [R, V] of the first completion token
     lengths: Tensor  # [R] int64
     next_position: Tensor  # [R] int64, of the first completion token
+    rows: Tensor | None = None  # [B] int64, the prompt of each answer
+    own: Sequence[tuple[Tensor, Tensor]] | None = None  # keys and values [B, K, S, D] behind the prompt
+    blank: Tensor | None = None  # [B] int64, empty places at their beginning
 
 
 class TransformersEngine(InProcessEngine):
@@ -85,13 +91,22 @@ class TransformersEngine(InProcessEngine):
         """
         counts = wanted_counts(prompts, sampling, counts)
         uniform = uniform_numbers(counts, sampling)
+        # Answers to one question stand together
+        firsts = [prompt.parts[0][1] if prompt.parts else prompt for prompt in prompts]
+        place = {id(first): n for n, first in reversed(list(enumerate(firsts)))}
         order = sorted(
             (index for index, count in enumerate(counts) if count),
-            key=lambda index: len(prompts[index].input_ids),
+            key=lambda index: (len(firsts[index].input_ids), place[id(firsts[index])]),
         )
+
+        def sequences(wave: Sequence[int]) -> int:
+            tokens = sum(len(prompts[index].input_ids) for index in wave if prompts[index].parts)
+            too_long = tokens > self.max_prefill_tokens  # their prefill is one row
+            return self.max_sequences + 1 if too_long else sum(counts[index] for index in wave)
+
         results: list[list[Rollout]] = [[] for _ in prompts]
         with eval_mode(self.model), merged_adapters(self.model):
-            for wave in _cut(order, lambda wave: sum(counts[index] for index in wave), self.max_sequences):
+            for wave in _cut(order, sequences, self.max_sequences):
                 numbers = [(index, completion) for index in wave for completion in range(counts[index])]
                 drawn = torch.cat([uniform[index] for index in wave])
                 with useful_threads(self.model), onednn_linears(self.model, len(numbers)):
@@ -102,6 +117,9 @@ class TransformersEngine(InProcessEngine):
         return results
 
     def _prefill(self, prompts: Sequence[Prompt]) -> _Prefilled:
+        if prompts[0].parts and not self._stateful:
+            return self._prefill_answers(prompts)
+
         def tokens(chunk: Sequence[Prompt]) -> int:
             lengths = [len(prompt.input_ids) for prompt in chunk]
             if self._stateful and len(set(lengths)) > 1:  # padding would change the states
@@ -111,10 +129,12 @@ class TransformersEngine(InProcessEngine):
         parts = [self._prefill_chunk(chunk) for chunk in _cut(prompts, tokens, self.max_prefill_tokens)]
         if len(parts) == 1:
             return parts[0]
-        layers, *others = zip(*parts, strict=True)
-        pairs = [zip(*chunks, strict=True) for chunks in zip(*layers, strict=True)]
+        pairs = [zip(*chunks, strict=True) for chunks in zip(*(part.layers for part in parts), strict=True)]
         return _Prefilled(
-            [(_stack(first), _stack(second)) for first, second in pairs], *map(torch.cat, others)
+            [(_stack(first), _stack(second)) for first, second in pairs],
+            torch.cat([part.logits for part in parts]),
+            torch.cat([part.lengths for part in parts]),
+            torch.cat([part.next_position for part in parts]),
         )
 
     def _prefill_chunk(self, prompts: Sequence[Prompt]) -> _Prefilled:
@@ -126,10 +146,17 @@ class TransformersEngine(InProcessEngine):
         in_prompt = torch.arange(input_ids.shape[1], device=device) < lengths[:, None]
         parts, following = zip(*(prompt_positions(self.model, prompt) for prompt in prompts), strict=True)
         positions = pad_sequence([part.T for part in parts]).permute(2, 1, 0)  # [3, R, P]
-        features = visual_features(self.model, prompts)
+        given = [part for prompt in prompts for part in (prompt.parts or ((0, prompt),))]
+        for row, prompt in enumerate(prompts):
+            if prompt.parts:  # the policy's tokens keep their own embeddings
+                in_prompt[row] = False
+                for first, part in prompt.parts:
+                    in_prompt[row, first : first + len(part.input_ids)] = True
+        shown = [part for _, part in given]
+        features = visual_features(self.model, shown)
         cache: Any = DynamicCache(config=self._text_config)
         hidden = self._text(
-            **embedded(self.model, prompts, features, input_ids, in_prompt),
+            **embedded(self.model, shown, features, input_ids, in_prompt),
             position_ids=positions.to(device),
             past_key_values=cache,
             use_cache=True,
@@ -139,6 +166,42 @@ class TransformersEngine(InProcessEngine):
             logits=self.model.get_output_embeddings()(hidden[rows, lengths - 1]),
             lengths=lengths,
             next_position=torch.tensor(following, device=device),
+        )
+
+    def _prefill_answers(self, prompts: Sequence[Prompt]) -> _Prefilled:
+        """Prefill answers that go on after tool calls, each question's own prompt once: a row of groups.
+
+        prompt  answer 1 so far  answer 2 so far ─► keys and values of the prompt [R, K, P, D], and of the
+                                                    answers [B, K, S, D], ends aligned
+        """
+        device, groups = self._text.device, list[tuple[Prompt, list[Prompt]]]()
+        for prompt in prompts:
+            if not groups or groups[-1][0] is not prompt.parts[0][1]:
+                groups.append((prompt.parts[0][1], []))
+            groups[-1][1].append(prompt)
+        firsts = [first for first, _ in groups]
+        with replaced(self._text_config, "_attn_implementation", self._text_config._attn_implementation):
+            row = row_of(self.model, firsts, [[answer.pieces[1:] for answer in group] for _, group in groups])
+            cache: Any = DynamicCache(config=self._text_config)
+            hidden = self._text(**row.inputs, past_key_values=cache, use_cache=True).last_hidden_state[0]
+        spans = [span for _, ends in row.layout.groups for span in itertools.pairwise(ends)]
+        starts = [(start, ends[0]) for start, ends in row.layout.groups]
+
+        def cut(tensor: Tensor, parts: Sequence[tuple[int, int]], side: str) -> Tensor:  # [1, K, N, D]
+            found = [tensor[0, :, a:b].transpose(0, 1) for a, b in parts]
+            return pad_sequence(found, batch_first=True, padding_side=side).transpose(1, 2)
+
+        kept = [self._kept(layer) for layer in cache.layers]
+        lengths = torch.tensor([b - a for a, b in spans], device=device)
+        last = torch.tensor([b - 1 for _, b in spans], device=device)
+        return _Prefilled(
+            layers=[(cut(k, starts, "right"), cut(v, starts, "right")) for k, v in kept],
+            logits=self.model.get_output_embeddings()(hidden[last]),
+            lengths=torch.tensor([b - a for a, b in starts], device=device),
+            next_position=torch.tensor(list(itertools.chain(*row.after)), device=device),
+            rows=torch.tensor([n for n, (_, group) in enumerate(groups) for _ in group], device=device),
+            own=[(cut(k, spans, "left"), cut(v, spans, "left")) for k, v in kept],
+            blank=lengths.max() - lengths,
         )
 
     def _kept(self, layer: Any) -> tuple[Tensor, Tensor]:
@@ -164,11 +227,15 @@ class TransformersEngine(InProcessEngine):
         device = prefilled.logits.device
         uniform = uniform.to(device)
         prompt_of = torch.tensor([prompt for prompt, _ in numbers], device=device)
-        rows = torch.unique_consecutive(prompt_of, return_inverse=True)[1]  # [S] in the prefill's order
+        prefix = torch.unique_consecutive(prompt_of, return_inverse=True)[1]  # [S] in the prefill's order
         stop = torch.zeros(prefilled.logits.shape[-1], dtype=torch.bool, device=device)
         stop[self.stop_ids] = True
-        cache = SharedPrefixCache(prefilled.layers, prefilled.lengths, rows, self._stateful)
-        logits, position = prefilled.logits[rows], prefilled.next_position[rows]
+        logits, position = prefilled.logits[prefix], prefilled.next_position[prefix]
+        rows, own, blank = prefix, prefilled.own, prefilled.blank
+        if own is not None and prefilled.rows is not None and blank is not None:
+            rows, blank = prefilled.rows[prefix], blank[prefix]
+            own = [(keys[prefix], values[prefix]) for keys, values in own]
+        cache = SharedPrefixCache(prefilled.layers, prefilled.lengths, rows, self._stateful, own, blank)
         token_ids = torch.zeros(len(rows), sampling.max_tokens, dtype=torch.long, device=device)
         logprobs = torch.zeros(len(rows), sampling.max_tokens, device=device)
         lengths = torch.full_like(rows, sampling.max_tokens)

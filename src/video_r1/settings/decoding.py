@@ -14,6 +14,7 @@ from video_r1.settings.shared import (
     PromptSettings,
     problems_of_out,
 )
+from video_r1.settings.tools import ToolSettings
 from video_r1.settings.types import Sentence
 
 SCHEMES = ("http://", "https://")
@@ -42,7 +43,7 @@ def has_path(address: str) -> bool:
 
 
 @dataclass(kw_only=True)
-class DecodingSettings(PromptSettings, LoadingSettings):
+class DecodingSettings(ToolSettings, PromptSettings, LoadingSettings):
     """Decoding"""
 
     frame_pixels: int = setting(256 * 28 * 28, "area of one video frame after resizing, in pixels", above=0)
@@ -68,6 +69,8 @@ class DecodingSettings(PromptSettings, LoadingSettings):
         if self.engine not in ("transformers", "vllm") and not are_addresses:
             allowed = "transformers, vllm or addresses with http://, separated by commas"
             yield "engine", f"is {self.engine!r}; it must be {allowed}"
+        if self.tools and are_addresses and has_path(found[0]):
+            yield "tools", "is set for a chat endpoint, which gets no tools yet; use a video-r1 serve server"
         elif len(set(map(has_path, found))) > 1:
             yield "engine", f"is {self.engine!r}; either all addresses or none are endpoints with a path"
 
@@ -82,7 +85,9 @@ class EvalSettings(DecodingSettings, ManifestSettings):
         None, "frame counts, such as 16,32,64 (default: max_frames)", distinct=True
     )
     order: list[Order] = setting(
-        ["ordered"], "frame orders; ordered with another one gives a temporal gap", distinct=True
+        ["ordered"],
+        "frame orders; ordered with another one gives a temporal gap (elsewhere: the look gap, with tools)",
+        distinct=True,
     )
     answer: list[Answer] = setting(
         ["reasoned"], "direct: only the answer; direct,reasoned: both, compared", distinct=True
@@ -95,6 +100,8 @@ class EvalSettings(DecodingSettings, ManifestSettings):
         yield from super().problems()
         if min(self.frame_counts, default=1) < 1:
             yield "frames", f"is {self.frames}; it must be frame counts above 0"
+        if "elsewhere" in self.order and not self.tools:
+            yield "order", "names elsewhere, which is about looks; add --tools look"
         for name in ("prompt_template", "subtitles"):
             if self.protocol and getattr(self, name):
                 yield name, f"is set, but protocol {self.protocol} has a prompt of its own; leave one out"
@@ -212,6 +219,8 @@ class TeacherSettings(DecodingSettings, ManifestSettings):
             yield "teacher", f"is {self.teacher!r}; several endpoints are addresses with http://, each"
         if self.engine != "transformers" and self.at_endpoint:
             yield "engine", "is set while the teacher is an endpoint, which has its own; leave it out"
+        if self.tools:
+            yield "tools", "is set, but manifests have no tool turns yet: leave it out"
         if self.model is not None and not self.at_endpoint:
             yield "model", "is set while the teacher is no endpoint; name the checkpoint with --teacher"
 

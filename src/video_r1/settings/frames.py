@@ -9,8 +9,8 @@ Contrast = Literal["shuffled", "reversed", "frozen", "single", "dropped", "blind
 """Clip that the clip in its own frame order is compared with (data/prompts.py)."""
 ContrastUnit = Literal["frame", "patch"]
 """Unit that a contrast permutes: single frames, or the pairs that make temporal patches."""
-Order = Literal["ordered", "shuffled", "reversed", "frozen", "single", "dropped", "blind"]
-"""The clip's own order, and each contrast."""
+Order = Literal["ordered", "shuffled", "reversed", "frozen", "single", "dropped", "blind", "elsewhere"]
+"""The clip's own order, each contrast, and (elsewhere) its own order with looks that show another stretch."""
 CONTROLS: tuple[Order, ...] = ("ordered", "shuffled", "reversed", "frozen", "single", "blind")
 """Orders of `eval --controls`: each removes more of the clip than the one before it."""
 

@@ -170,6 +170,7 @@ class TGRPOSettings(JudgeSettings, TrainingSettings):
     temporal_threshold_mu: float = setting(1.0, "mu of the rule 'threshold'", at_least=0)
     correct_threshold: float = setting(0.5, "accuracy above this counts as correct", at_least=0, below=1)
     length_reward: float = setting(0.2, "added to a correct response of a length in length_range", at_least=0)
+    look_cost: float = setting(0.0, "subtracted from a response's reward for each call of a tool", at_least=0)
     length_range: list[int] | None = setting(
         None, "lengths in tokens that earn it (default: 320,512; less if max_completion_length is below 768)"
     )

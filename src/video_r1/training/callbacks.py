@@ -117,7 +117,8 @@ def sampler_difference(
         sampling = SamplingSettings(temperature=temperature, max_tokens=CHECKED_TOKENS, seed=0)
         groups = engine.generate(prompts, sampling)
         completions = [[rollout.token_ids for rollout in group] for group in groups]
-        scored = group_logprobs(model, prompts, completions, temperature=temperature).logprobs
+        pieces = [[rollout.pieces() for rollout in group] for group in groups]
+        scored = group_logprobs(model, prompts, completions, temperature, pieces=pieces).logprobs
     sampled = torch.cat([rollout.logprobs for group in groups for rollout in group])
     parts = gather((float((scored - sampled.to(scored)).abs().sum()), len(sampled)))
     return sum(total for total, _ in parts) / max(1, sum(count for _, count in parts))

@@ -37,13 +37,14 @@ def logprob_drops(
     ordered: Sequence[list[Rollout]],
     temperature: float,
     batch_size: int,
-    vision: Sequence[VisualFeatures | None] | None = None,
+    vision: Sequence[list[VisualFeatures | None]] | None = None,
     as_sampled: bool = True,
 ) -> list[list[Tensor] | None]:
     """Compute d [L] float32 in nats of each of a question's G ordered completions; None without a contrast.
 
-    batch_size: questions per forward. vision: features of all ordered prompts, from which those of contrasts
-    that permute temporal patches are taken. as_sampled: use the sampling log-probs as log π(o | V).
+    batch_size: questions per forward. vision: features of ordered prompts and tool turns (`encode_groups`),
+    of which those of contrasts that permute temporal patches are made. as_sampled: use the sampling log-probs
+    as log π(o | V).
     """
     drops: list[list[Tensor] | None] = [None] * len(questions)
     places = [place for place, question in enumerate(questions) if question.shuffled is not None]
@@ -52,13 +53,17 @@ def logprob_drops(
             chosen = places[start : start + batch_size]
             score = partial(_scored, model, [ordered[place] for place in chosen], temperature)
             contrasts = [prompt for place in chosen if (prompt := questions[place].shuffled) is not None]
-            permute = vision is not None and all(prompt.patches is not None for prompt in contrasts)
-            features = [_permuted(questions[n], vision[n]) for n in chosen] if vision and permute else None
-            without = score(contrasts, features)
+            permute = vision is not None and all(
+                prompt.patches is not None and len(vision[n]) == 1
+                for n, prompt in zip(chosen, contrasts, strict=True)
+            )
+            features = [_permuted(questions[n], vision[n][0]) for n in chosen] if vision and permute else None
+            without = score(contrasts, features, contrast=True)
             if as_sampled:
                 own = [[rollout.logprobs for rollout in ordered[place]] for place in chosen]
             else:
-                own = score([questions[n].ordered for n in chosen], vision and [vision[n] for n in chosen])
+                known = None if vision is None else [part for n in chosen for part in vision[n]]
+                own = score([questions[n].ordered for n in chosen], known)
             for place, before, after in zip(chosen, own, without, strict=True):
                 drops[place] = [b - a for b, a in zip(before, after, strict=True)]
     return drops
@@ -70,10 +75,12 @@ def _scored(
     temperature: float,
     prompts: Sequence[Prompt],
     features: Sequence[VisualFeatures | None] | None,
+    contrast: bool = False,
 ) -> list[list[Tensor]]:
     """Compute log π [L] float32 of each completion behind its prompt."""
     completions = [[rollout.token_ids for rollout in group] for group in rollouts]
-    found = group_logprobs(model, prompts, completions, temperature=temperature, vision_features=features)
+    pieces = [[rollout.pieces(contrast) for rollout in group] for group in rollouts]
+    found = group_logprobs(model, prompts, completions, temperature, vision_features=features, pieces=pieces)
     logprobs = iter(found.logprobs.float().cpu().split(found.lengths.tolist()))
     return [[next(logprobs) for _ in group] for group in rollouts]
 

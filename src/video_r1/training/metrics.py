@@ -85,8 +85,12 @@ class Meter:
         return series
 
 
-def describe_groups(meter: Meter, groups: Sequence[RolloutGroup], phrases: Sequence[str]) -> None:
-    """Add one step's rewards, their deviations inside a group, temporal gap, completions, flat groups."""
+def describe_groups(
+    meter: Meter, groups: Sequence[RolloutGroup], phrases: Sequence[str], tools: bool = False
+) -> None:
+    """Add one step's rewards, their deviations inside a group, temporal gap, completions, flat groups; calls,
+    if there are tools.
+    """
     pairs: dict[tuple[str, int], list[float]] = defaultdict(list)
     for group in groups:
         if pair := pair_of(group.sample):
@@ -112,6 +116,11 @@ def describe_groups(meter: Meter, groups: Sequence[RolloutGroup], phrases: Seque
         for rollout in group.ordered:
             if (answer := extract_answer(rollout.text)) in letters:
                 meter.total(f"answers/{answer}", 1)
+            if tools:
+                calls = rollout.calls
+                meter.add("tools/calls", len(calls))
+                meter.add("tools/share", bool(calls))
+                meter.add("tools/failed", sum(call.failed for call in calls), len(calls))
             meter.add("completion/length", len(rollout.token_ids))
             meter.add("completion/truncated", rollout.finish_reason == "length")
             meter.add("completion/self_reflection", has_self_reflection(rollout.text, phrases))

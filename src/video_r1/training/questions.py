@@ -232,7 +232,7 @@ class Asked(NamedTuple):
 
     slots: list[Slot]
     groups: list[RolloutGroup]
-    vision: list[VisualFeatures | None] | None
+    vision: list[list[VisualFeatures | None]] | None
 
 
 class Selection(NamedTuple):
@@ -241,7 +241,7 @@ class Selection(NamedTuple):
     """
 
     groups: list[RolloutGroup]
-    vision: list[VisualFeatures | None] | None
+    vision: list[list[VisualFeatures | None]] | None
     skipped: list[tuple[Slot, dict[str, Any]]]
 
 

@@ -58,12 +58,13 @@ def save_shown(shown: Sequence[Media], path: Path) -> dict[str, Any]:
 def record_group(run_dir: Path, step: int, group: RolloutGroup, tokenizer: Any = None) -> None:
     """Append a group to `run_dir`/rollouts.jsonl and save its frames in `run_dir`/frames. Raises OSError."""
     sample, shown = group.sample, group.prompt.media
-    frames = save_shown(shown, run_dir / "frames" / f"{step}-{_file_name(sample.problem_id)}.jpg")
+    name = f"{run_dir / 'frames'}/{step}-{_file_name(sample.problem_id)}"
+    frames = save_shown(shown, Path(f"{name}.jpg"))
     frames["timestamps"] = [round(float(t), 3) for media in shown for t in media.timestamps]
     names = [_short(path) for path in sample.paths]
     contrast = group.shuffled_prompt
     permutation = contrast.permutation if contrast else None
-    ordered = _completions(group.ordered, group.rewards)
+    ordered = _completions(group.ordered, group.rewards, f"{name}-look")
     for record, total, advantage in zip(ordered, group.total_reward, group.advantages, strict=True):
         record["total"], record["advantage"] = _number(total), _number(advantage)
     if group.base_advantages is not None:
@@ -80,7 +81,7 @@ def record_group(run_dir: Path, step: int, group: RolloutGroup, tokenizer: Any =
         "contrast": contrast.order if contrast else None,
         "permutation": None if permutation is None else [int(i) for i in permutation],
         "ordered": ordered,
-        "shuffled": _completions(group.shuffled, group.shuffled_rewards),
+        "shuffled": _completions(group.shuffled, group.shuffled_rewards, f"{name}-shuffled"),
         "p": group.p,
         "p_shuffled": group.p_shuffled,
     }
@@ -117,16 +118,37 @@ def word_drops(tokenizer: Any, token_ids: Sequence[int], drops: Sequence[float])
     return [[text, round(drop, 3)] for text, (_, drop) in zip(texts, words, strict=True)]
 
 
-def _completions(rollouts: Sequence[Rollout], rewards: dict[str, Tensor]) -> list[dict[str, Any]]:
+def _completions(
+    rollouts: Sequence[Rollout], rewards: dict[str, Tensor], strips: str
+) -> list[dict[str, Any]]:
+    """strips: beginning of the paths of the frames that tools returned."""
     return [
         {
             "text": rollout.text,
             "tokens": len(rollout.token_ids),
             "finish_reason": rollout.finish_reason,
+            **({"turns": _turns(rollout, f"{strips}-{i}")} if rollout.turns else {}),
             "rewards": {name: _number(values[i]) for name, values in rewards.items()},
         }
         for i, rollout in enumerate(rollouts)
     ]
+
+
+def _turns(rollout: Rollout, strips: str) -> list[dict[str, Any]]:
+    """Record the turns before the last: what the policy wrote, its calls and what came back."""
+    turns = []
+    for number, turn in enumerate(rollout.turns):
+        shown = turn.prompt.media
+        record: dict[str, Any] = {"text": turn.text, "calls": []}
+        for call in turn.calls:
+            said = " ".join(part for part in call.result if isinstance(part, str))
+            facts = {"name": call.name, "arguments": call.arguments, "result": said, "failed": call.failed}
+            record["calls"].append(facts)
+        if shown:
+            record["frames"] = save_shown(shown, Path(f"{strips}-{number}.jpg"))
+            record["frames"]["timestamps"] = [round(float(t), 3) for media in shown for t in media.timestamps]
+        turns.append(record)
+    return turns
 
 
 def _number(value: Tensor | float) -> float | None:

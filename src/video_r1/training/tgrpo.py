@@ -31,7 +31,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple, cast
@@ -42,18 +42,21 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from transformers import PreTrainedModel, ProcessorMixin, TrainerCallback
 
+from video_r1.data.decoding.media import Media
 from video_r1.data.manifests.records import Sample
 from video_r1.data.prompts import Prompt
 from video_r1.data.reading import Clips, Question, build_question
 from video_r1.data.rollouts import Rollout, RolloutGroup
+from video_r1.data.tools import Toolbox
 from video_r1.errors import ConfigError
 from video_r1.evaluation.validation import temporal_accuracy
 from video_r1.files import append_line, tolerated, warn_once
 from video_r1.models.families import find_family, vision_parameters
 from video_r1.models.group_forward import (
     GroupLogprobs,
+    Pieces,
     VisualFeatures,
-    encode_vision,
+    encode_groups,
     group_logprobs,
     vision_language_model,
 )
@@ -64,7 +67,10 @@ from video_r1.rewards.scoring import reward_terms, score_groups
 from video_r1.rewards.temporal import rule_of, warn_of_cancelled_bonus
 from video_r1.rollout.engine import InProcessEngine, RolloutEngine, SamplingSettings, sample_rollouts
 from video_r1.rollout.engine_factory import training_engine
+from video_r1.rollout.episodes import ToolEngine, tool_tokens
 from video_r1.settings.base import settings_docs
+from video_r1.settings.frames import TEMPORAL_PATCH
+from video_r1.settings.tools import TrainingToolSettings
 from video_r1.settings.training import TGRPOSettings
 from video_r1.settings.vllm import VLLMSettings
 from video_r1.training.callbacks import (
@@ -105,7 +111,7 @@ RewardFunctions = str | Callable[..., Any] | Sequence[str | Callable[..., Any]]
 
 @settings_docs
 @dataclass
-class TGRPOConfig(TGRPOSettings, VLLMSettings, RunArguments):
+class TGRPOConfig(TGRPOSettings, VLLMSettings, TrainingToolSettings, RunArguments):
     """All settings of a run: this project's own, TRL's by TRL's names, every field of `TrainingArguments`.
 
     `per_device_train_batch_size` counts questions. Raises ConfigError, naming every problem found.
@@ -131,7 +137,9 @@ class PolicyBatch:
     old_logprobs: Tensor | None = None  # [N], of the policy that sampled
     ref_logprobs: Tensor | None = None  # [N]
     sampler_weights: Tensor | None = None  # [N], if vLLM sampled
-    vision: list[VisualFeatures | None] | None = None  # one per question, if the vision tower is frozen
+    vision: list[list[VisualFeatures | None]] | None = (
+        None  # of each question's parts, if the tower is frozen
+    )
 
     @property
     def prompts(self) -> list[Prompt]:
@@ -140,6 +148,11 @@ class PolicyBatch:
     @property
     def completions(self) -> list[list[Tensor]]:
         return [[rollout.token_ids for rollout in group.ordered] for group in self.trained]
+
+    @property
+    def pieces(self) -> list[list[Pieces]]:
+        """Completions with what tools returned."""
+        return [[rollout.pieces() for rollout in group.ordered] for group in self.trained]
 
     @property
     def advantages(self) -> Tensor:
@@ -188,7 +201,8 @@ class TGRPOTrainer(QuestionTrainer):
     `datasets.Dataset` of the record fields, or of TRL's `prompt` and `image`. processing_class: the model's
     processor (default: the checkpoint's). peft_config: trains adapters only. engine: the rollout engine
     (default: by the settings). recipe: the source of config.yaml (default: `args`). The positional order is
-    TRL's; arguments that only reward models and quantised loading need are refused.
+    TRL's; arguments that only reward models and quantised loading need are refused. tools: functions with
+    type hints and docstrings that the policy may call, besides the settings' own (docs/look.md).
 
     A function of `reward_funcs` is called once a step (and once before the first) with lists of one entry
     per ordered completion of the rank: texts without chat markup, ids, and every field of the rows by its
@@ -216,6 +230,7 @@ class TGRPOTrainer(QuestionTrainer):
         *,
         engine: RolloutEngine | None = None,
         recipe: Recipe | None = None,
+        tools: Sequence[Callable[..., Any]] | None = None,
     ) -> None:
         if reward_processing_classes is not None:
             raise ConfigError("reward_processing_classes: pass a reward function that calls your model")
@@ -247,11 +262,11 @@ class TGRPOTrainer(QuestionTrainer):
         self.vision_is_frozen = not any(
             weight.requires_grad for weight in vision_parameters(vision_language_model(policy))
         )
-        self.engine = engine or training_engine(
+        self.engine: RolloutEngine = engine or training_engine(
             policy,
             self.processing_class,
             args,
-            longest=args.max_prompt_length + args.max_completion_length,
+            longest=args.max_prompt_length + args.max_completion_length + tool_tokens(args, bool(tools)),
             sequences=args.per_device_train_batch_size
             * args.gradient_accumulation_steps
             * (args.num_generations + args.shuffled_generations),
@@ -259,6 +274,10 @@ class TGRPOTrainer(QuestionTrainer):
             dtype="bfloat16" if args.bf16 else "auto",
             folder=str(args.output_dir),
         )
+        if args.tools or tools:
+            scored = args.temporal_contrast if self.rule.contrast == "scored" else None
+            self.builder.toolbox = Toolbox(args, self.reader.budget, tools or (), self.reader.frame_cache)
+            self.engine = ToolEngine(self.engine, self.builder, scored, args.contrast_unit)
         self.judge: Judge | None = None
         if args.judge_endpoint is not None:
             self.judge = Judge(args, self.folder, self.meter, lambda: self.stop.number is not None)
@@ -294,7 +313,8 @@ class TGRPOTrainer(QuestionTrainer):
         # A_i = w·(R_i − mean(R)) ÷ std(R), the mean over the question's ordered completions
         credit(groups, args, self.callback_of(TaskMoments))
         self.record_selection(selected)
-        describe_groups(self.meter, groups, args.self_reflection_phrases)
+        tools = isinstance(self.engine, ToolEngine)
+        describe_groups(self.meter, groups, args.self_reflection_phrases, tools)
 
         # Micro-batches, and the normaliser of the whole step
         return step_of(groups, [len(batch) for batch in pending], selected.vision, args)
@@ -364,7 +384,7 @@ class TGRPOTrainer(QuestionTrainer):
 
     def compare(
         self, questions: Sequence[Question], ordered: list[list[Rollout]]
-    ) -> tuple[list[list[Tensor] | None] | None, list[VisualFeatures | None] | None]:
+    ) -> tuple[list[list[Tensor] | None] | None, list[list[VisualFeatures | None]] | None]:
         """Score the ordered completions behind the contrast clips, if the temporal rule needs it: return
         their drops, and the visual features of the ordered prompts if the updates can reuse them.
         """
@@ -372,13 +392,15 @@ class TGRPOTrainer(QuestionTrainer):
         if self.rule.contrast != "scored":
             return None, None
         known = find_family(vision_language_model(cast(nn.Module, self.model))) is not None
-        here = not args.use_vllm and isinstance(self.engine, InProcessEngine)
+        engine = self.engine.engine if isinstance(self.engine, ToolEngine) else self.engine
+        here = not args.use_vllm and isinstance(engine, InProcessEngine)
         with self.meter.seconds("contrast"), self.whole_policy() as model, torch.no_grad():
             as_sampled, vision = here and samples_as_it_scores(model), None
             if known and self.vision_is_frozen and (args.contrast_unit == "patch" or not as_sampled):
-                parts = [questions[n : n + size] for n in range(0, len(questions), size)]
-                encoded = (encode_vision(model, [question.ordered for question in part]) for part in parts)
-                vision = list(chain(*encoded))
+                vision = []
+                for n in range(0, len(questions), size):
+                    pieces = [[rollout.pieces() for rollout in group] for group in ordered[n : n + size]]
+                    vision += encode_groups(model, [q.ordered for q in questions[n : n + size]], pieces)
             drops = logprob_drops(model, questions, ordered, args.temperature, size, vision, as_sampled)
             return drops, vision
 
@@ -442,15 +464,16 @@ class TGRPOTrainer(QuestionTrainer):
         with self.accelerator.autocast():
             if self.vision_is_frozen and batch.vision is None:
                 with torch.no_grad():
-                    batch.vision = encode_vision(model, batch.prompts)
+                    batch.vision = encode_groups(model, batch.prompts, batch.pieces)
             return group_logprobs(
                 model,
                 batch.prompts,
                 batch.completions,
                 temperature=self.settings.temperature,
                 with_entropy=with_entropy,
-                vision_features=batch.vision,
+                vision_features=None if batch.vision is None else list(chain(*batch.vision)),
                 entropy_gradient=with_entropy and self.settings.entropy_coef != 0,
+                pieces=batch.pieces,
             )
 
     def set_references(self, batch: PolicyBatch, model: nn.Module, logprobs: Tensor) -> None:
@@ -472,6 +495,8 @@ class TGRPOTrainer(QuestionTrainer):
         args = self.settings
         contrast = args.temporal_contrast if self.rule.contrast else None
         sample = with_shuffled_options(sample, generator) if args.shuffle_options else sample
+        if args.overview_frames:
+            loaded = tuple(overview(clip, args.overview_frames, generator) for clip in loaded)
         return build_question(sample, loaded, self.builder, generator, contrast, args.contrast_unit)
 
     def begin_reading(self, slots: list[Slot]) -> dict[str, Any]:
@@ -546,6 +571,16 @@ class TGRPOTrainer(QuestionTrainer):
             warn_of_difference(self.state.log_history[-1].get("sampler/logprob_difference", 0.0))
 
 
+def overview(clip: Media, bounds: Sequence[int], generator: torch.Generator) -> Media:
+    """Return some of a video's frames, from its first to its last; their number is drawn from `bounds`."""
+    fewest, most = (min(bound, len(clip.frames)) // TEMPORAL_PATCH for bound in bounds)
+    if clip.kind != "video" or fewest < 1:
+        return clip
+    count = TEMPORAL_PATCH * int(torch.randint(fewest, most + 1, (), generator=generator))
+    kept = torch.linspace(0, len(clip.frames) - 1, count).round().long()
+    return replace(clip, frames=clip.frames[kept], timestamps=clip.timestamps[kept])
+
+
 def credit(
     groups: Sequence[RolloutGroup], settings: TGRPOSettings, moments: TaskMoments | None = None
 ) -> None:
@@ -573,7 +608,7 @@ def credit(
 def step_of(
     groups: Sequence[RolloutGroup],
     sizes: Sequence[int],
-    vision: Sequence[VisualFeatures | None] | None,
+    vision: Sequence[list[VisualFeatures | None]] | None,
     settings: TGRPOSettings,
 ) -> Step:
     """Split scored groups into micro-batches of these sizes; every rank calls it with its own groups. vision:

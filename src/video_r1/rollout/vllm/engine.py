@@ -171,6 +171,9 @@ class VLLMEngine(RolloutEngine):
             results[each.index] = each.filled([self._rollout(completion) for completion in output.outputs])
         return results
 
+    def anyone(self, wanted: bool) -> bool:
+        return wanted if self._neighbours is None else any(gather_lists([wanted], self._neighbours)[0])
+
     def _outputs(self, requests: Sequence[tuple[Any, dict[str, Any]]]) -> list[Any]:
         """Return vLLM's RequestOutputs, without `LLM.generate`, which would tokenise and process again."""
         from vllm import SamplingParams  # pyright: ignore[reportMissingImports]

@@ -5,7 +5,7 @@ vLLM selects no frames, resizes and tokenises nothing, for any family.
 """
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -111,6 +111,9 @@ def visuals_of(prompt: Prompt, dtype: torch.dtype) -> list[Visual]:
     video in several blocks. vLLM caches the features of each image, so that frames in another order cost the
     tower nothing where pairs stay together. dtype: of vLLM's model, which would round the pixels to it.
     """
+    if prompt.parts:
+        found = [(first, visual) for first, part in prompt.parts for visual in visuals_of(part, dtype)]
+        return [visual._replace(first=first + visual.first) for first, visual in found]
     blocks = visual_blocks(prompt)
     if not blocks:
         return []
@@ -174,13 +177,19 @@ def engine_input(prompt: Prompt, dtype: torch.dtype) -> Any:
     from vllm.inputs import mm_input  # pyright: ignore[reportMissingImports]
     from vllm.multimodal import inputs  # pyright: ignore[reportMissingImports]
 
-    kind = visuals[0].kind
+    ranges = by_kind(visuals, lambda v: inputs.PlaceholderRange(offset=v.first, length=v.length))
     return mm_input(
         prompt_token_ids=ids,
-        mm_kwargs=inputs.MultiModalKwargsItems({kind: [_item(visual) for visual in visuals]}),
-        mm_hashes={kind: [visual.digest for visual in visuals]},
-        mm_placeholders={kind: [inputs.PlaceholderRange(offset=v.first, length=v.length) for v in visuals]},
+        mm_kwargs=inputs.MultiModalKwargsItems(by_kind(visuals, _item)),
+        mm_hashes=by_kind(visuals, lambda visual: visual.digest),
+        mm_placeholders=ranges,
     )
+
+
+def by_kind(visuals: Sequence[Visual], value: Callable[[Visual], Any]) -> dict[str, Any]:
+    """Return a value of each visual, as lists by kind."""
+    kinds = dict.fromkeys(visual.kind for visual in visuals)
+    return {kind: [value(visual) for visual in visuals if visual.kind == kind] for kind in kinds}
 
 
 def server_request(prompt: Prompt, parameters: dict[str, Any], dtype: torch.dtype) -> dict[str, Any]:
@@ -194,11 +203,10 @@ def server_request(prompt: Prompt, parameters: dict[str, Any], dtype: torch.dtyp
         encode_mm_kwargs_item,
     )
 
-    kind = visuals[0].kind
     return body | {
         "features": {
-            "mm_hashes": {kind: [visual.digest for visual in visuals]},
-            "mm_placeholders": {kind: [{"offset": v.first, "length": v.length} for v in visuals]},
-            "kwargs_data": {kind: [encode_mm_kwargs_item(_item(visual)) for visual in visuals]},
+            "mm_hashes": by_kind(visuals, lambda visual: visual.digest),
+            "mm_placeholders": by_kind(visuals, lambda v: {"offset": v.first, "length": v.length}),
+            "kwargs_data": by_kind(visuals, lambda visual: encode_mm_kwargs_item(_item(visual))),
         },
     }

@@ -1,0 +1,246 @@
+"""Tools that a model calls while it answers, and `look`, which shows a stretch of the clip.
+
+    the policy's turn ─► parse_calls ─► Toolbox.call ─► texts and Media ─► PromptBuilder.build_turn
+
+A call that cannot be parsed, has wrong arguments, raises or takes too long is answered by one line that says
+so. Nothing that a model writes ends a run.
+"""
+
+import ctypes
+import inspect
+import json
+import math
+import re
+import threading
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+import numpy
+import torch
+from PIL import Image
+from transformers.utils.chat_template_utils import get_json_schema
+
+from video_r1.data.decoding.decoders import read_media_at
+from video_r1.data.decoding.frame_cache import FrameCache
+from video_r1.data.decoding.media import Media, fitted_size, resize
+from video_r1.data.prompts import Prompt
+from video_r1.data.rollouts import ToolCall
+from video_r1.data.sources.media_types import ClipRef
+from video_r1.errors import ConfigError, MediaError
+from video_r1.seeds import derived_seed
+from video_r1.settings.frames import TEMPORAL_PATCH, FrameBudget
+from video_r1.settings.tools import ToolSettings
+
+LONGEST_CALL, LONGEST_TEXT = 4000, 2000  # characters of a call, and of a text that a tool returns
+TOOL_SECONDS = 60.0  # for a tool of the user's
+_CALL = re.compile(r"<tool_call>(.*?)(</tool_call>|\Z)", re.DOTALL)
+_FUNCTION = re.compile(r"\s*<function=([^>]+)>(.*?)(?:</function>\s*|\Z)", re.DOTALL)
+_PARAMETER = re.compile(r"<parameter=([^>]+)>\n?(.*?)\n?</parameter>", re.DOTALL)
+
+
+class Unreadable(Exception):
+    """A call that is answered by this message."""
+
+
+class Asked(NamedTuple):
+    """A call as it was parsed; `problem`: why it could not be."""
+
+    name: str
+    arguments: dict[str, Any]
+    problem: str = ""
+
+
+def parse_calls(text: str) -> list[Asked]:
+    """Return the calls in a policy's turn, in either form of the Qwen families:
+
+    <tool_call>{"name": "look", "arguments": {"start": 3, "end": 5}}</tool_call>
+    <tool_call><function=look><parameter=start>3</parameter><parameter=end>5</parameter></function></tool_call>
+    """
+    found = []
+    for call in _CALL.finditer(text):
+        try:
+            found.append(_parsed(call[1]) if call[2] else Asked("", {}, "the call has no </tool_call>"))
+        except (ValueError, RecursionError):
+            found.append(Asked("", {}, "the call is not valid JSON"))
+    return found
+
+
+def _parsed(body: str) -> Asked:
+    if len(body) > LONGEST_CALL:
+        return Asked("", {}, f"the call is longer than {LONGEST_CALL} characters")
+    if function := _FUNCTION.fullmatch(body):
+        return Asked(
+            function[1].strip(), {name.strip(): _value(v) for name, v in _PARAMETER.findall(function[2])}
+        )
+    call = json.loads(body)
+    if not isinstance(call, dict) or not isinstance(call.get("name"), str):
+        return Asked("", {}, 'the call is not {"name": ..., "arguments": {...}}')
+    arguments = call.get("arguments", {})
+    if not isinstance(arguments, dict):
+        return Asked(call["name"], {}, "arguments is not an object")
+    return Asked(call["name"], arguments)
+
+
+def _value(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError):
+        return text.strip()
+
+
+def look(start: float, end: float, fps: float | None = None) -> None:
+    """
+    Show the frames of the video between two times.
+
+    Args:
+        start: Start in seconds of the video.
+        end: End in seconds of the video.
+        fps: Frames per second. Leave it out for as many as fit.
+    """
+
+
+class Toolbox:
+    """The tools that a model is offered.
+
+    functions: with type hints and a docstring, as TRL's `tools`: they return text, a PIL image, Media, or a
+    list of these. budget: of the overview; the settings' own frames and pixels replace it for a look.
+    Thread-safe: a stretch that several answers ask for is decoded once until `forget` is called.
+    """
+
+    def __init__(
+        self,
+        settings: ToolSettings,
+        budget: FrameBudget,
+        functions: Sequence[Callable[..., Any]] = (),
+        frame_cache: FrameCache | None = None,
+    ) -> None:
+        self.settings = settings
+        self.budget = replace(
+            budget,
+            fps=settings.look_fps,
+            min_frames=TEMPORAL_PATCH,
+            max_frames=settings.look_frames,
+            frame_pixels=settings.look_pixels or budget.frame_pixels,
+        )
+        offered = [look] if settings.tools == "look" else []
+        self.functions = {function.__name__: function for function in (*offered, *functions)}
+        if len(self.functions) < len(offered) + len(functions):
+            raise ConfigError("tools: two have one name; rename a function")
+        try:
+            self.schemas = [get_json_schema(function) for function in self.functions.values()]
+        except Exception as error:  # transformers raises several kinds, with the reason in words
+            raise ConfigError(f"tools: {error}") from error
+        self.frame_cache = frame_cache
+        self.reads: dict[tuple[ClipRef, float], Future[Media]] = {}
+        self.lock = threading.Lock()
+
+    def forget(self) -> None:
+        """Drop the stretches that were read."""
+        with self.lock:
+            self.reads.clear()
+
+    def _read(self, window: ClipRef, budget: FrameBudget) -> Media:
+        key = (window, budget.fps)
+        with self.lock:
+            known = self.reads.get(key)
+            future = self.reads[key] = known or Future()
+        if known is None:
+            read = self.frame_cache.read if self.frame_cache else read_media_at
+            try:
+                future.set_result(read(window, budget, (budget.max_frames,))[0])
+            except BaseException as error:  # the other askers wait for it
+                future.set_exception(error)
+        return future.result()
+
+    def call(self, asked: Asked, prompt: Prompt) -> ToolCall:
+        """Run one call about the clip of `prompt`, the question's."""
+        try:
+            if asked.problem:
+                raise Unreadable(asked.problem)
+            function = self.functions.get(asked.name)
+            if function is None:
+                raise Unreadable(f"there is no tool {asked.name!r}; there is {', '.join(self.functions)}")
+            try:
+                given = inspect.signature(function).bind(**asked.arguments)
+            except TypeError as error:
+                raise Unreadable(f"{asked.name}: {error}") from error
+            if function is look:
+                return ToolCall(asked.name, asked.arguments, self._look(prompt, **given.arguments))
+            result = _within(TOOL_SECONDS, lambda: function(*given.args, **given.kwargs))
+            results = result if isinstance(result, (list, tuple)) else [result]
+            return ToolCall(asked.name, asked.arguments, [self._shown(part) for part in results])
+        except Exception as error:  # a tool may raise whatever it likes over what a model writes
+            line = " ".join(str(error).split())[:LONGEST_TEXT] or type(error).__name__
+            return ToolCall(asked.name, asked.arguments, [f"Error: {line}"], failed=True)
+
+    def _look(self, prompt: Prompt, start: Any, end: Any, fps: Any = None) -> list[str | Media]:
+        if len(prompt.files) != 1 or prompt.files[0].data_type != "video" or not prompt.media:
+            raise Unreadable("look: the question is not about one video")
+        numbers = [value for value in (start, end, fps) if value is not None]
+        if not all(isinstance(v, (int, float)) and math.isfinite(v) for v in numbers) or len(numbers) < 2:
+            raise Unreadable("look: start, end and fps are numbers")
+        clip, length = prompt.files[0], prompt.media[0].duration
+        end = min(end, length) if start < length else end
+        if not 0 <= start < end <= length:
+            raise Unreadable(f"look: {start:g} to {end:g} s is no part of the clip, which has {length:.1f} s")
+        most = self.budget.max_frames
+        if fps is not None and not 0 < fps * (end - start) <= most + 1e-6:
+            raise Unreadable(f"look: at most {most} frames at once; lower fps, or leave it out")
+        shown = elsewhere(start, end, length) if prompt.order == "elsewhere" else start
+        first = length - shown - (end - start) if clip.play == "reversed" else shown
+        first += clip.start or 0.0
+        window = replace(clip, start=first, end=first + end - start)
+        try:
+            budget = self.budget if fps is None else replace(self.budget, fps=float(fps))
+            media = self._read(window, budget)
+        except MediaError as error:
+            raise Unreadable(f"look: this part of the clip {error.reason}") from error
+        return [f"{start:g} to {end:g} s:", replace(media, timestamps=media.timestamps + start)]
+
+    def _shown(self, result: Any) -> str | Media:
+        if isinstance(result, Media):
+            return result
+        if isinstance(result, Image.Image):
+            pixels = torch.from_numpy(numpy.array(result.convert("RGB"))).permute(2, 0, 1)[None]
+            height, width = pixels.shape[-2:]
+            size = fitted_size(height, width, self.budget.image_pixels, self.budget.size_multiple)
+            frames = resize(pixels, *size).contiguous()
+            return Media(frames, torch.zeros(1, dtype=torch.float64), 0.0, "image")
+        text = str(result)
+        return text if len(text) <= LONGEST_TEXT else text[:LONGEST_TEXT] + " (cut)"
+
+
+def elsewhere(start: float, end: float, length: float) -> float:
+    """Return the start of another stretch of the clip as long as [start, end], in seconds: drawn from those
+    that do not overlap it; where there is none, the farthest.
+    """
+    size = end - start
+    before, behind = max(0.0, start - size), max(0.0, length - size - end)
+    if before + behind == 0.0:
+        return 0.0 if start > length - end else length - size
+    place = (before + behind) * derived_seed("elsewhere", start, end, length, bits=32) / 2**32
+    return place if place < before else end + place - before
+
+
+def _within(seconds: float, work: Callable[[], Any]) -> Any:
+    """Return what `work` does, or raise what it raises; after `seconds` its thread is told to stop."""
+    future: Future[Any] = Future()
+
+    def run() -> None:
+        try:
+            future.set_result(work())
+        except BaseException as error:
+            future.set_exception(error)
+
+    thread = threading.Thread(target=run, daemon=True)
+    thread.start()
+    try:
+        return future.result(seconds)
+    except TimeoutError:
+        if future.done():  # the tool's own
+            raise
+        number = ctypes.c_ulong(thread.ident or 0)
+        ctypes.pythonapi.PyThreadState_SetAsyncExc(number, ctypes.py_object(SystemExit))
+        raise Unreadable(f"it took longer than {seconds:g} s") from None

@@ -1,0 +1,205 @@
+"""Episodes: completions in which tools answer, sampled turn by turn with any engine.
+
+    prompts ─► engine: n completions each ─► calls ─► Toolbox, in threads ─► tool turns
+                  ▲                                                             │
+                  └── one request an answer: all tokens and pixels so far ◄─────┘     … until none calls
+
+Engines share what the answers to a question have in common: transformers reads its prompt once a round, vLLM
+keeps it in its prefix cache. A completion depends on its question's seed, its number and its turn alone.
+"""
+
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
+from typing import Any, cast
+
+import torch
+
+from video_r1.data.decoding.media import reordered
+from video_r1.data.prompts import Prompt, PromptBuilder, contrast_order
+from video_r1.data.reading import derived_generator
+from video_r1.data.rollouts import Rollout, ToolCall, ToolTurn
+from video_r1.data.tools import Asked, Toolbox, parse_calls
+from video_r1.errors import ConfigError, PromptError
+from video_r1.models.families import family_names
+from video_r1.rollout.engine import RolloutEngine, SamplingSettings, prompt_seeds, wanted_counts
+from video_r1.rollout.general import GeneralEngine
+from video_r1.seeds import hashed_seed
+from video_r1.settings.frames import Contrast, ContrastUnit
+from video_r1.settings.tools import ToolSettings
+
+THREADS = 8  # that run tools
+NOTICE = "No more calls are possible. Answer now."
+NOTICE_TOKENS = 256  # of a turn that says so, at most
+
+
+def tool_tokens(settings: ToolSettings, own_tools: bool = False) -> int:
+    """Return the most tokens that tools add to an answer."""
+    return settings.max_tool_tokens + NOTICE_TOKENS if settings.tools or own_tools else 0
+
+
+@dataclass(slots=True)
+class Episode:
+    """An answer so far."""
+
+    prompt: Prompt  # the question's
+    seed: str
+    rollout: Rollout  # its `turns` are complete
+    left: int  # tokens that the policy may still write
+    is_last: bool = False  # the notice was given
+    calls: list[Asked] = field(default_factory=list)  # of the last turn
+
+    def so_far(self) -> Prompt:
+        """Return everything before the policy's next turn as a prompt."""
+        ids, parts, length = [], [], 0
+        for piece in [self.prompt, *self.rollout.pieces()]:
+            if isinstance(piece, Prompt):
+                parts.append((length, piece))
+            ids.append(piece.input_ids if isinstance(piece, Prompt) else piece)
+            length += len(ids[-1])
+        media = tuple(clip for _, part in parts for clip in part.media)
+        return replace(self.prompt, input_ids=torch.cat(ids), features={}, media=media, parts=tuple(parts))
+
+
+class ToolEngine(RolloutEngine):
+    """Samples with `engine`, and lets tools answer the calls in a completion.
+
+    builder: of the prompts, with a toolbox. contrast: also build each tool turn
+    with the contrast of its clips, to score completions behind it.
+    """
+
+    def __init__(
+        self,
+        engine: RolloutEngine,
+        builder: PromptBuilder,
+        contrast: Contrast | None = None,
+        unit: ContrastUnit = "frame",
+    ) -> None:
+        if isinstance(engine, GeneralEngine):
+            raise ConfigError(f"tools: need a model of {family_names()}; leave them out for this one")
+        self.engine, self.builder = engine, builder
+        self.toolbox: Toolbox = builder.toolbox
+        self.contrast: Contrast | None = contrast
+        self.unit: ContrastUnit = unit
+        self.has_own_weights = engine.has_own_weights
+
+    def generate(
+        self,
+        prompts: Sequence[Prompt],
+        sampling: SamplingSettings,
+        counts: Sequence[int] | None = None,
+        **options: Any,
+    ) -> list[list[Rollout]]:
+        """Sample as `RolloutEngine.generate` says. `max_tokens` bounds the policy's tokens of all turns.
+        options: of the engine, for the first turn.
+        """
+        counts = wanted_counts(prompts, sampling, counts)
+        seeds = prompt_seeds(sampling.seed, len(prompts))
+        first = self.engine.generate(prompts, replace(sampling, seed=tuple(seeds)), counts, **options)
+        episodes = [
+            [
+                Episode(prompt, f"{seed}/{number}", rollout, sampling.max_tokens - len(rollout.token_ids))
+                for number, rollout in enumerate(rollouts)
+            ]
+            for prompt, seed, rollouts in zip(prompts, seeds, first, strict=True)
+        ]
+        waiting = [episode for answers in episodes for episode in answers]
+        with ThreadPoolExecutor(THREADS, "tools") as pool:
+            while True:
+                waiting = [episode for episode in waiting if self._calls(episode)]
+                if not self.engine.anyone(bool(waiting)):
+                    break
+                turns = list(pool.map(self._answer, waiting))
+                self._go_on(waiting, turns, sampling)
+        self.toolbox.forget()
+        return [[episode.rollout for episode in answers] for answers in episodes]
+
+    def _calls(self, episode: Episode) -> bool:
+        """Parse the calls of the last turn; return whether the answer goes on."""
+        rollout = episode.rollout
+        done = rollout.turns[-1].after if rollout.turns else 0
+        last = rollout.token_ids[done:]
+        ended = len(last) and int(last[-1]) == self.builder.end_token_id
+        if episode.is_last or not ended or rollout.finish_reason != "stop" or episode.left < 1:
+            return False
+        episode.calls = parse_calls(self.builder.tokenizer.decode(last[:-1].tolist()))
+        return bool(episode.calls)
+
+    def _answer(self, episode: Episode) -> ToolTurn:
+        """Run the calls of an answer and build the turn with their results."""
+        rollout, prompt = episode.rollout, episode.prompt
+        spent = sum(len(turn.prompt.input_ids) for turn in rollout.turns)
+        if len(rollout.turns) < self.toolbox.settings.max_looks:
+            calls = tuple(self.toolbox.call(asked, prompt) for asked in episode.calls)
+            try:
+                turn = self._turn(rollout, calls, prompt, episode.seed)
+            except PromptError as error:
+                calls = tuple(replace(call, result=[f"Error: {error.reason}"], failed=True) for call in calls)
+                turn = self._turn(rollout, calls, prompt, episode.seed)
+            if spent + len(turn.prompt.input_ids) <= self.toolbox.settings.max_tool_tokens:
+                return turn
+        episode.is_last = True
+        calls = tuple(
+            ToolCall(asked.name, asked.arguments, [NOTICE], failed=True) for asked in episode.calls[:1]
+        )
+        return self._turn(rollout, calls, prompt, episode.seed)
+
+    def _turn(self, rollout: Rollout, calls: tuple[ToolCall, ...], prompt: Prompt, seed: str) -> ToolTurn:
+        after, results = len(rollout.token_ids), [call.result for call in calls]
+        if prompt.permutation is not None:
+            results = self._contrasted(results, cast(Contrast, prompt.contrast), f"{seed}/{after}")
+        turn, contrast = self.builder.build_turn(results, prompt), None
+        if self.contrast is not None and prompt.permutation is None:
+            contrast = self.builder.build_turn(
+                self._contrasted(results, self.contrast, f"{seed}/{after}"), prompt
+            )
+        return ToolTurn(after, rollout.text, calls, turn, contrast)
+
+    def _contrasted(self, results: Sequence[Sequence[Any]], contrast: Contrast, seed: str) -> list[list[Any]]:
+        """Return the results with the contrast of each clip, within the stretch that it shows."""
+        generator = derived_generator(seed)
+        changed: list[list[Any]] = []
+        for result in results:
+            changed.append([])
+            for part in result:
+                if not isinstance(part, str) and contrast == "blind":
+                    continue
+                if not isinstance(part, str) and part.kind == "video":
+                    order = contrast_order(contrast, [len(part.frames)], generator, self.unit)
+                    part = part if order is None else reordered([part], order)[0]
+                changed[-1].append(part)
+        return changed
+
+    def _go_on(self, waiting: list[Episode], turns: list[ToolTurn], sampling: SamplingSettings) -> None:
+        """Sample the next turn of each answer and add it."""
+        seeds = []
+        for episode, turn in zip(waiting, turns, strict=True):
+            episode.rollout = replace(episode.rollout, turns=(*episode.rollout.turns, turn))
+            seeds.append(hashed_seed(f"{episode.seed}/{len(episode.rollout.turns)}", bits=62))
+        most = max((episode.left for episode in waiting), default=1)
+        own = replace(sampling, n=1, seed=tuple(seeds), max_tokens=most)
+        found = self.engine.generate([episode.so_far() for episode in waiting], own)
+        for episode, (new,) in zip(waiting, found, strict=True):
+            before, cut = episode.rollout, episode.left < len(new.token_ids)
+            ids, logprobs = new.token_ids[: episode.left], new.logprobs[: episode.left]
+            text = self.builder.tokenizer.decode(ids.tolist(), skip_special_tokens=True) if cut else new.text
+            episode.left -= len(ids)
+            episode.rollout = Rollout(
+                torch.cat([before.token_ids, ids]),
+                torch.cat([before.logprobs, logprobs]),
+                text,
+                "length" if cut else new.finish_reason,
+                before.turns,
+            )
+
+    def anyone(self, wanted: bool) -> bool:
+        return self.engine.anyone(wanted)
+
+    def update_weights(self, model: Any) -> None:
+        self.engine.update_weights(model)
+
+    def rest(self) -> None:
+        self.engine.rest()
+
+    def close(self) -> None:
+        self.engine.close()

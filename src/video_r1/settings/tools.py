@@ -1,0 +1,38 @@
+"""Settings of tools that a model may call while it answers."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+from video_r1.settings.base import Problem, Settings, setting
+
+
+@dataclass(kw_only=True)
+class ToolSettings(Settings):
+    """Tools"""
+
+    tools: Literal["look"] | None = setting(
+        None, "look: the model may ask for a stretch of the clip and gets its frames (docs/look.md)"
+    )
+    max_looks: int = setting(2, "turns of an answer in which tools are called", above=0)
+    look_frames: int = setting(16, "most frames of a look", at_least=2)
+    look_pixels: int | None = setting(None, "area of one of its frames (default: frame_pixels)", above=0)
+    look_fps: float = setting(4.0, "frames per second of a look whose call names none", above=0)
+    max_tool_tokens: int = setting(
+        8192, "tokens that tools may return to one answer, visual ones included; then it has to end", above=0
+    )
+
+
+@dataclass(kw_only=True)
+class TrainingToolSettings(ToolSettings):
+    """Tools"""
+
+    overview_frames: list[int] | None = setting(
+        None, "fewest and most frames of a video at first, drawn for each question (default: max_frames)"
+    )
+
+    def problems(self) -> Iterator[Problem]:
+        yield from super().problems()
+        bounds = self.overview_frames
+        if bounds is not None and (len(bounds) != 2 or not 2 <= bounds[0] <= bounds[1]):
+            yield "overview_frames", f"is {bounds}; it must be two frame counts from 2 up, smaller one first"

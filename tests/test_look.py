@@ -1,0 +1,542 @@
+"""Tools: calls, tool turns, and episodes of several turns whose log-probs and gradients are exact."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+from scripted_engine import ScriptedEngine
+from test_group_forward import assert_same_gradients, gradients
+from test_prompts import make_sample
+from test_rollout_transformers import build_model
+from tgrpo_trainers import first_step, make_trainer, policy_of, weights
+from tiny_models import moving_square, tiny_model, tiny_processor, write_clip
+from torch import Tensor
+
+from video_r1.data import tools
+from video_r1.data.decoding.decoders import read_media_at
+from video_r1.data.decoding.media import Media
+from video_r1.data.prompts import Prompt, PromptBuilder
+from video_r1.data.rollouts import Rollout
+from video_r1.data.tools import Asked, Toolbox, elsewhere, parse_calls
+from video_r1.errors import ConfigError
+from video_r1.evaluation.predictions import evaluate
+from video_r1.evaluation.summary import summary_table
+from video_r1.models.group_forward import all_parts, encode_groups, group_logprobs
+from video_r1.rollout.engine import RolloutEngine, SamplingSettings
+from video_r1.rollout.episodes import NOTICE, Episode, ToolEngine
+from video_r1.rollout.transformers import TransformersEngine
+from video_r1.rollout.vllm.engine import VLLMEngine
+from video_r1.settings.decoding import EvalSettings
+from video_r1.settings.frames import FrameBudget
+from video_r1.settings.tools import ToolSettings
+from video_r1.training.recording import record_group
+
+FAMILIES = ("qwen2_5_vl", "qwen3_vl", "qwen3_5")
+SIDES = {"qwen2_5_vl": 28, "qwen3_vl": 32, "qwen3_5": 32}
+LOOK = '<tool_call>\n{"name": "look", "arguments": {"start": 1, "end": 3}}\n</tool_call>'
+
+
+@pytest.mark.parametrize(
+    ("text", "calls"),
+    [
+        ("no call", []),
+        (f"I look.{LOOK}{LOOK}", [("look", {"start": 1, "end": 3}, "")] * 2),
+        (
+            "<tool_call>\n<function=look>\n<parameter=start>\n1.5\n</parameter>\n<parameter=end>\n3\n"
+            "</parameter>\n</function>\n</tool_call>",
+            [("look", {"start": 1.5, "end": 3}, "")],
+        ),
+        ('<tool_call>{"name": "look"', [("", {}, "the call has no </tool_call>")]),
+        ("<tool_call>look(1, 2)</tool_call>", [("", {}, "the call is not valid JSON")]),
+        ("<tool_call>" + "[" * 3999 + "</tool_call>", [("", {}, "the call is not valid JSON")]),
+        ("<tool_call>[1]</tool_call>", [("", {}, 'the call is not {"name": ..., "arguments": {...}}')]),
+        (
+            '<tool_call>{"name": "look", "arguments": 3}</tool_call>',
+            [("look", {}, "arguments is not an object")],
+        ),
+        ("<tool_call>" + "a" * 5000 + "</tool_call>", [("", {}, "the call is longer than 4000 characters")]),
+    ],
+)
+def test_calls_are_parsed(text: str, calls: list[Any]) -> None:
+    assert [tuple(call) for call in parse_calls(text)] == calls
+
+
+@pytest.fixture(scope="module")
+def clip(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Eight seconds, eight frames a second."""
+    return write_clip(tmp_path_factory.mktemp("clips") / "clip.mp4", moving_square(64))
+
+
+def budget_of(family: str) -> FrameBudget:
+    side = SIDES[family]
+    return FrameBudget(
+        fps=1.0, max_frames=8, frame_pixels=4 * side**2, image_pixels=4 * side**2, size_multiple=side
+    )
+
+
+def question(family: str, clip: Path, builder: PromptBuilder, **fields: Any) -> Prompt:
+    sample = make_sample(path=str(clip), **fields)
+    return builder.build(sample, read_media_at(sample, budget_of(family), (8,)))
+
+
+def add(a: int, b: int) -> str:
+    """
+    Add two numbers.
+
+    Args:
+        a: The first.
+        b: The second.
+    """
+    if a < 0:
+        raise RuntimeError("negative\nnumbers")
+    while a > 1000:
+        time.sleep(0.01)
+    return str(a + b)
+
+
+def picture(name: str) -> Any:
+    """
+    Show a picture.
+
+    Args:
+        name: Its name.
+    """
+    return ["a picture:", Image.new("RGB", (70, 50))]
+
+
+def toolbox(family: str = "qwen2_5_vl", functions: Sequence[Any] = (), **settings: Any) -> Toolbox:
+    return Toolbox(ToolSettings(**{"tools": "look", **settings}), budget_of(family), functions)
+
+
+@pytest.mark.parametrize(
+    ("asked", "said"),
+    [
+        (Asked("", {}, "the call is not valid JSON"), "Error: the call is not valid JSON"),
+        (Asked("dance", {}), "Error: there is no tool 'dance'; there is look, add, picture"),
+        (Asked("look", {"start": 1}), "Error: look: missing a required argument: 'end'"),
+        (Asked("look", {"start": "1", "end": 2}), "Error: look: start, end and fps are numbers"),
+        (Asked("look", {"start": float("nan"), "end": 2}), "Error: look: start, end and fps are numbers"),
+        (
+            Asked("look", {"start": 9, "end": 12}),
+            "Error: look: 9 to 12 s is no part of the clip, which has 8.0 s",
+        ),
+        (
+            Asked("look", {"start": 3, "end": 3}),
+            "Error: look: 3 to 3 s is no part of the clip, which has 8.0 s",
+        ),
+        (
+            Asked("look", {"start": 0, "end": 8, "fps": 4}),
+            "Error: look: at most 16 frames at once; lower fps, or leave it out",
+        ),
+        (Asked("look", {"start": 1, "end": 1.1}), "Error: look: this part of the clip has 1 frame"),
+        (Asked("add", {"a": -1, "b": 2}), "Error: negative numbers"),
+        (Asked("add", {"a": 2000, "b": 2}), "Error: it took longer than 0.1 s"),
+        (Asked("add", {"a": 1, "b": 2}), "3"),
+    ],
+)
+def test_a_call_gets_an_answer_or_the_reason(
+    clip: Path, asked: Asked, said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tools, "TOOL_SECONDS", 0.1)
+    prompt = question("qwen2_5_vl", clip, PromptBuilder(tiny_processor("qwen2_5_vl")))
+    call = toolbox(functions=[add, picture]).call(asked, prompt)
+    assert len(call.result) == 1 and str(call.result[0]).startswith(said)
+    assert call.failed == said.startswith("Error")
+
+
+@pytest.mark.parametrize(
+    ("window", "asked", "times"),
+    [
+        ({}, {"start": 2, "end": 4}, [2.0, 3.875]),
+        ({}, {"start": 7, "end": 60}, [7.0, 7.875]),  # to the end
+        ({"start": 4.0, "end": 8.0}, {"start": 2, "end": 3}, [2.0, 2.875]),
+        ({"play": "reversed"}, {"start": 2, "end": 4}, [2.0, 3.875]),
+    ],
+)
+def test_a_look_shows_the_stretch_with_the_times_of_the_clip(
+    clip: Path, window: dict[str, Any], asked: dict[str, Any], times: list[float]
+) -> None:
+    prompt = question("qwen2_5_vl", clip, PromptBuilder(tiny_processor("qwen2_5_vl")), **window)
+    call = toolbox(look_fps=8.0).call(Asked("look", asked), prompt)
+    text, shown = call.result
+    assert isinstance(shown, Media) and text == f"{asked['start']:g} to {min(asked['end'], 8):g} s:"
+    found = [float(shown.timestamps[0]), float(shown.timestamps[-1])]
+    assert found == pytest.approx(times, abs=0.13)
+    # Which frame of the clip is it? The square's left edge tells.
+    first = 8 * (times[0] + window.get("start", 0.0))
+    first = 63 - first if "play" in window else first
+    whole = read_media_at(
+        make_sample(path=str(clip)), FrameBudget(fps=8, max_frames=64, frame_pixels=56 * 56), (64,)
+    )
+    differences = (whole[0].frames.float() - shown.frames[0].float()).abs().mean((1, 2, 3))
+    assert abs(int(differences.argmin()) - first) <= 1
+
+
+def test_a_stretch_that_several_ask_for_is_decoded_once(clip: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    read: list[Any] = []
+    monkeypatch.setattr(tools, "read_media_at", lambda *given: read.append(given[0]) or read_media_at(*given))
+    box, prompt = toolbox(), question("qwen2_5_vl", clip, PromptBuilder(tiny_processor("qwen2_5_vl")))
+    for end in (2, 3, 2):
+        assert not box.call(Asked("look", {"start": 1, "end": end}), prompt).failed
+    assert len(read) == 2
+    box.forget()
+    box.call(Asked("look", {"start": 1, "end": 2}), prompt)
+    assert len(read) == 3
+
+
+# ---- Chat templates
+
+
+@cache
+def template(name: str) -> str:
+    """A family's published template, which TRL carries."""
+    trl = pytest.importorskip("trl")
+    return (Path(trl.__file__).parent / "chat_templates" / f"{name}.jinja").read_text()
+
+
+@pytest.mark.parametrize(
+    ("family", "name", "tool", "turn"),
+    [
+        ("qwen2_5_vl", "qwen2_5_vl", "# none of its own", "<|im_start|>user\n<tool_response>"),
+        ("qwen3_vl", "qwen3_vl", "# Tools", "<|im_start|>user\n<tool_response>\n"),
+        ("qwen3_5", "qwen3_5_think", "# Tools", "<|im_start|>user\n<tool_response>\n"),
+        ("qwen3_5", "qwen3_5_nothink", "# Tools", "<|im_start|>user\n<tool_response>\n"),
+    ],
+)
+def test_tools_and_their_answers_are_written_as_the_family_does(
+    clip: Path, family: str, name: str, tool: str, turn: str
+) -> None:
+    processor = tiny_processor(family)
+    processor.chat_template = template(name)
+    builder, box = PromptBuilder(processor), toolbox(family)
+    builder.toolbox = box
+    prompt = question(family, clip, builder)
+    asked = processor.tokenizer.decode(prompt.input_ids)
+    assert '"name": "look"' in asked and (tool in asked or family == "qwen2_5_vl")
+    result = box.call(Asked("look", {"start": 1, "end": 3}), prompt).result
+    answer = builder.build_turn([result, ["nothing"]], prompt)
+    text = processor.tokenizer.decode(answer.input_ids)
+    assert text.startswith("\n" + turn) and "1 to 3 s:" in text and "nothing" in text
+    assert text.count("<tool_response>") == text.count("</tool_response>") == 2
+    assert text.endswith("<|im_end|>\n<|im_start|>assistant\n")
+    shown = result[1]
+    assert isinstance(shown, Media)
+    visuals = len(shown.frames) // 2
+    assert text.count("<|video_pad|>") == 4 * visuals
+    if family != "qwen2_5_vl":  # the clip's own times, the mean of each pair
+        pairs = shown.timestamps.view(-1, 2).mean(1)
+        assert all(f"<{float(second):.1f} seconds>" in text for second in pairs)
+    # The template writes the same behind a whole conversation.
+    call = {"type": "function", "function": {"name": "look", "arguments": {"start": 1, "end": 3}}}
+    chat = [
+        {"role": "user", "content": [{"type": "text", "text": "q"}]},
+        {"role": "assistant", "content": "I look.", "tool_calls": [call]},
+        {"role": "tool", "content": [{"type": "text", "text": "1 to 3 s:"}, {"type": "video"}]},
+        {"role": "tool", "content": [{"type": "text", "text": "nothing"}]},
+    ]
+    if family != "qwen2_5_vl":
+        rendered = processor.apply_chat_template(chat, tokenize=False)
+        block = text[: text.index("<|im_start|>assistant")]
+        plain = block[: block.index("1 to 3 s:")]
+        assert plain in rendered and rendered.endswith(block[block.rindex("<|vision_end|>") :])
+
+
+# ---- Episodes
+
+
+class Forced(ToolEngine):
+    """Calls look, whatever the policy wrote: answer g of a question in its first `g % 3` turns."""
+
+    def _calls(self, episode: Episode) -> bool:
+        number = int(episode.seed.rpartition("/")[2])
+        turns, episode.left = len(episode.rollout.turns), 6
+        episode.calls = [Asked("look", {"start": turns + number % 2, "end": turns + 2 + number})]
+        return turns < number % 3
+
+
+def sampled(family: str, clip: Path, model: Any, engine: RolloutEngine | None = None) -> Any:
+    """Prompts of two questions about a clip (one shuffled), and their episodes of up to three turns."""
+    builder = PromptBuilder(tiny_processor(family))
+    builder.toolbox = toolbox(family)
+    tool_engine = Forced(engine or TransformersEngine(model, builder.processor), builder, "reversed")
+    sample = make_sample(path=str(clip))
+    media = read_media_at(sample, budget_of(family), (8,))
+    permutation = torch.tensor([3, 2, 1, 0, 7, 6, 5, 4])
+    prompts = [builder.build(sample, media), builder.build(sample, media, permutation)]
+    for seed in range(5, 50):  # transformers refuses a sequence in which the policy wrote a placeholder
+        groups = tool_engine.generate(prompts, SamplingSettings(max_tokens=6, seed=seed), [4, 2])
+        written = torch.cat([rollout.token_ids for group in groups for rollout in group])
+        if not builder.visual_tokens(written):
+            break
+    return prompts, groups
+
+
+def alone(model: Any, prompt: Prompt, rollout: Rollout, contrast: bool = False) -> Tensor:
+    """Log-probs of an episode's own tokens by transformers' forward of the whole sequence."""
+    pieces = [prompt, *rollout.pieces(contrast)]
+    given = [piece for piece in pieces if isinstance(piece, Prompt)]
+    ids = torch.cat([p.input_ids if isinstance(p, Prompt) else p for p in pieces])
+    kinds = [
+        p.features["mm_token_type_ids"].view(-1) if isinstance(p, Prompt) else torch.zeros_like(p)
+        for p in pieces
+    ]
+    own = torch.cat(
+        [torch.full((len(k),), not isinstance(p, Prompt)) for p, k in zip(pieces, kinds, strict=True)]
+    )
+    names = [name for name in given[0].features if name != "mm_token_type_ids"]
+    features = {name: torch.cat([part.features[name] for part in given]) for name in names}
+    logits = model(input_ids=ids[None], mm_token_type_ids=torch.cat(kinds)[None], **features).logits[0]
+    logprobs = logits[:-1].log_softmax(-1).gather(1, ids[1:, None])[:, 0]
+    return logprobs[own[1:]]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_episodes_are_scored_as_they_were_sampled(family: str, clip: Path) -> None:
+    model = build_model(family)
+    prompts, groups = sampled(family, clip, model)
+    assert [[len(rollout.turns) for rollout in group] for group in groups] == [[0, 1, 2, 0], [0, 1]]
+    assert {rollout.turns[-1].after for group in groups for rollout in group if rollout.turns} != {0}
+    pieces = [[rollout.pieces() for rollout in group] for group in groups]
+    completions = [[rollout.token_ids for rollout in group] for group in groups]
+    result = group_logprobs(model, prompts, completions, pieces=pieces)
+    own = torch.cat([rollout.logprobs for group in groups for rollout in group])
+    torch.testing.assert_close(result.logprobs, own, atol=1e-5, rtol=0)
+    pairs = [(p, rollout) for p, group in zip(prompts, groups, strict=True) for rollout in group]
+    reference = torch.cat([alone(model, prompt, rollout) for prompt, rollout in pairs])
+    torch.testing.assert_close(result.logprobs, reference, atol=1e-5, rtol=0)
+    weights = torch.randn(len(reference))
+    expected = gradients(model, reference, weights)
+    assert_same_gradients(gradients(model, result.logprobs, weights), expected)
+    vision = [part for group in encode_groups(model, prompts, pieces) for part in group]
+    assert len(vision) == len(all_parts(prompts, pieces)) == 2 + 4
+    shared = group_logprobs(model, prompts, completions, vision_features=vision, pieces=pieces).logprobs
+    torch.testing.assert_close(shared, result.logprobs, atol=1e-5, rtol=0)
+
+
+def test_an_answer_does_not_depend_on_the_others(clip: Path) -> None:
+    model = build_model("qwen2_5_vl")
+    _, groups = sampled("qwen2_5_vl", clip, model)
+    small = TransformersEngine(model, tiny_processor("qwen2_5_vl"), max_sequences=1)
+    _, again = sampled("qwen2_5_vl", clip, model, small)
+    for first, second in zip((r for g in groups for r in g), (r for g in again for r in g), strict=True):
+        assert first.token_ids.tolist() == second.token_ids.tolist() and first.text == second.text
+
+
+def test_looks_of_a_shuffled_clip_are_shuffled_and_scored_ones_have_a_contrast(clip: Path) -> None:
+    _, (ordered, shuffled) = sampled("qwen2_5_vl", clip, build_model("qwen2_5_vl"))
+    turn = ordered[1].turns[0]
+    times = [media.timestamps.tolist() for media in turn.prompt.media]
+    assert turn.contrast is not None and turn.contrast.media[0].timestamps.tolist() == times[0]
+    assert torch.equal(turn.contrast.media[0].frames, turn.prompt.media[0].frames.flip(0))
+    assert turn.contrast.input_ids.tolist() == turn.prompt.input_ids.tolist()
+    other = shuffled[1].turns[0]
+    assert other.contrast is None and isinstance(other.calls[0].result[1], Media)
+    seen, asked = other.prompt.media[0], other.calls[0].result[1]
+    assert torch.equal(seen.timestamps, asked.timestamps) and not torch.equal(seen.frames, asked.frames)
+    pixels = (sorted(media.frames.flatten(1).float().mean(1).tolist()) for media in (seen, asked))
+    assert next(pixels) == pytest.approx(next(pixels))
+
+
+class Scripted(ScriptedEngine):
+    """Says the next text of each question; ends every turn."""
+
+    def __init__(self, builder: PromptBuilder, *texts: str) -> None:
+        super().__init__(lambda prompt, n: [])
+        self.builder, self.texts = builder, list(texts)
+
+    def generate(self, prompts: Any, sampling: Any, counts: Any = None) -> list[list[Rollout]]:
+        self.prompts += prompts
+        text = self.texts.pop(0)
+        ids = [*self.builder.tokenizer(text)["input_ids"], self.builder.end_token_id]
+        one = Rollout(torch.tensor(ids), torch.zeros(len(ids)), text, "stop")
+        return [[one] for _ in prompts]
+
+
+@pytest.mark.parametrize(
+    ("texts", "settings", "turns", "text"),
+    [
+        (["B"], {}, [], "B"),
+        ([LOOK, "B"], {}, ["1 to 3 s:"], "B"),
+        (
+            ["<tool_call>?</tool_call>", LOOK, "B"],
+            {},
+            ["Error: the call is not valid JSON", "1 to 3 s:"],
+            "B",
+        ),
+        ([LOOK] * 4, {}, ["1 to 3 s:", "1 to 3 s:", NOTICE], LOOK),  # calls on: the answer is what it said
+        ([LOOK, LOOK, "B"], {"max_tool_tokens": 100}, ["1 to 3 s:", NOTICE], "B"),
+        ([LOOK + LOOK, "B"], {}, ["1 to 3 s:"], "B"),
+        (
+            ["<tool_call>" + '{"name": "picture", "arguments": {"name": "x"}}</tool_call>', "B"],
+            {},
+            ["a picture:"],
+            "B",
+        ),
+    ],
+)
+def test_an_episode_ends_politely(
+    clip: Path, texts: list[str], settings: dict[str, Any], turns: list[str], text: str
+) -> None:
+    builder = PromptBuilder(tiny_processor("qwen2_5_vl"))
+    inner = Scripted(builder, *texts)
+    builder.toolbox = toolbox(functions=[picture], **settings)
+    engine = ToolEngine(inner, builder)
+    ((rollout,),) = engine.generate(
+        [question("qwen2_5_vl", clip, builder)], SamplingSettings(max_tokens=2000)
+    )
+    assert [turn.calls[0].result[0] for turn in rollout.turns] == turns and rollout.text == text
+    assert len(rollout.logprobs) == len(rollout.token_ids)
+    last = inner.prompts[-1]
+    assert sum(len(p.input_ids if isinstance(p, Prompt) else p) for p in last.pieces) == len(last.input_ids)
+
+
+def test_the_length_limit_counts_all_turns(clip: Path) -> None:
+    builder = PromptBuilder(tiny_processor("qwen2_5_vl"))
+    first = len(builder.tokenizer(LOOK)["input_ids"]) + 1
+    builder.toolbox = toolbox()
+    engine = ToolEngine(Scripted(builder, LOOK, "B" * 99), builder)
+    sampling = SamplingSettings(max_tokens=first + 5)
+    ((rollout,),) = engine.generate([question("qwen2_5_vl", clip, builder)], sampling)
+    assert len(rollout.token_ids) == first + 5 and rollout.finish_reason == "length"
+    assert rollout.text == builder.tokenizer.decode(rollout.token_ids[first:])
+
+
+class Looker(Scripted):
+    """Looks, and is right if it got the stretch that it asked for."""
+
+    def __init__(self, builder: PromptBuilder, right: Tensor) -> None:
+        super().__init__(builder)
+        self.right = right
+
+    def generate(self, prompts: Any, sampling: Any, counts: Any = None) -> list[list[Rollout]]:
+        found = []
+        for prompt in prompts:
+            seen = bool(prompt.parts) and torch.equal(prompt.media[-1].frames, self.right)
+            self.texts = [
+                f"<think>x</think><answer>{'B' if seen else 'A'}</answer>" if prompt.parts else LOOK
+            ]
+            found += super().generate([prompt], sampling)
+        return found
+
+
+def test_the_look_gap(clip: Path, tmp_path: Path) -> None:
+    settings = EvalSettings(
+        model="m", manifest="x.json", tools="look", order=["ordered", "elsewhere"], look_frames=4
+    )
+    builder = PromptBuilder(tiny_processor("qwen2_5_vl"))
+    box = builder.toolbox = toolbox(look_frames=4)
+    sample = make_sample(path=str(clip))
+    right = box.call(Asked("look", {"start": 1, "end": 3}), question("qwen2_5_vl", clip, builder)).result[1]
+    assert isinstance(right, Media)
+    engine = ToolEngine(Looker(builder, right.frames), builder)
+    summary = evaluate([sample], engine, builder, budget_of("qwen2_5_vl"), settings, tmp_path)
+    figures = summary["frames"]["16"]
+    assert figures["look_gap"]["gap"] == 1.0 and "temporal_gaps" not in figures
+    assert "look gap (accuracy minus that with looks elsewhere in the clip): 1.00" in summary_table(summary)
+    lines = [json.loads(line) for line in (tmp_path / "predictions-16.jsonl").read_text().splitlines()]
+    assert {line["order"]: line["score"] for line in lines} == {"ordered": 1.0, "elsewhere": 0.0}
+    assert lines[0]["calls"] == 1 and "[look(start=1, end=3): 1 to 3 s: 4 frames]" in lines[0]["transcript"]
+    with pytest.raises(ConfigError, match="order names elsewhere, which is about looks; add --tools look"):
+        EvalSettings(model="m", manifest="x.json", order=["ordered", "elsewhere"])
+
+
+@pytest.mark.parametrize(
+    ("start", "end", "length", "least", "most"),
+    [
+        (0.0, 2.0, 10.0, 2.0, 8.0),
+        (8.0, 10.0, 10.0, 0.0, 6.0),
+        (4.0, 6.0, 10.0, 0.0, 8.0),
+        (1.0, 9.0, 10.0, 2.0, 2.0),
+    ],
+)
+def test_elsewhere_is_another_stretch(
+    start: float, end: float, length: float, least: float, most: float
+) -> None:
+    place = elsewhere(start, end, length)
+    assert least <= place <= most and place == elsewhere(start, end, length)
+    size = end - start
+    assert size > length / 2 or place + size <= start or place >= end
+
+
+# ---- Training
+
+
+@pytest.mark.parametrize("rule", ["margin", "likelihood"])
+def test_a_step_trains_on_episodes(checkpoint: Path, manifest: Path, tmp_path: Path, rule: str) -> None:
+    trainer = make_trainer(
+        checkpoint, manifest, tmp_path / rule, tools="look", temporal_rule=rule, beta=0.04,
+        overview_frames=[2, 4], look_frames=4, max_steps=1, num_iterations=2, save_steps=2,
+    )  # fmt: skip
+    trainer.engine.__class__ = Forced
+    batches, normaliser = first_step(trainer)
+    groups = batches[0]["batch"].groups
+    for group in groups:
+        assert [len(rollout.turns) for rollout in group.ordered] == [0, 1, 2, 0]
+        assert group.prompt.frames in (1, 2, 4)
+    loss, found = trainer.compute_loss(policy_of(trainer), batches[0], True, normaliser)
+    own = torch.cat([rollout.logprobs for group in groups for rollout in group.ordered])
+    torch.testing.assert_close(found["policy"].logprobs, own, atol=1e-5, rtol=0)
+    loss.backward()
+    record_group(tmp_path, 1, groups[0])
+    (line,) = map(json.loads, (tmp_path / "rollouts.jsonl").read_text().splitlines())
+    recorded = [completion.get("turns", []) for completion in line["ordered"]]
+    assert [len(turns) for turns in recorded] == [0, 1, 2, 0]
+    is_video = groups[0].sample.data_type == "video"
+    for turn in recorded[2]:
+        assert turn["calls"][0]["failed"] == (not is_video)
+        assert not is_video or (tmp_path / turn["frames"]["strip"]).is_file()
+    contrasts = [group for group in groups if group.shuffled_prompt is not None and group.token_drops]
+    assert bool(contrasts) == (rule == "likelihood")
+    for group in contrasts:
+        for rollout, drops in zip(group.ordered, group.token_drops, strict=True):
+            with torch.no_grad():
+                kept = alone(policy_of(trainer), group.prompt, rollout)
+                lost = alone(policy_of(trainer), group.shuffled_prompt, rollout, contrast=True)
+            torch.testing.assert_close(drops, kept - lost, atol=1e-5, rtol=0)
+
+
+@pytest.mark.slow
+def test_a_run_with_tools_resumes_exactly(checkpoint: Path, manifest: Path, tmp_path: Path) -> None:
+    def run(folder: Path, **changes: Any) -> dict[str, Tensor]:
+        trainer = make_trainer(
+            checkpoint, manifest, folder, tools="look", look_frames=4, overview_frames=[2, 4], save_steps=2,
+            **changes,
+        )  # fmt: skip
+        trainer.engine.__class__ = Forced
+        trainer.train()
+        return weights(trainer)
+
+    whole = run(tmp_path / "whole", max_steps=4)
+    run(tmp_path / "parts", max_steps=2)
+    resumed = run(tmp_path / "parts", max_steps=4)
+    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+
+
+@pytest.mark.vllm
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["qwen2_5_vl", "qwen3_vl"])
+def test_episodes_in_vllm(family: str, clip: Path) -> None:
+    """Each turn gets the exact tokens and pixels of all turns before it."""
+    processor = tiny_processor(family)
+    model: Any = tiny_model(family, processor.tokenizer, for_vllm=True)
+    engine = VLLMEngine(model, processor, max_model_len=1024, max_sequences=16)
+    try:
+        engine.update_weights(model)
+        prompts, groups = sampled(family, clip, model, engine)
+    finally:
+        engine.close()
+    assert [[len(rollout.turns) for rollout in group] for group in groups] == [[0, 1, 2, 0], [0, 1]]
+    pieces = [[rollout.pieces() for rollout in group] for group in groups]
+    completions = [[rollout.token_ids for rollout in group] for group in groups]
+    scored = group_logprobs(model, prompts, completions, pieces=pieces).logprobs
+    own = torch.cat([rollout.logprobs for group in groups for rollout in group])
+    difference = (scored - own).abs()
+    assert float(difference.mean()) < 1e-5 and float(difference.max()) < 1e-4
