@@ -96,7 +96,7 @@ def memory_lines(plan: MemoryPlan) -> Iterator[str]:
         f"{row.completions} {answers} of up to {row.completion:,}; a pass has up to {row.tokens:,} tokens"
     )
     if stage == "rl" and (tools := plan.recipe.section(TrainingToolSettings)).tools:
-        yield f"tools add up to {tools.max_tool_tokens:,} tokens to each completion, which this plan leaves out"
+        yield f"tools add up to {tools.max_tool_tokens:,} tokens to each completion: not in this plan"
     for title, sizes in (("\non each GPU", plan.parts), ("peak", plan.phases)):
         yield f"{title}, {name_of_unit}"
         yield from (f"  {name:<15}{size / unit:9.2f}" for name, size in sizes.items())
