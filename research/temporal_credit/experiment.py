@@ -95,6 +95,11 @@ class Cell:
         """Number of test questions of each view."""
         return 2000 if self.part == "confirmation" else 600
 
+    @property
+    def steps(self) -> int:
+        """Optimizer steps of RL."""
+        return STEPS if self.part == "confirmation" else STEPS // 2
+
     def start(self, out: Path) -> Path:
         return out / f"{self.skill}-{self.seed}"
 
@@ -122,7 +127,7 @@ def confirmation(seeds: Sequence[int]) -> Iterator[Cell]:
         yield Cell(arm, 1.0, "skilled", seed, "confirmation")
 
 
-MISSED = {101, 103, 105}
+MISSED = {101, 103, 104, 105, 106}
 """Seeds whose cold start missed a gate."""
 CONFIRMED = [seed for seed in range(100, 130) if seed not in MISSED][:10]
 
@@ -295,7 +300,7 @@ def make_run(out: Path, cell: Cell) -> None:
     begun = time.monotonic()
     video_r1(
         "rl", "lab-tgrpo", model_name_or_path=cell.start(out) / "cold-start", train_manifest=manifest,
-        output_dir=folder, max_steps=STEPS, seed=cell.seed, **RULES[rule],
+        output_dir=folder, max_steps=cell.steps, seed=cell.seed, **RULES[rule],
     )  # fmt: skip
     seconds = time.monotonic() - begun
     few = {"limit": 600}
@@ -312,7 +317,7 @@ def make_run(out: Path, cell: Cell) -> None:
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text("utf-8").splitlines()]
     credits = [line["temporal/credit"] for line in lines if line.get("temporal/credit") is not None]
     result = {
-        **asdict(cell), "settings": RULES[rule], "cold_start": cold, "steps": STEPS,
+        **asdict(cell), "settings": RULES[rule], "cold_start": cold, "steps": cell.steps,
         "accuracy": {view: fmean(r["score"] for r in records) for view, records in found.items()},
         "right": {view: packed(records) for view, records in found.items()},
         "ids": {"twins": digits_of(found["twins"])},
