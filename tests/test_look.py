@@ -30,6 +30,7 @@ from video_r1.errors import ConfigError
 from video_r1.evaluation.predictions import evaluate
 from video_r1.evaluation.summary import summary_table
 from video_r1.models.group_forward import all_parts, encode_groups, group_logprobs
+from video_r1.report.run_data import group_of
 from video_r1.rollout.engine import RolloutEngine, SamplingSettings
 from video_r1.rollout.episodes import NOTICE, Episode, ToolEngine
 from video_r1.rollout.transformers import TransformersEngine
@@ -489,10 +490,13 @@ def test_a_step_trains_on_episodes(checkpoint: Path, manifest: Path, tmp_path: P
     (line,) = map(json.loads, (tmp_path / "rollouts.jsonl").read_text().splitlines())
     recorded = [completion.get("turns", []) for completion in line["ordered"]]
     assert [len(turns) for turns in recorded] == [0, 1, 2, 0]
+    shown = group_of(line, None, tmp_path)["ordered"][2]["turns"]
     is_video = groups[0].sample.data_type == "video"
     for turn in recorded[2]:
         assert turn["calls"][0]["failed"] == (not is_video)
         assert not is_video or (tmp_path / turn["frames"]["strip"]).is_file()
+    assert [turn["failed"] for turn in shown] == [not is_video] * 2
+    assert all(str(turn["strip"]).startswith("data:image/jpeg;base64,") == is_video for turn in shown)
     contrasts = [group for group in groups if group.shuffled_prompt is not None and group.token_drops]
     assert bool(contrasts) == (rule == "likelihood")
     for group in contrasts:

@@ -299,8 +299,17 @@ function card(completion, marks, spans = "") {
         completion.truncated ? make("span", { class: "bad" }, ", cut off") : "")),
     spans,
     marks.length ? make("p", { class: "marks" }, marks.join(", ")) : "",
-    text, toggle);
+    (completion.turns || []).map(lookTurn), text, toggle);
   return node;
+}
+
+/** A turn that ends with calls of tools: what was written, what came back, and its frames. */
+function lookTurn(turn) {
+  const times = turn.times ? `${plural(turn.count, "frame")}, ${clock(turn.times[0])} to ${clock(turn.times[1])}` : "";
+  return make("div", { class: "turn" },
+    make("div", { class: "text", dir: "auto" }, styled(turn.text)),
+    make("p", { class: turn.failed ? "result bad" : "result" }, turn.results.join(" ")),
+    turn.strip ? make("img", { src: turn.strip, alt: `The look: ${times}`, title: times, loading: "lazy" }) : "");
 }
 
 /** A completion whose words are the darker the more their log-probability drops with the contrast clip. */

@@ -28,6 +28,8 @@ from video_r1.report.values import (
 from video_r1.settings.frames import Contrast
 
 MAX_TEXT = 20_000  # characters of one completion
+MAX_TURNS = 20  # of a completion
+ORDERS = ("ordered", "shuffled")
 MAX_WORDS = 4000  # words with a log-prob contrast
 MAX_ROWS = 300  # of a table
 LEFT_OUT_COLUMNS = ("step", "problem_id", "problem", "accuracy", "reward", "reason", "replaced_by")
@@ -169,8 +171,9 @@ def read_groups(run: Run, budget: int) -> tuple[list[dict[str, Any]], int]:
     path = run.folder / "rollouts.jsonl"
     index: dict[tuple[int, str], tuple[int, int, int]] = {}
     for offset, length, record in json_lines(path, run.notes):
-        strip = strip_of(run.folder, record)
-        cost = length + (strip.stat().st_size * 4 // 3 if strip else 0)  # base64
+        turns = [t for order in ORDERS for item in as_list(record.get(order)) for t in turns_of(item)]
+        strips = [strip for part in (record, *turns) if (strip := strip_of(run.folder, part))]
+        cost = length + sum(strip.stat().st_size * 4 // 3 for strip in strips)  # base64
         step = whole(record.get("step"))
         # A group that a resumed run recorded again replaces the earlier one.
         index[step, str(record.get("problem_id"))] = (step, offset, cost)
@@ -179,9 +182,7 @@ def read_groups(run: Run, budget: int) -> tuple[list[dict[str, Any]], int]:
     groups = []
     for offset, _, record in json_lines(path):
         if offset in wanted:
-            strip = strip_of(run.folder, record)
-            picture = base64.b64encode(strip.read_bytes()).decode("ascii") if strip else ""
-            groups.append(group_of(record, f"data:image/jpeg;base64,{picture}" if strip else None))
+            groups.append(group_of(record, picture_of(run.folder, record), run.folder))
     return sorted(groups, key=lambda group: group["step"]), len(entries)
 
 
@@ -199,10 +200,16 @@ def choose_evenly(costs: list[int], budget: int) -> list[int]:
     return spread(bisect(numbers, budget, key=lambda count: sum(costs[i] for i in spread(count))) - 1)
 
 
-def group_of(record: dict[str, Any], strip: str | None) -> dict[str, Any]:
+def picture_of(folder: Path, record: dict[str, Any]) -> str | None:
+    """Return the picture with the frames of a group or a turn as a data address; None if there is none."""
+    strip = strip_of(folder, record)
+    return strip and f"data:image/jpeg;base64,{base64.b64encode(strip.read_bytes()).decode('ascii')}"
+
+
+def group_of(record: dict[str, Any], strip: str | None, folder: Path) -> dict[str, Any]:
     """Return a group of rollouts.jsonl with every field in its expected type: a page never trusts a file.
 
-    strip: address of the picture with its frames.
+    strip: address of the picture with its frames. folder: of the run.
     """
     frames = as_table(record.get("frames"))
     count = whole(frames.get("count"))
@@ -234,8 +241,12 @@ def group_of(record: dict[str, Any], strip: str | None) -> dict[str, Any]:
         "permutation": permutation if is_whole else None,
         "contrast": contrast if contrast in get_args(Contrast) else "shuffled",  # of older runs
         **{
-            order: [_completion(item, kind) for item in as_list(record.get(order)) if isinstance(item, dict)]
-            for order in ("ordered", "shuffled")
+            order: [
+                _completion(item, kind, folder)
+                for item in as_list(record.get(order))
+                if isinstance(item, dict)
+            ]
+            for order in ORDERS
         },
         "p": finite(record.get("p")),
         "pShuffled": finite(record.get("p_shuffled")),
@@ -248,7 +259,26 @@ def place_of(output: str, kind: str) -> dict[str, Any]:
     return {"place": json.loads(said)} if said else {}
 
 
-def _completion(item: dict[str, Any], kind: str) -> dict[str, Any]:
+def turns_of(item: Any) -> list[dict[str, Any]]:
+    """Return the turns of a completion that end with calls of tools."""
+    return [turn for turn in as_list(as_table(item).get("turns")) if isinstance(turn, dict)][:MAX_TURNS]
+
+
+def _turn(turn: dict[str, Any], folder: Path) -> dict[str, Any]:
+    frames, calls = as_table(turn.get("frames")), [as_table(call) for call in as_list(turn.get("calls"))]
+    times = [time for time in map(finite, as_list(frames.get("timestamps"))) if time is not None]
+    return {
+        "text": text(turn.get("text", ""))[:MAX_TEXT],
+        "results": [text(call.get("result", ""))[:MAX_TEXT] for call in calls],
+        "failed": any(call.get("failed") is True for call in calls),
+        "strip": picture_of(folder, turn),
+        "times": [min(times), max(times)] if times else None,
+        "count": whole(frames.get("count")),
+    }
+
+
+def _completion(item: dict[str, Any], kind: str, folder: Path) -> dict[str, Any]:
+    turns = [_turn(turn, folder) for turn in turns_of(item)]
     rewards = as_table(item.get("rewards"))
     pairs = [pair for pair in as_list(item.get("word_drops"))[:MAX_WORDS] if isinstance(pair, list)]
     words = [[text(pair[0]), finite(pair[1]) or 0.0] for pair in pairs if len(pair) == 2]
@@ -259,7 +289,8 @@ def _completion(item: dict[str, Any], kind: str) -> dict[str, Any]:
         "rewards": {str(name): finite(value) for name, value in rewards.items()},
         **{name: finite(item.get(name)) for name in ("tokens", "total", "advantage")},
         **({} if without is None else {"without": without}),
-        **({} if not words else {"words": words}),
+        **({} if not words or turns else {"words": words}),
+        **({} if not turns else {"turns": turns}),
         **place_of(written, kind),
     }
 

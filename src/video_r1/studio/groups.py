@@ -60,7 +60,7 @@ class RecordedGroups:
         record = self.record(number)
         if record is None:
             return None
-        group = group_of(record, address if strip_of(self.found.folder, record) else None)
+        group = group_of(record, address if strip_of(self.found.folder, record) else None, self.found.folder)
         question = question_digest(group["problem"], group["options"], group["answer"], paths_of(record))
         return {**group, "question": question}
 
