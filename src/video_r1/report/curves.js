@@ -2,7 +2,7 @@
 
 // Names of groups of series and of series, where the logged name is not the best one.
 const GROUP_TITLES = {
-  reward: "Rewards", reward_std: "Deviation of rewards in a group", temporal: "Frame order", completion: "Completions", answers: "Answers", policy: "Policy", groups: "Groups",
+  reward: "Rewards", reward_std: "Deviation of rewards in a group", temporal: "Frame order", completion: "Completions", answers: "Answers", policy: "Policy", tools: "Tools", groups: "Groups",
   "": "Optimisation", eval: "Validation", speed: "Speed", seconds: "Seconds of each phase", media: "Media", updates: "Updates",
   memory: "Memory", sampler: "Sampler against trainer",
 };
