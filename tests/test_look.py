@@ -263,9 +263,11 @@ class Forced(ToolEngine):
         return turns < number % 3
 
 
-def sampled(family: str, clip: Path, model: Any, engine: RolloutEngine | None = None) -> Any:
+def sampled(
+    family: str, clip: Path, model: Any, engine: RolloutEngine | None = None, processor: Any = None
+) -> Any:
     """Prompts of two questions about a clip (one shuffled), and their episodes of up to three turns."""
-    builder = PromptBuilder(tiny_processor(family))
+    builder = PromptBuilder(processor or tiny_processor(family))
     builder.toolbox = toolbox(family)
     tool_engine = Forced(engine or TransformersEngine(model, builder.processor), builder, "reversed")
     sample = make_sample(path=str(clip))
@@ -537,6 +539,10 @@ def test_episodes_in_vllm(family: str, clip: Path) -> None:
         prompts, groups = sampled(family, clip, model, engine)
     finally:
         engine.close()
+    check_sampler(model, prompts, groups)
+
+
+def check_sampler(model: Any, prompts: list[Prompt], groups: list[list[Rollout]]) -> None:
     assert [[len(rollout.turns) for rollout in group] for group in groups] == [[0, 1, 2, 0], [0, 1]]
     pieces = [[rollout.pieces() for rollout in group] for group in groups]
     completions = [[rollout.token_ids for rollout in group] for group in groups]

@@ -13,7 +13,9 @@ from typing import Any
 
 import pytest
 from server_process import ServerProcess
+from test_look import check_sampler, sampled
 from test_vllm_training import trained
+from tiny_models import moving_square, write_clip
 from tiny_questions import read_lines
 from vllm_prompts import (
     check_weight_sync,
@@ -70,6 +72,11 @@ def test_logprobs_before_and_after_the_weight_sync(
     engine: ServerEngine, model: Any, prompts: list[Prompt]
 ) -> None:
     check_weight_sync(engine, model, prompts, peft=True)
+
+
+def test_episodes(engine: ServerEngine, model: Any, processor: Any, tmp_path: Path) -> None:
+    clip = write_clip(tmp_path / "clip.mp4", moving_square(64))
+    check_sampler(model, *sampled("qwen2_5_vl", clip, model, engine, processor))
 
 
 def test_training_goes_on_when_the_server_is_killed(
