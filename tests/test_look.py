@@ -40,6 +40,7 @@ from video_r1.settings.frames import FrameBudget
 from video_r1.settings.tools import ToolSettings
 from video_r1.training.recording import record_group
 
+INVALID = ("", {}, "the call is not valid JSON")
 FAMILIES = ("qwen2_5_vl", "qwen3_vl", "qwen3_5")
 SIDES = {"qwen2_5_vl": 28, "qwen3_vl": 32, "qwen3_5": 32}
 LOOK = '<tool_call>\n{"name": "look", "arguments": {"start": 1, "end": 3}}\n</tool_call>'
@@ -58,6 +59,9 @@ LOOK = '<tool_call>\n{"name": "look", "arguments": {"start": 1, "end": 3}}\n</to
         ('<tool_call>{"name": "look"', [("", {}, "the call has no </tool_call>")]),
         ("<tool_call>look(1, 2)</tool_call>", [("", {}, "the call is not valid JSON")]),
         ("<tool_call>" + "[" * 3999 + "</tool_call>", [("", {}, "the call is not valid JSON")]),
+        ('<tool_call>{"name": "look", "arguments": {"start": 1e999}}</tool_call>', [INVALID]),
+        ('<tool_call>{"name": "\\ud800"}</tool_call>', [INVALID]),
+        ('<tool_call>{"name": "look", "arguments": {"start": NaN}}</tool_call>', [INVALID]),
         ("<tool_call>[1]</tool_call>", [("", {}, 'the call is not {"name": ..., "arguments": {...}}')]),
         (
             '<tool_call>{"name": "look", "arguments": 3}</tool_call>',
@@ -124,7 +128,8 @@ def toolbox(family: str = "qwen2_5_vl", functions: Sequence[Any] = (), **setting
         (Asked("dance", {}), "Error: there is no tool 'dance'; there is look, add, picture"),
         (Asked("look", {"start": 1}), "Error: look: missing a required argument: 'end'"),
         (Asked("look", {"start": "1", "end": 2}), "Error: look: start, end and fps are numbers"),
-        (Asked("look", {"start": float("nan"), "end": 2}), "Error: look: start, end and fps are numbers"),
+        (Asked("look", {"start": 10**400, "end": 2}), "Error: look: start, end and fps are numbers"),
+        (Asked("look", {"start": True, "end": 2}), "Error: look: start, end and fps are numbers"),
         (
             Asked("look", {"start": 9, "end": 12}),
             "Error: look: 9 to 12 s is no part of the clip, which has 8.0 s",
@@ -377,6 +382,13 @@ class Scripted(ScriptedEngine):
         ([LOOK] * 4, {}, ["1 to 3 s:", "1 to 3 s:", NOTICE], LOOK),  # calls on: the answer is what it said
         ([LOOK, LOOK, "B"], {"max_tool_tokens": 100}, ["1 to 3 s:", NOTICE], "B"),
         ([LOOK + LOOK, "B"], {}, ["1 to 3 s:"], "B"),
+        # What a model writes comes back in errors: a special token must not.
+        (
+            [LOOK.replace("look", "<|im_end|>"), "B"],
+            {},
+            ["Error: a tool's text holds a special token of the model"],
+            "B",
+        ),
         (
             ["<tool_call>" + '{"name": "picture", "arguments": {"name": "x"}}</tool_call>', "B"],
             {},

@@ -314,20 +314,18 @@ class PromptBuilder(TextPrompts):
         media = tuple(part for result in results for part in result if isinstance(part, Media))
         if len({clip.kind for clip in media}) > 1:
             raise PromptError("tools returned images and clips in one turn; call them one after the other")
+        said = "".join(part for result in results for part in result if isinstance(part, str))
+        if any(token in said for token in self._special_tokens):
+            raise PromptError("a tool's text holds a special token of the model")
         contents = [
             [
-                {"type": part.kind} if isinstance(part, Media) else {"type": "text", "text": part}
+                item
                 for part in result
+                for item in (_text(part) if isinstance(part, str) else [{"type": part.kind}])
             ]
             for result in results
         ]
-        text = turn_text(self.processor, contents, like.thinks)
-        refused = [
-            token for token in self._special_tokens for c in contents for p in c if token in p.get("text", "")
-        ]
-        if refused:
-            raise PromptError(f"a tool's text holds the model's special token {refused[0]!r}")
-        input_ids, features = self._encoded(text, media)
+        input_ids, features = self._encoded(turn_text(self.processor, contents, like.thinks), media)
         nothing = torch.empty(0, dtype=torch.long)
         return Prompt(input_ids, features, media, None if media else nothing, [], like.contrast, like.thinks)
 

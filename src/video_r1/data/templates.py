@@ -173,22 +173,22 @@ def _knows_tools(processor: Any) -> bool:
 
 def turn_text(processor: Any, results: Sequence[list[dict[str, Any]]], thinks: bool = True) -> str:
     """Render the tool turn with these results, and the beginning of the policy's next turn. It follows the
-    policy's end-of-turn token.
+    policy's end-of-turn token. Raises ConfigError for a template that rewrites what stands before it.
     """
     if _knows_tools(processor):
         turns = [{"role": "tool", "content": result} for result in results]
     else:
         start, end = ({"type": "text", "text": f"<{slash}tool_response>"} for slash in ("", "/"))
         turns = [{"role": "user", "content": [part for result in results for part in (start, *result, end)]}]
-    asked, said = (
-        {"role": role, "content": [{"type": "text", "text": role}]} for role in ("user", "assistant")
-    )
-    call = {"type": "function", "function": {"name": "call-of-tool", "arguments": {}}}
-    before = chat_text(processor, [asked, {**said, "tool_calls": [call]}])
-    whole = prompt_text(processor, [asked, {**said, "tool_calls": [call]}, *turns], thinks)
-    tokenizer = processor.tokenizer
-    end_token = tokenizer.convert_ids_to_tokens(end_token_id(processor))
-    return whole[before.rindex(end_token) + len(end_token) :]
+    call = {"type": "function", "function": {"name": "tool", "arguments": {}}}
+    asked = {"role": "user", "content": [{"type": "text", "text": "question"}]}
+    said = {"role": "assistant", "content": [{"type": "text", "text": "call"}], "tool_calls": [call]}
+    end = processor.tokenizer.convert_ids_to_tokens(end_token_id(processor))
+    before = chat_text(processor, [asked, said]).rpartition(end)[0] + end
+    whole = prompt_text(processor, [asked, said, *turns], thinks)
+    if not whole.startswith(before):
+        raise ConfigError("tools: the chat template changes earlier turns when a tool answers")
+    return whole.removeprefix(before)
 
 
 def chat_text(

@@ -3,13 +3,12 @@
     the policy's turn ─► parse_calls ─► Toolbox.call ─► texts and Media ─► PromptBuilder.build_turn
 
 A call that cannot be parsed, has wrong arguments, raises or takes too long is answered by one line that says
-so. Nothing that a model writes ends a run.
+so: nothing that a model writes ends a run. Errors of decoding that are not the file's end it, as elsewhere.
 """
 
 import ctypes
 import inspect
 import json
-import math
 import re
 import threading
 from collections.abc import Callable, Sequence
@@ -20,7 +19,11 @@ from typing import Any, NamedTuple
 import numpy
 import torch
 from PIL import Image
-from transformers.utils.chat_template_utils import get_json_schema
+from transformers.utils.chat_template_utils import (
+    DocstringParsingException,
+    TypeHintParsingException,
+    get_json_schema,
+)
 
 from video_r1.data.decoding.decoders import read_media_at
 from video_r1.data.decoding.frame_cache import FrameCache
@@ -29,6 +32,7 @@ from video_r1.data.prompts import Prompt
 from video_r1.data.rollouts import ToolCall
 from video_r1.data.sources.media_types import ClipRef
 from video_r1.errors import ConfigError, MediaError
+from video_r1.files import warn_once
 from video_r1.seeds import derived_seed
 from video_r1.settings.frames import TEMPORAL_PATCH, FrameBudget
 from video_r1.settings.tools import ToolSettings
@@ -61,7 +65,10 @@ def parse_calls(text: str) -> list[Asked]:
     found = []
     for call in _CALL.finditer(text):
         try:
-            found.append(_parsed(call[1]) if call[2] else Asked("", {}, "the call has no </tool_call>"))
+            asked = _parsed(call[1]) if call[2] else Asked("", {}, "the call has no </tool_call>")
+            # No infinity, no half of a character, nothing too deep: it is written to files and prompts.
+            json.dumps(asked, allow_nan=False, ensure_ascii=False).encode()
+            found.append(asked)
         except (ValueError, RecursionError):
             found.append(Asked("", {}, "the call is not valid JSON"))
     return found
@@ -130,7 +137,7 @@ class Toolbox:
             raise ConfigError("tools: two have one name; rename a function")
         try:
             self.schemas = [get_json_schema(function) for function in self.functions.values()]
-        except Exception as error:  # transformers raises several kinds, with the reason in words
+        except (DocstringParsingException, TypeHintParsingException) as error:
             raise ConfigError(f"tools: {error}") from error
         self.frame_cache = frame_cache
         self.reads: dict[tuple[ClipRef, float], Future[Media]] = {}
@@ -155,32 +162,42 @@ class Toolbox:
         return future.result()
 
     def call(self, asked: Asked, prompt: Prompt) -> ToolCall:
-        """Run one call about the clip of `prompt`, the question's."""
+        """Run one call about the clip of `prompt`, the question's. Raises VideoR1Error where the machine, not
+        the call or the file, keeps a look from being decoded.
+        """
         try:
-            if asked.problem:
-                raise Unreadable(asked.problem)
-            function = self.functions.get(asked.name)
-            if function is None:
-                raise Unreadable(f"there is no tool {asked.name!r}; there is {', '.join(self.functions)}")
-            try:
-                given = inspect.signature(function).bind(**asked.arguments)
-            except TypeError as error:
-                raise Unreadable(f"{asked.name}: {error}") from error
-            if function is look:
-                return ToolCall(asked.name, asked.arguments, self._look(prompt, **given.arguments))
+            return ToolCall(asked.name, asked.arguments, self._result(asked, prompt))
+        except Unreadable as error:
+            line = " ".join(str(error).split())[:LONGEST_TEXT]
+            return ToolCall(asked.name, asked.arguments, [f"Error: {line}"], failed=True)
+
+    def _result(self, asked: Asked, prompt: Prompt) -> list[str | Media]:
+        function = self.functions.get(asked.name)
+        if asked.problem or function is None:
+            unknown = f"there is no tool {asked.name!r}; there is {', '.join(self.functions)}"
+            raise Unreadable(asked.problem or unknown)
+        try:
+            given = inspect.signature(function).bind(**asked.arguments)
+        except TypeError as error:
+            raise Unreadable(f"{asked.name}: {error}") from error
+        if function is look:
+            return self._look(prompt, **given.arguments)
+        try:
             result = _within(TOOL_SECONDS, lambda: function(*given.args, **given.kwargs))
             results = result if isinstance(result, (list, tuple)) else [result]
-            return ToolCall(asked.name, asked.arguments, [self._shown(part) for part in results])
-        except Exception as error:  # a tool may raise whatever it likes over what a model writes
-            line = " ".join(str(error).split())[:LONGEST_TEXT] or type(error).__name__
-            return ToolCall(asked.name, asked.arguments, [f"Error: {line}"], failed=True)
+            return [self._shown(part) for part in results]
+        except Unreadable:
+            raise
+        except Exception as error:  # the user's code may raise anything; it tells the model, and the user
+            warn_once(f"tool {asked.name}: raises {type(error).__name__} ({error}); the model is told")
+            raise Unreadable(str(error) or type(error).__name__) from error
 
     def _look(self, prompt: Prompt, start: Any, end: Any, fps: Any = None) -> list[str | Media]:
         if len(prompt.files) != 1 or prompt.files[0].data_type != "video" or not prompt.media:
             raise Unreadable("look: the question is not about one video")
-        numbers = [value for value in (start, end, fps) if value is not None]
-        if not all(isinstance(v, (int, float)) and math.isfinite(v) for v in numbers) or len(numbers) < 2:
-            raise Unreadable("look: start, end and fps are numbers")
+        said = (start, end) if fps is None else (start, end, fps)
+        if any(isinstance(v, bool) or not isinstance(v, (int, float)) or abs(v) > 1e9 for v in said):
+            raise Unreadable("look: start, end and fps are numbers, in seconds and frames a second")
         clip, length = prompt.files[0], prompt.media[0].duration
         end = min(end, length) if start < length else end
         if not 0 <= start < end <= length:
@@ -190,7 +207,7 @@ class Toolbox:
             raise Unreadable(f"look: at most {most} frames at once; lower fps, or leave it out")
         shown = elsewhere(start, end, length) if prompt.order == "elsewhere" else start
         first = length - shown - (end - start) if clip.play == "reversed" else shown
-        first += clip.start or 0.0
+        first = max(0.0, first) + (clip.start or 0.0)
         window = replace(clip, start=first, end=first + end - start)
         try:
             budget = self.budget if fps is None else replace(self.budget, fps=float(fps))
@@ -200,15 +217,18 @@ class Toolbox:
         return [f"{start:g} to {end:g} s:", replace(media, timestamps=media.timestamps + start)]
 
     def _shown(self, result: Any) -> str | Media:
-        if isinstance(result, Media):
-            return result
+        """Return what a user's tool gave, in a form that fits the model. Raises ValueError."""
         if isinstance(result, Image.Image):
             pixels = torch.from_numpy(numpy.array(result.convert("RGB"))).permute(2, 0, 1)[None]
-            height, width = pixels.shape[-2:]
-            size = fitted_size(height, width, self.budget.image_pixels, self.budget.size_multiple)
-            frames = resize(pixels, *size).contiguous()
-            return Media(frames, torch.zeros(1, dtype=torch.float64), 0.0, "image")
-        text = str(result)
+            result = Media(pixels, torch.zeros(1, dtype=torch.float64), 0.0, "image")
+        if isinstance(result, Media):
+            if result.kind == "video" and not result.duration > 0:
+                raise ValueError(f"its clip lasts {result.duration:g} seconds")
+            most = self.budget.frame_pixels if result.kind == "video" else self.budget.image_pixels
+            height, width = result.frames.shape[-2:]
+            size = fitted_size(height, width, most, self.budget.size_multiple)
+            return replace(result, frames=resize(result.frames, *size).contiguous())
+        text = str(result).encode(errors="replace").decode()
         return text if len(text) <= LONGEST_TEXT else text[:LONGEST_TEXT] + " (cut)"
 
 
@@ -231,7 +251,7 @@ def _within(seconds: float, work: Callable[[], Any]) -> Any:
     def run() -> None:
         try:
             future.set_result(work())
-        except BaseException as error:
+        except BaseException as error:  # raised again in the caller's thread
             future.set_exception(error)
 
     thread = threading.Thread(target=run, daemon=True)

@@ -25,7 +25,7 @@ from video_r1.models.loading import (
 from video_r1.processes import process_count
 from video_r1.rollout.endpoint_engine import EndpointEngine
 from video_r1.rollout.engine import MAX_SEQUENCES, RolloutEngine
-from video_r1.rollout.episodes import ToolEngine, tool_tokens
+from video_r1.rollout.episodes import ToolEngine, largest_frames, tool_tokens
 from video_r1.rollout.general import GeneralEngine
 from video_r1.rollout.transformers import TransformersEngine
 from video_r1.rollout.vllm.engine import VLLMEngine, generation_config
@@ -86,13 +86,14 @@ def _engine(settings: DecodingSettings, processor: Any) -> RolloutEngine:
         if settings.trust_remote_code:
             raise ConfigError("engine: vllm runs no code that comes with a checkpoint; use transformers")
         counts = getattr(settings, "frame_counts", [settings.max_frames])
+        budget = settings.frame_budget(size_multiple(processor))
         return VLLMEngine(
             settings.model,
             processor,
             dtype=settings.dtype,
             max_model_len=settings.max_prompt_length + settings.max_new_tokens + tool_tokens(settings),
             settings=VLLMSettings(vllm_gpu_memory_utilization=0.9),
-            frames=replace(settings.frame_budget(size_multiple(processor)), max_frames=max(counts)),
+            frames=largest_frames(replace(budget, max_frames=max(counts)), settings),
         )
     device = settings.device or own_device()
     remote, dtype = settings.trust_remote_code, settings.dtype

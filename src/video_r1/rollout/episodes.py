@@ -25,7 +25,7 @@ from video_r1.models.families import family_names
 from video_r1.rollout.engine import RolloutEngine, SamplingSettings, prompt_seeds, wanted_counts
 from video_r1.rollout.general import GeneralEngine
 from video_r1.seeds import hashed_seed
-from video_r1.settings.frames import Contrast, ContrastUnit
+from video_r1.settings.frames import Contrast, ContrastUnit, FrameBudget
 from video_r1.settings.tools import ToolSettings
 
 THREADS = 8  # that run tools
@@ -36,6 +36,13 @@ NOTICE_TOKENS = 256  # of a turn that says so, at most
 def tool_tokens(settings: ToolSettings, own_tools: bool = False) -> int:
     """Return the most tokens that tools add to an answer."""
     return settings.max_tool_tokens + NOTICE_TOKENS if settings.tools or own_tools else 0
+
+
+def largest_frames(budget: FrameBudget, settings: ToolSettings) -> FrameBudget:
+    """Return the budget of the largest visuals: the overview's or a look's."""
+    frames, pixels = max(budget.max_frames, settings.look_frames), settings.look_pixels or 0
+    largest = replace(budget, max_frames=frames, frame_pixels=max(budget.frame_pixels, pixels))
+    return largest if settings.tools else budget
 
 
 @dataclass(slots=True)
@@ -64,8 +71,8 @@ class Episode:
 class ToolEngine(RolloutEngine):
     """Samples with `engine`, and lets tools answer the calls in a completion.
 
-    builder: of the prompts, with a toolbox. contrast: also build each tool turn
-    with the contrast of its clips, to score completions behind it.
+    builder: of the prompts, with a toolbox. contrast: also build each tool turn with the contrast of its
+    clips, to score completions behind it. Raises ConfigError for a model on the general path.
     """
 
     def __init__(

@@ -11,8 +11,8 @@ are the Trainer's; trainer.py has what this project overrides.
 
 Deviations from the paper and its code:
  1. The temporal reward is α·(p − p̃) if p > p̃. The paper's α wherever p ≥ μ·p̃ is
-    `temporal_rule="threshold"`. Both cancel in groups of right and wrong completions; `weight`, `likelihood`
-    and `tokens` do not.
+    `temporal_rule="threshold"`. Both cancel in groups of right and wrong completions; the rules that begin
+    with `likelihood` do not.
  2. p and p̃ belong to one question. The reference code computes them over the batch (one prompt a device).
  3. Ordered and shuffled completions are sampled alike, without top-p: the sampled distribution is scored.
  4. The shuffled order is never the identity, and the sampling rate of the frames reaches the model.
@@ -67,7 +67,7 @@ from video_r1.rewards.scoring import reward_terms, score_groups
 from video_r1.rewards.temporal import rule_of, warn_of_cancelled_bonus
 from video_r1.rollout.engine import InProcessEngine, RolloutEngine, SamplingSettings, sample_rollouts
 from video_r1.rollout.engine_factory import training_engine
-from video_r1.rollout.episodes import ToolEngine, tool_tokens
+from video_r1.rollout.episodes import ToolEngine, largest_frames, tool_tokens
 from video_r1.settings.base import settings_docs
 from video_r1.settings.frames import TEMPORAL_PATCH
 from video_r1.settings.tools import TrainingToolSettings
@@ -137,9 +137,8 @@ class PolicyBatch:
     old_logprobs: Tensor | None = None  # [N], of the policy that sampled
     ref_logprobs: Tensor | None = None  # [N]
     sampler_weights: Tensor | None = None  # [N], if vLLM sampled
-    vision: list[list[VisualFeatures | None]] | None = (
-        None  # of each question's parts, if the tower is frozen
-    )
+    # of each question's prompt and tool turns, if the vision tower is frozen
+    vision: list[list[VisualFeatures | None]] | None = None
 
     @property
     def prompts(self) -> list[Prompt]:
@@ -270,7 +269,7 @@ class TGRPOTrainer(QuestionTrainer):
             sequences=args.per_device_train_batch_size
             * args.gradient_accumulation_steps
             * (args.num_generations + args.shuffled_generations),
-            frames=self.reader.budget,
+            frames=largest_frames(self.reader.budget, args),
             dtype="bfloat16" if args.bf16 else "auto",
             folder=str(args.output_dir),
         )
