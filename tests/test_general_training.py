@@ -39,7 +39,7 @@ def test_sft_teaches(family: str, checkpoints: dict[str, Path], manifest: Path, 
     config = SFTConfig(**training_arguments(tmp_path, max_steps=12, logging_steps=1, learning_rate=3e-3))
     trainer = SFTTrainer(str(checkpoints[family]), config, load_manifest(manifest)[3:7])
     ends = {"smolvlm": "<end_of_utterance>", "gemma4": "<turn|>"}  # GLM's template writes none
-    _, response = trainer.load(load_manifest(manifest)[0])
+    response = trainer.load(load_manifest(manifest)[0]).response
     assert trainer.builder.tokenizer.decode(response[-1:]) == ends.get(family, "<|im_end|>")
     trainer.train()
     losses = [line["loss"] for line in read_lines(tmp_path / "metrics.jsonl") if "loss" in line]

@@ -51,13 +51,13 @@ def test_batch_equals_single_examples(checkpoint: Path, manifest: Path, tmp_path
     together = trainer.logprobs(model_of(trainer).eval(), examples)
     double = copy.deepcopy(model_of(trainer)).double().eval()
     alone, right = torch.zeros((), dtype=torch.float64), 0
-    for sample, (prompt, response) in zip(load_manifest(manifest), examples, strict=True):
+    for sample, (prompt, response, _) in zip(load_manifest(manifest), examples, strict=True):
         text = trainer.builder.tokenizer.decode(response)
         assert text == f"{sample.process}\n{sample.solution}<|im_end|>"
         logits = plain_logits(double, prompt, response)
         alone = alone + torch.nn.functional.cross_entropy(logits, response, reduction="sum")
         right += int((logits.argmax(-1) == response).sum())
-    assert len(together.logprobs) == sum(len(response) for _, response in examples)
+    assert len(together.logprobs) == sum(len(response) for _, response, _ in examples)
     assert together.likeliest is not None and int(together.likeliest.sum()) == right
     loss = -together.logprobs.sum()
     assert loss.item() == pytest.approx(alone.item(), rel=1e-5)

@@ -64,6 +64,8 @@ class Endpoint:
 class Completion(NamedTuple):
     text: str
     finish_reason: str  # "stop", "length" (cut off), "content_filter" or another word of the endpoint's
+    work: Sequence[Any] = ()  # of an engine with tools: its calls and their results
+    failed_calls: int = 0
 
 
 class ServerFailure(Exception):

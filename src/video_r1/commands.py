@@ -103,7 +103,7 @@ COMMANDS: dict[str, Command] = {
          "annotate train.json --teacher http://host:8000/v1 --out cot.json --samples 4 --choose majority")),
     "sft": Command(
         "supervised cold start on rationales", "training.sft:run_sft", "recipe",
-        (ModelSettings, DataSettings, SFTSettings, PromptSettings), (), _TRAINING,
+        (ModelSettings, DataSettings, SFTSettings, TrainingToolSettings, PromptSettings), (), _TRAINING,
         ("sft lab-sft", "sft qwen3-vl-4b-sft-lora --train_manifest cot.json --media_root /data")),
     "rl": Command(
         "T-GRPO or GRPO", "training.tgrpo:run_rl", "recipe",

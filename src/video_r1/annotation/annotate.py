@@ -173,6 +173,7 @@ def drawing(settings: TeacherSettings, samples: Sequence[Sample]) -> dict[str, A
         "prompt_template": digest(asdict(load_template(settings.prompt_template, settings.subtitles))),
         "engine": "endpoint" if settings.at_endpoint else engine,
         **plain({name: getattr(settings, name) for name in _DRAWN_WITH}),
+        **settings.tool_values(),
     }
 
 
@@ -216,8 +217,10 @@ def _write(settings: AnnotateSettings, samples: Sequence[Sample], journal: "Jour
                 verdict = judge(sample, [Completion(**each) for each in completions], settings)
             if verdict.kept is not None:
                 chosen, text = verdict.judged[verdict.kept], completions[verdict.kept]["text"]
-                row = {
-                    **manifest_row(sample, root),
+                row = manifest_row(sample, root)
+                if work := completions[verdict.kept].get("work"):
+                    row["messages"] = [*sample.messages, *work]
+                row |= {
                     "process": f"<think>{rationale_of(text)}</think>",
                     "annotation": {
                         "answer": chosen.answer,

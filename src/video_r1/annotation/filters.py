@@ -16,7 +16,7 @@ from video_r1.rewards.scoring import above, correctness, format_reward
 from video_r1.settings.decoding import AnnotateSettings
 
 FILTERS = (
-    "cut off", "refusal", "tags", "length", "language", "repetition", "score", "majority",
+    "cut off", "refusal", "tags", "length", "language", "repetition", "tool", "score", "majority",
 )  # in the order in which they are applied  # fmt: skip
 
 MAX_FOREIGN = 0.05  # largest share of letters in a script that neither question nor answer has
@@ -105,6 +105,12 @@ def repetition(rationale: str) -> str | None:
     return None
 
 
+def _tool_fault(completion: Completion) -> str | None:
+    if completion.failed_calls:
+        return f"{completion.failed_calls} of its calls got no answer"
+    return None if completion.work else "it calls no tool"
+
+
 class Judged(NamedTuple):
     """A rationale's outcome."""
 
@@ -163,6 +169,7 @@ def judge_one(sample: Sample, completion: Completion, settings: AnnotateSettings
         "length": None if shortest <= count <= longest else f"its rationale has {count} words",
         "language": language(rationale, (sample.problem, *options, truth)),
         "repetition": repetition(rationale),
+        "tool": _tool_fault(completion) if settings.tools else None,
         "score": None if above(score, settings.threshold) else f"its answer {answer!r} scores {score:.2f}",
     }
     found = ((name, detail) for name, detail in faults.items() if detail)

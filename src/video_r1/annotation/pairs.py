@@ -123,7 +123,9 @@ def reversed_question(sample: Sample) -> Sample:
     """
     extra = {name: value for name, value in sample.extra.items() if name not in _OF_THE_CLIP}
     twin_id = f"{sample.problem_id}{TWIN}"
-    return replace(sample, problem_id=twin_id, play="reversed", process=None, subtitles=None, extra=extra)
+    return replace(
+        sample, problem_id=twin_id, play="reversed", process=None, subtitles=None, extra=extra, work=()
+    )
 
 
 def twin_of(sample: Sample, words: Reversals) -> Sample:

@@ -20,7 +20,7 @@ from video_r1.chat_client import (
     completions_of,
 )
 from video_r1.data.decoding.frame_cache import open_frame_cache
-from video_r1.data.manifests.records import Sample
+from video_r1.data.manifests.records import Sample, work_messages
 from video_r1.data.prompts import TextPrompts
 from video_r1.data.reading import Batch, Reader
 from video_r1.errors import MediaError, PromptError, VideoR1Error
@@ -132,7 +132,13 @@ class EndpointTeacher:
 
 
 def _completed(completions: Iterable[Any]) -> dict[str, Any]:
-    return {"completions": [{"text": c.text, "finish_reason": c.finish_reason} for c in completions]}
+    return {
+        "completions": [
+            {"text": c.text, "finish_reason": c.finish_reason}
+            | ({"work": work_messages(c.work), "failed_calls": c.failed_calls} if c.work else {})
+            for c in completions
+        ]
+    }
 
 
 def _failed(error: MediaError | PromptError) -> dict[str, Any]:

@@ -330,15 +330,19 @@ class PromptBuilder(TextPrompts):
         return Prompt(input_ids, features, media, None if media else nothing, [], like.contrast, like.thinks)
 
     def build_with_response(self, sample: Sample, media: Shown, response: str) -> tuple[Prompt, Tensor]:
-        """Build the ordered prompt, and the response's token ids [L] int64 with the end-of-turn token.
-        Raises PromptError.
-        """
+        """Build the ordered prompt, and the response's token ids (`turn_ids`). Raises PromptError."""
         if not response.strip():
             raise PromptError(f"question {sample.problem_id!r}: its response is empty")
-        self._refuse_special_tokens(response, sample)
+        return self.build(sample, media), self.turn_ids(sample, response)
+
+    def turn_ids(self, sample: Sample, text: str) -> Tensor:
+        """Return the token ids [L] int64 of a turn of the assistant, with the end-of-turn token. Raises
+        PromptError.
+        """
+        self._refuse_special_tokens(text, sample)
         with _TOKENIZING:
-            ids = self.tokenizer(response, add_special_tokens=False)["input_ids"]
-        return self.build(sample, media), torch.tensor([*ids, self.end_token_id])
+            ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
+        return torch.tensor([*ids, self.end_token_id])
 
     def visual_tokens(self, input_ids: Tensor) -> int:
         """Count the image and video placeholders in `input_ids`."""

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from video_r1.data.decoding.media import Media
-from video_r1.data.manifests.records import Sample
+from video_r1.data.manifests.records import Sample, Work
 from video_r1.data.prompts import Prompt
 
 
@@ -54,6 +54,22 @@ class Rollout:
     @property
     def calls(self) -> list[ToolCall]:
         return [call for turn in self.turns for call in turn.calls]
+
+    @property
+    def failed_calls(self) -> int:
+        return sum(call.failed for call in self.calls)
+
+    @property
+    def work(self) -> tuple[Work, ...]:
+        """The turns with calls, as a manifest row has them."""
+        return tuple(
+            Work(
+                turn.text.partition("<tool_call>")[0].strip(),
+                tuple((call.name, call.arguments) for call in turn.calls),
+                tuple(" ".join(part for part in call.result if isinstance(part, str)) for call in turn.calls),
+            )
+            for turn in self.turns
+        )
 
     @property
     def transcript(self) -> str:

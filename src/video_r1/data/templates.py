@@ -191,6 +191,18 @@ def turn_text(processor: Any, results: Sequence[list[dict[str, Any]]], thinks: b
     return whole.removeprefix(before)
 
 
+def calls_text(processor: Any, calls: Sequence[tuple[str, Mapping[str, Any]]]) -> str:
+    """Render the calls (name, arguments) at the end of a policy's turn, in the form that its family has."""
+    said = [{"name": name, "arguments": dict(arguments)} for name, arguments in calls]
+    if not _knows_tools(processor):
+        return "".join(f"\n<tool_call>\n{json.dumps(call)}\n</tool_call>" for call in said)
+    asked = {"role": "user", "content": [{"type": "text", "text": "question"}]}
+    turn = {"role": "assistant", "content": [{"type": "text", "text": "before"}]}
+    turn["tool_calls"] = [{"type": "function", "function": call} for call in said]
+    end = processor.tokenizer.convert_ids_to_tokens(end_token_id(processor))
+    return chat_text(processor, [asked, turn]).rpartition(end)[0].partition("before")[2]
+
+
 def chat_text(
     processor: Any, messages: list[dict[str, Any]], add_generation_prompt: bool = False, **variables: Any
 ) -> str:

@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 import numpy
 import torch
 from PIL import Image
+from torch import Tensor
 from transformers.utils.chat_template_utils import (
     DocstringParsingException,
     TypeHintParsingException,
@@ -28,10 +29,12 @@ from transformers.utils.chat_template_utils import (
 from video_r1.data.decoding.decoders import read_media_at
 from video_r1.data.decoding.frame_cache import FrameCache
 from video_r1.data.decoding.media import Media, fitted_size, resize
-from video_r1.data.prompts import Prompt
+from video_r1.data.manifests.records import Sample
+from video_r1.data.prompts import Prompt, PromptBuilder
 from video_r1.data.rollouts import ToolCall
 from video_r1.data.sources.media_types import ClipRef
-from video_r1.errors import ConfigError, MediaError
+from video_r1.data.templates import calls_text
+from video_r1.errors import ConfigError, MediaError, PromptError
 from video_r1.files import warn_once
 from video_r1.seeds import derived_seed
 from video_r1.settings.frames import TEMPORAL_PATCH, FrameBudget
@@ -230,6 +233,47 @@ class Toolbox:
             return replace(result, frames=resize(result.frames, *size).contiguous())
         text = str(result).encode(errors="replace").decode()
         return text if len(text) <= LONGEST_TEXT else text[:LONGEST_TEXT] + " (cut)"
+
+
+def worked_pieces(builder: PromptBuilder, sample: Sample, prompt: Prompt) -> list[Tensor | Prompt]:
+    """Return the turns of a row's `work`: token ids of the assistant, then the answers of tools.
+
+    `look` is called; the results of other tools are those of the row. Raises PromptError.
+    """
+    toolbox: Toolbox | None = builder.toolbox
+    if sample.work and toolbox is None:
+        raise PromptError(f"question {sample.problem_id!r}: its messages call tools; set --tools look")
+    pieces: list[Tensor | Prompt] = []
+    for text, calls, texts in sample.work:
+        results: list[list[str | Media]] = [[text] for text in texts]
+        for place, (name, arguments) in enumerate(calls):
+            if name == look.__name__ and toolbox is not None:
+                answered = toolbox.call(Asked(name, dict(arguments)), prompt)
+                if answered.failed:
+                    raise PromptError(f"question {sample.problem_id!r}: {answered.result[0]}")
+                results[place] = list(answered.result)
+        said = builder.turn_ids(sample, text + calls_text(builder.processor, calls))
+        pieces += [said, builder.build_turn(results, prompt)]
+    if toolbox is not None:
+        toolbox.forget()
+        returned = sum(len(piece.input_ids) for piece in pieces if isinstance(piece, Prompt))
+        if returned > toolbox.settings.max_tool_tokens:
+            limit = toolbox.settings.max_tool_tokens
+            raise PromptError(
+                f"question {sample.problem_id!r}: its tools return {returned} tokens; the limit "
+                f"(max_tool_tokens) is {limit}"
+            )
+    return pieces
+
+
+def overview(clip: Media, bounds: Sequence[int], generator: torch.Generator) -> Media:
+    """Return some of a video's frames, from its first to its last; their number is drawn from `bounds`."""
+    fewest, most = (min(bound, len(clip.frames)) // TEMPORAL_PATCH for bound in bounds)
+    if clip.kind != "video" or fewest < 1:
+        return clip
+    count = TEMPORAL_PATCH * int(torch.randint(fewest, most + 1, (), generator=generator))
+    kept = torch.linspace(0, len(clip.frames) - 1, count).round().long()
+    return replace(clip, frames=clip.frames[kept], timestamps=clip.timestamps[kept])
 
 
 def elsewhere(start: float, end: float, length: float) -> float:

@@ -13,7 +13,7 @@ import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence, Set
 from contextlib import closing
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar, Generic, NamedTuple, TypeVar, get_args
 
@@ -32,11 +32,9 @@ from video_r1.rollout.engine import RolloutEngine, SamplingSettings
 from video_r1.seeds import derived_seed
 from video_r1.settings.decoding import Answer, AuditSettings, DecodingSettings, EvalSettings
 from video_r1.settings.frames import FrameBudget, Order
-from video_r1.settings.tools import ToolSettings
 
 # Fields that decide a prompt's pixels, without the frame count: each has its own file.
 _BUDGET_FIELDS = ("fps", "min_frames", "frame_pixels", "image_pixels", "size_multiple")
-_TOOL_FIELDS = tuple(field.name for field in fields(ToolSettings))
 _BATCHES_AHEAD = 3  # batches whose media are decoded while the engine is busy
 DIRECT_TOKENS = 128  # longest direct answer
 
@@ -140,7 +138,7 @@ def asked_with(
         "budget": sizes | ({"least_pixels": budget.least_pixels} if budget.least_pixels else {}),
         "questions": digest(questions),
         "prompts": digest([question_text(sample) for sample in samples]),
-        **({name: getattr(settings, name) for name in _TOOL_FIELDS} if settings.tools else {}),
+        **settings.tool_values(),
         "model": settings.model,
     }
 

@@ -219,8 +219,8 @@ class TeacherSettings(DecodingSettings, ManifestSettings):
             yield "teacher", f"is {self.teacher!r}; several endpoints are addresses with http://, each"
         if self.engine != "transformers" and self.at_endpoint:
             yield "engine", "is set while the teacher is an endpoint, which has its own; leave it out"
-        if self.tools:
-            yield "tools", "is set, but manifests have no tool turns yet: leave it out"
+        if self.tools and self.at_endpoint:
+            yield "tools", "is set for a chat endpoint, which gets no tools yet; name a checkpoint"
         if self.model is not None and not self.at_endpoint:
             yield "model", "is set while the teacher is no endpoint; name the checkpoint with --teacher"
 

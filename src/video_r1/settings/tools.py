@@ -1,8 +1,8 @@
 """Settings of tools that a model may call while it answers."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, fields
+from typing import Any, Literal
 
 from video_r1.settings.base import Problem, Settings, setting
 
@@ -21,6 +21,10 @@ class ToolSettings(Settings):
     max_tool_tokens: int = setting(
         8192, "tokens that tools may return to one answer, visual ones included; then it has to end", above=0
     )
+
+    def tool_values(self) -> dict[str, Any]:
+        """Return the values that answers depend on; {} without tools."""
+        return {f.name: getattr(self, f.name) for f in fields(ToolSettings)} if self.tools else {}
 
 
 @dataclass(kw_only=True)

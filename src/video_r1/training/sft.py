@@ -1,40 +1,51 @@
 """The SFT cold start: next-token loss on rationales, images and videos mixed in a batch.
 
-    manifest ─► QuestionSource ─► (Prompt, response) ─► group_logprobs ─► −log p of the response's tokens
+    manifest ─► QuestionSource ─► Example ─► group_logprobs ─► −log p of the assistant's tokens
                  (background)
 
-A question with its response is a group of one completion (see models/group_forward.py).
+A question with its response is a group of one completion (see models/group_forward.py). Of a row whose
+`messages` call tools, the calls and the answer are learnt; what the tools return is read.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, cast
+from typing import Any, ClassVar, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
 
-from video_r1.data.decoding.media import Shown
+from video_r1.data.decoding.media import Shown, clips_of
 from video_r1.data.manifests.records import Sample
 from video_r1.data.prompts import Prompt, response_text
+from video_r1.data.reading import derived_generator
+from video_r1.data.tools import overview, worked_pieces
 from video_r1.errors import ConfigError, PromptError
 from video_r1.evaluation.validation import held_out
 from video_r1.models.group_forward import GroupLogprobs, group_logprobs
 from video_r1.processes import gather, process_count
 from video_r1.recipe import Recipe
 from video_r1.settings.base import settings_docs
+from video_r1.settings.tools import TrainingToolSettings
 from video_r1.settings.training import SFTSettings
 from video_r1.training.questions import Ready
 from video_r1.training.runs import RunArguments, run_recipe
 from video_r1.training.trainer import QuestionTrainer
 
-Example = tuple[Prompt, Tensor]
-"""A prompt and the token ids [L] of its response, the end-of-turn token included."""
+
+class Example(NamedTuple):
+    """A prompt and its response, [L] int64: the assistant's tokens of all turns, each with its end-of-turn
+    token. pieces: the response with the answers of tools between its turns.
+    """
+
+    prompt: Prompt
+    response: Tensor
+    pieces: list[Tensor | Prompt]
 
 
 @settings_docs
 @dataclass
-class SFTConfig(SFTSettings, RunArguments):
+class SFTConfig(SFTSettings, TrainingToolSettings, RunArguments):
     """All settings of an SFT run, including every field of `TrainingArguments`. Raises ConfigError."""
 
 
@@ -54,13 +65,18 @@ class SFTTrainer(QuestionTrainer):
 
     def example(self, sample: Sample, media: Shown) -> Example:
         """Raises PromptError."""
-        prompt, response = self.builder.build_with_response(sample, media, response_text(sample))
+        if bounds := self.settings.overview_frames:
+            drawn = derived_generator(self.settings.seed, "overview", sample.problem_id)
+            media = tuple(overview(clip, bounds, drawn) for clip in clips_of(media))
+        prompt, answer = self.builder.build_with_response(sample, media, response_text(sample))
+        pieces = [*worked_pieces(self.builder, sample, prompt), answer]
+        response = torch.cat([piece for piece in pieces if isinstance(piece, Tensor)])
         if len(response) > self.settings.max_response_length:
             raise PromptError(
                 f"question {sample.problem_id!r}: its response has {len(response)} tokens; the limit "
                 f"(max_response_length) is {self.settings.max_response_length}"
             )
-        return prompt, response
+        return Example(prompt, response, pieces)
 
     def build(self, sample: Sample, loaded: Example, generator: torch.Generator) -> Example:
         return loaded
@@ -68,7 +84,7 @@ class SFTTrainer(QuestionTrainer):
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: Any) -> tuple[list, Any]:
         pending, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
         ready = [self.ready(batch["pending"]) for batch in pending]
-        tokens = sum(len(entry.content[1]) for part in ready for entry in part)
+        tokens = sum(len(entry.content.response) for part in ready for entry in part)
         # Gradients are averaged over ranks, hence the division.
         return [{"batch": part} for part in ready], sum(gather(tokens)) / process_count()
 
@@ -86,9 +102,15 @@ class SFTTrainer(QuestionTrainer):
         return (loss, {}) if return_outputs else loss
 
     def logprobs(self, model: nn.Module, examples: Sequence[Example]) -> GroupLogprobs:
-        prompts, responses = [prompt for prompt, _ in examples], [[response] for _, response in examples]
+        prompts, responses, pieces = zip(*examples, strict=True)
         with self.accelerator.autocast():
-            return group_logprobs(model, prompts, responses, with_likeliest=True)
+            return group_logprobs(
+                model,
+                prompts,
+                [[one] for one in responses],
+                with_likeliest=True,
+                pieces=[[p] for p in pieces],
+            )
 
     def validate(self, samples: Sequence[Sample]) -> dict[str, float]:
         """Measure `loss` (nats per response token) and `token_accuracy`; count `questions` and `skipped`."""

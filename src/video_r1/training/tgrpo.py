@@ -31,7 +31,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple, cast
@@ -42,12 +42,11 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from transformers import PreTrainedModel, ProcessorMixin, TrainerCallback
 
-from video_r1.data.decoding.media import Media
 from video_r1.data.manifests.records import Sample
 from video_r1.data.prompts import Prompt
 from video_r1.data.reading import Clips, Question, build_question
 from video_r1.data.rollouts import Rollout, RolloutGroup
-from video_r1.data.tools import Toolbox
+from video_r1.data.tools import overview
 from video_r1.errors import ConfigError
 from video_r1.evaluation.validation import temporal_accuracy
 from video_r1.files import append_line, tolerated, warn_once
@@ -69,7 +68,6 @@ from video_r1.rollout.engine import InProcessEngine, RolloutEngine, SamplingSett
 from video_r1.rollout.engine_factory import training_engine
 from video_r1.rollout.episodes import ToolEngine, largest_frames, tool_tokens
 from video_r1.settings.base import settings_docs
-from video_r1.settings.frames import TEMPORAL_PATCH
 from video_r1.settings.tools import TrainingToolSettings
 from video_r1.settings.training import TGRPOSettings
 from video_r1.settings.vllm import VLLMSettings
@@ -253,7 +251,7 @@ class TGRPOTrainer(QuestionTrainer):
             callbacks.append(TaskMoments())
         super().__init__(
             model, args, train_dataset, eval_dataset, processing_class, peft_config, callbacks, recipe,
-            optimizers,
+            optimizers, tools,
         )  # fmt: skip
         self.add_callback(StartChecks(self.check_start))
         policy = cast(PreTrainedModel, self.model)
@@ -273,9 +271,8 @@ class TGRPOTrainer(QuestionTrainer):
             dtype="bfloat16" if args.bf16 else "auto",
             folder=str(args.output_dir),
         )
-        if args.tools or tools:
+        if self.builder.toolbox is not None:
             scored = args.temporal_contrast if self.rule.contrast == "scored" else None
-            self.builder.toolbox = Toolbox(args, self.reader.budget, tools or (), self.reader.frame_cache)
             self.engine = ToolEngine(self.engine, self.builder, scored, args.contrast_unit)
         self.judge: Judge | None = None
         if args.judge_endpoint is not None:
@@ -568,16 +565,6 @@ class TGRPOTrainer(QuestionTrainer):
         super().log(logs, start_time)
         if self.settings.use_vllm and not self.settings.async_rollouts:  # which samples with older weights
             warn_of_difference(self.state.log_history[-1].get("sampler/logprob_difference", 0.0))
-
-
-def overview(clip: Media, bounds: Sequence[int], generator: torch.Generator) -> Media:
-    """Return some of a video's frames, from its first to its last; their number is drawn from `bounds`."""
-    fewest, most = (min(bound, len(clip.frames)) // TEMPORAL_PATCH for bound in bounds)
-    if clip.kind != "video" or fewest < 1:
-        return clip
-    count = TEMPORAL_PATCH * int(torch.randint(fewest, most + 1, (), generator=generator))
-    kept = torch.linspace(0, len(clip.frames) - 1, count).round().long()
-    return replace(clip, frames=clip.frames[kept], timestamps=clip.timestamps[kept])
 
 
 def credit(

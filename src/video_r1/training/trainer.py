@@ -33,6 +33,7 @@ from video_r1.data.decoding.frame_cache import open_frame_cache
 from video_r1.data.manifests.records import Sample
 from video_r1.data.prompts import PromptBuilder
 from video_r1.data.reading import Reader
+from video_r1.data.tools import Toolbox
 from video_r1.errors import ConfigError, VideoR1Error
 from video_r1.files import follow_umask, is_finished
 from video_r1.models.loading import load_model, size_multiple
@@ -93,6 +94,7 @@ class QuestionTrainer(Trainer, ABC):
         callbacks: list[TrainerCallback] | None = None,
         recipe: Recipe | None = None,
         optimizers: tuple[Any, Any] = (None, None),
+        tools: Sequence[Callable[..., Any]] | None = None,
     ) -> None:
         args = self.default_settings() if args is None else args
         check_trackers(args.report_to)
@@ -115,6 +117,8 @@ class QuestionTrainer(Trainer, ABC):
             open_frame_cache(args.frame_cache, args.frame_cache_gb),
             args.media_threads,
         )
+        if args.tools or tools:
+            self.builder.toolbox = Toolbox(args, self.reader.budget, tools or (), self.reader.frame_cache)
         self.meter = Meter()
         self.guard = UpdateGuard(self.folder, args.max_skipped_updates)
         self.source: QuestionSource[Any, Any] | None = None

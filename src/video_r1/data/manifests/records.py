@@ -70,6 +70,14 @@ _PROCESS = re.compile(r"\s*<think>.*?</think>\s*", re.DOTALL)
 _NO_EXTRA: Mapping[str, Any] = {}
 
 
+class Work(NamedTuple):
+    """An assistant's turn that calls tools, before its answer: what SFT teaches."""
+
+    text: str  # before the calls
+    calls: tuple[tuple[str, Mapping[str, Any]], ...]  # names and arguments
+    results: tuple[str, ...]  # texts that came back; those of `look` are not used
+
+
 @dataclass(frozen=True, slots=True)
 class Sample:
     """Question about an image or video, or several of one kind: a row that passed every check.
@@ -95,6 +103,7 @@ class Sample:
     messages: tuple[Mapping[str, str], ...] = ()  # the chat as {"role", "content"}, instead of the template
     more_paths: tuple[str, ...] = ()  # the other files of a question about several, in order
     play: Play = "forward"  # reversed: the clip is shown backwards
+    work: tuple[Work, ...] = ()  # messages behind the user's: calls of tools and their results
 
     @property
     def answer(self) -> str:
@@ -134,8 +143,20 @@ def manifest_row(sample: Sample, media_root: str) -> dict[str, Any]:
         for name in FIELDS
         if getattr(sample, name) not in (None, (), "", "forward")
     }
+    if sample.work:
+        row["messages"] = [*sample.messages, *work_messages(sample.work)]
     paths = [path_below(media_root, path) for path in sample.paths]
     return {**row, "path": paths if len(paths) > 1 else paths[0], **sample.extra}
+
+
+def work_messages(work: Sequence[Work]) -> list[dict[str, Any]]:
+    """Return turns with calls and their results as messages of a manifest row, in OpenAI's form."""
+    messages: list[dict[str, Any]] = []
+    for text, calls, results in work:
+        said = [{"type": "function", "function": {"name": name, "arguments": a}} for name, a in calls]
+        messages.append({"role": "assistant", "content": text, "tool_calls": said})
+        messages += [{"role": "tool", "content": result} for result in results]
+    return messages
 
 
 def question_digest(problem: str, options: Sequence[str], answer: str, paths: Sequence[str]) -> str:
@@ -287,17 +308,47 @@ def _is_time(value: Any) -> bool:
     return _is_number(value) and 0 <= value < 1e9  # false for NaN as well
 
 
+def _read_chat(value: Any) -> tuple[tuple[Mapping[str, str], ...], tuple[Work, ...]]:
+    """Split messages into the chat up to the last user's and the work behind it. Raises ValueError."""
+    if not isinstance(value, (list, tuple)) or not all(isinstance(turn, dict) for turn in value):
+        raise ValueError
+    last = max((place for place, turn in enumerate(value) if turn.get("role") == "user"), default=-1)
+    turns = [(turn.get("role"), turn.get("content"), turn.get("tool_calls")) for turn in value]
+    for role, content, calls in turns[: last + 1]:
+        if role not in ("system", "user", "assistant") or not isinstance(content, str) or calls:
+            raise ValueError
+    chat = tuple({"role": role, "content": content} for role, content, _ in turns[: last + 1])
+    work, waiting = [], iter(turns[last + 1 :])
+    for role, content, calls in waiting:
+        if role != "assistant" or not isinstance(calls, (list, tuple)) or not calls:
+            raise ValueError
+        answers = [next(waiting, (None, None, None)) for _ in calls]
+        texts = [text if text is not None else "" for text in (content, *(a[1] for a in answers))]
+        if {a[0] for a in answers} != {"tool"} or not all(isinstance(text, str) for text in texts):
+            raise ValueError
+        work.append(Work(texts[0], tuple(map(_read_call, calls)), tuple(texts[1:])))
+    return chat, tuple(work)
+
+
+def _read_call(call: Any) -> tuple[str, Mapping[str, Any]]:
+    """Return name and arguments of a call in the form of OpenAI or of transformers. Raises ValueError."""
+    call = call.get("function", call) if isinstance(call, dict) else {}
+    name, arguments = call.get("name"), call.get("arguments") or {}
+    arguments = json.loads(arguments) if isinstance(arguments, str) else arguments
+    if not isinstance(name, str) or not isinstance(arguments, dict):
+        raise ValueError
+    return name, arguments
+
+
 def _is_chat(value: Any) -> bool:
-    return isinstance(value, (list, tuple)) and all(
-        isinstance(turn, dict)
-        and turn.get("role") in ("system", "user", "assistant")
-        and isinstance(turn.get("content"), str)
-        and (turn["role"] == "user" or turn is not value[-1])
-        for turn in value
-    )
+    try:
+        return bool(_read_chat(value))
+    except ValueError:
+        return False
 
 
 _CHAT = '{"role": "system" | "user" | "assistant", "content": a text}'
+_WORK = 'the assistant\'s with "tool_calls", each followed by a {"role": "tool"} for each call'
 _FIELDS: dict[str, tuple[Callable[[Any], object], str]] = {
     "problem_id": (
         lambda value: isinstance(value, (int, str)) and value != "" and not isinstance(value, bool),
@@ -330,7 +381,7 @@ _FIELDS: dict[str, tuple[Callable[[Any], object], str]] = {
     "end": (_is_time, "it must be a time in seconds from the beginning"),
     "subtitles": (lambda value: isinstance(value, str), "it must be a string"),
     "play": (lambda value: value in ("forward", "reversed"), "it must be forward or reversed"),
-    "messages": (_is_chat, f"it must be a list of {_CHAT}, the last one the user's"),
+    "messages": (_is_chat, f"it must be a list of {_CHAT} that ends with the user's; behind it only {_WORK}"),
 }
 """For each field with a meaning here: the test of its value, and what the value must be."""
 FIELDS = tuple(_FIELDS)
@@ -355,7 +406,9 @@ def check_row(row: Any, places: MediaPaths, min_options: int) -> tuple[Sample | 
     if found:
         return None, found
     data_type, problem_type = sys.intern(given["data_type"]), sys.intern(given["problem_type"])
-    options, messages = tuple(given.get("options", ())), given.get("messages", ())
+    options, (messages, work) = tuple(given.get("options", ())), _read_chat(given.get("messages", ()))
+    if not given.get("problem") and not messages:
+        return None, ["problem is missing"]
     problem = given.get("problem") or messages[-1]["content"]
     solution = given["solution"]
     answer = cast("re.Match", _SOLUTION.fullmatch(solution))[1]
@@ -417,8 +470,7 @@ def check_row(row: Any, places: MediaPaths, min_options: int) -> tuple[Sample | 
         given["problem_id"], problem, cast("DataType", data_type), cast("ProblemType", problem_type),
         solution, paths[0], options, given.get("process") or None, sys.intern(given.get("data_source", "")),
         start, end, extra or _NO_EXTRA, given.get("subtitles", "").strip() or None,
-        tuple({"role": turn["role"], "content": turn["content"]} for turn in messages), tuple(paths[1:]),
-        given.get("play", "forward"),
+        messages, tuple(paths[1:]), given.get("play", "forward"), work,
     )  # fmt: skip
     return sample, []
 
