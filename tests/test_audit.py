@@ -17,7 +17,7 @@ from video_r1.errors import RequestError, VideoR1Error
 from video_r1.evaluation import audit
 from video_r1.evaluation.audit import VIEWS, audit_figures, audit_sentences, pass_rates_of, run_audit
 from video_r1.settings.decoding import AuditSettings
-from video_r1.settings.frames import Order
+from video_r1.settings.frames import LOOK_CONTROLS, Order
 
 SIZES: dict[str, Any] = {"frame_pixels": 56 * 56, "image_pixels": 56 * 56, "media_seconds": 0.0}
 # Of each question's four answers, how many are right: blind, from one frame, shuffled and in order.
@@ -232,7 +232,7 @@ def test_an_endpoint_is_asked_once_for_all_answers(data: Path, capsys: pytest.Ca
 
 
 def test_figures_without_videos_and_with_an_unusual_contrast() -> None:
-    assert set(VIEWS) == set(get_args(Order)) - {"elsewhere"}
+    assert set(VIEWS) == set(get_args(Order)) - {*LOOK_CONTROLS}
     image = Sample(1, "?", "image", "OCR", "<answer>x</answer>", "/x.png")
     summary: dict[str, Any] = {"contrast": "frozen", "samples": 2, "no_answer": 0.0, "cut_off": 0.1}
     summary |= audit_figures([(image, {"blind": 0.5, "ordered": 1.0})], "frozen")

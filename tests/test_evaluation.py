@@ -25,7 +25,7 @@ from video_r1.evaluation.metrics import OVERLAP_SHARES, share_figure
 from video_r1.evaluation.summary import summary_table
 from video_r1.rollout.transformers import TransformersEngine
 from video_r1.settings.decoding import EvalSettings
-from video_r1.settings.frames import FrameBudget, Order
+from video_r1.settings.frames import LOOK_CONTROLS, FrameBudget, Order
 
 BUDGET = FrameBudget(fps=8.0, frame_pixels=56 * 56, image_pixels=56 * 56)
 BOTH = ["ordered", "shuffled"]
@@ -112,7 +112,7 @@ def test_both_orders_of_clips_and_images(builder: PromptBuilder, media: Path, tm
 def test_every_contrast_beside_the_ordered_clip(builder: PromptBuilder, media: Path, tmp_path: Path) -> None:
     """Each is asked of videos alone, under its name; answers to the shuffled clip are what they were."""
     samples = [sample(1, media), sample(3, media, "image.png")]
-    orders = [order for order in get_args(Order) if order != "elsewhere"]
+    orders = [order for order in get_args(Order) if order not in LOOK_CONTROLS]
     figures = evaluate(
         samples, scripted(), builder, folder=tmp_path / "all", frames=[8], order=orders
     )["frames"]["8"]  # fmt: skip

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -459,6 +460,20 @@ def test_the_look_gap(clip: Path, tmp_path: Path) -> None:
     lines = [json.loads(line) for line in (tmp_path / "predictions-16.jsonl").read_text().splitlines()]
     assert {line["order"]: line["score"] for line in lines} == {"ordered": 1.0, "elsewhere": 0.0}
     assert lines[0]["calls"] == 1 and "[look(start=1, end=3): 1 to 3 s: 4 frames]" in lines[0]["transcript"]
+    control = replace(
+        settings, order=["ordered", "no-look"], max_looks=1, frame_pixels=budget_of("qwen2_5_vl").frame_pixels
+    )
+    whole = PromptBuilder(builder.processor)
+    whole.toolbox = box
+    figures = evaluate([sample], engine, whole, budget_of("qwen2_5_vl"), control, tmp_path / "control")[
+        "frames"
+    ]["16"]
+    assert figures["no_look_gap"]["gap"] == 1.0 and figures["no-look"]["questions"] == 1
+    (line,) = [
+        json.loads(line)
+        for line in (tmp_path / "control/no-look/predictions-20.jsonl").read_text().splitlines()
+    ]
+    assert line["order"] == "no-look" and line["frames"] == 20 and "calls" not in line
     with pytest.raises(ConfigError, match="order names elsewhere, which is about looks; add --tools look"):
         EvalSettings(model="m", manifest="x.json", order=["ordered", "elsewhere"])
 

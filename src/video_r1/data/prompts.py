@@ -41,7 +41,7 @@ from video_r1.data.templates import (
     turn_text,
 )
 from video_r1.errors import PromptError
-from video_r1.settings.frames import TEMPORAL_PATCH, Contrast, ContrastUnit, Order
+from video_r1.settings.frames import LOOK_CONTROLS, TEMPORAL_PATCH, Contrast, ContrastUnit, Order
 
 TOKEN_FEATURES = ("mm_token_type_ids", "token_type_ids")  # features with one value per token
 # Fast tokenizers keep settings (padding, truncation) that a call may change: a call in another thread then
@@ -91,7 +91,7 @@ class Prompt:
 
     @property
     def order(self) -> Order:
-        own = self.permutation is None and self.contrast != "elsewhere"
+        own = self.permutation is None and self.contrast not in LOOK_CONTROLS
         return "ordered" if own else self.contrast
 
     @property
@@ -145,6 +145,11 @@ class TextPrompts:
 
     def __init__(self, template: str | Path | None = None, subtitles: bool = False) -> None:
         self.template = load_template(template, subtitles)
+
+    def without_tools(self) -> Self:
+        other = copy(self)
+        other.toolbox = None
+        return other
 
     def with_template(self, template: Template) -> Self:
         other = copy(self)

@@ -4,7 +4,7 @@ questions ─► question_loop.py ─► score_output ─► predictions-<frames
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
@@ -14,7 +14,7 @@ from video_r1.data.prompts import Prompt, TextPrompts
 from video_r1.data.rollouts import Rollout
 from video_r1.evaluation import paper
 from video_r1.evaluation.metrics import mean_relative_accuracy
-from video_r1.evaluation.question_loop import Answers, QuestionLoop, asked_with
+from video_r1.evaluation.question_loop import Answers, Key, QuestionLoop, asked_with
 from video_r1.evaluation.summary import NEEDED, check_pairs, summarise
 from video_r1.files import replace_json
 from video_r1.processes import decided_by_first
@@ -47,12 +47,22 @@ def evaluate(
         check_pairs(sample.problem_id, sample.extra.get("pairs", {}))
     sampling = SamplingSettings.of(settings)
     made_with = asked_with(samples, prompt_builder, budget, settings, sampling)
+    orders = [order for order in settings.order if order != "no-look"]
     loop = _Evaluation(
         samples, engine, prompt_builder, budget, settings, folder, sampling,
-        settings.order, settings.frame_counts, settings.answer,
+        orders, settings.frame_counts, settings.answer,
     )  # fmt: skip
     loop.run(made_with)
-    return decided_by_first(lambda: loop.summary(made_with))
+    control = None
+    if "no-look" in settings.order:
+        builder, plain = prompt_builder.without_tools(), replace(settings, tools=None, order=["ordered"])
+        control = replace(
+            loop, engine=getattr(engine, "engine", engine), prompt_builder=builder, settings=plain,
+            folder=folder / "no-look", orders=["no-look"],
+            counts=[settings.frames_without_looks(count) for count in settings.frame_counts],
+        )  # fmt: skip
+        control.run(asked_with(samples, builder, budget, plain, sampling))
+    return decided_by_first(lambda: loop.summary(made_with, control))
 
 
 @dataclass(frozen=True)
@@ -89,24 +99,31 @@ class _Evaluation(QuestionLoop):
             **({"pairs": sample.extra["pairs"]} if "pairs" in sample.extra else {}),
         }
 
-    def summary(self, made_with: Mapping[str, Any]) -> dict[str, Any]:
-        """On rank 0: merge the files of all ranks and write the summary."""
-        merged = self.merge()
+    def summary(self, made_with: Mapping[str, Any], control: "_Evaluation | None" = None) -> dict[str, Any]:
+        """On rank 0: merge the files of all ranks and write the summary. control: the questions without tools
+        (no-look), with more frames for each of `counts`.
+        """
+        merged, wanted = self.merge(), self.keys(self.samples)
+        if control is not None:
+            found = control.merge()
+            for own, other in zip(self.counts, control.counts, strict=True):
+                for way in self.ways:
+                    merged[own, way] |= found[other, way]
+            wanted += control.keys(self.samples)
         summary = {
             "questions": len(self.samples),
             "answer": list(self.ways),
             "settings": made_with,
             "frames": {
-                str(count): self.figures({way: merged[count, way] for way in self.ways})
+                str(count): self.figures({way: merged[count, way] for way in self.ways}, wanted)
                 for count in self.counts
             },
         }
         replace_json(self.folder / "summary.json", summary)
         return summary
 
-    def figures(self, answered: Mapping[Answer, Answers]) -> dict[str, Any]:
-        """Return the figures over all samples and the orders of this run, whichever run answered them."""
-        wanted = self.keys(self.samples)
+    def figures(self, answered: Mapping[Answer, Answers], wanted: Sequence[Key]) -> dict[str, Any]:
+        """Return the figures over the wanted answers, whichever run gave them."""
         clips = {sample.problem_id: {"clip": sample.files} for sample in self.samples}
         records = {
             way: [found[key] | clips[key[0]] for key in wanted if key in found]

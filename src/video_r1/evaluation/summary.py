@@ -17,6 +17,7 @@ from video_r1.evaluation.metrics import (
 )
 from video_r1.settings.frames import Order
 
+LOOK_GAPS = {"look_gap": "elsewhere", "no_look_gap": "no-look"}
 ORDERS = ("ordered", "shuffled")  # the two columns of tables
 COLLAPSED = 0.9  # share of the outputs with one answer, of at least FEWEST
 FEWEST = 20
@@ -39,7 +40,7 @@ def summarise(records: Sequence[Record], direct: Sequence[Record] = ()) -> dict[
                       "unparsable_rate", "truncated_rate", "warning" if nearly all outputs are one answer},
          "shuffled": the same, over the videos,
          "temporal_gap": {"gap", "interval95", "questions", "ordered", "shuffled"},
-         "look_gap": as temporal_gap, for `elsewhere`,
+         "look_gap", "no_look_gap": as temporal_gap, for `elsewhere` and `no-look`,
          "temporal_gaps": {name: {"gap", "interval95", "questions", "ordered", name}},
          "by_modality": {name: {"ordered", "shuffled", "temporal_gap"}},
          "by_type": …, "by_source": …, "by_task": …, "by_pairs": …,
@@ -147,8 +148,9 @@ def _figures(records: Iterable[Record], direct: Iterable[Record]) -> dict[str, A
             gaps[contrast] = gap
     if "shuffled" in gaps:
         figures["temporal_gap"] = gaps.pop("shuffled")
-    if "elsewhere" in gaps:
-        figures["look_gap"] = gaps.pop("elsewhere")
+    for name, control in LOOK_GAPS.items():
+        if control in gaps:
+            figures[name] = gaps.pop(control)
     if gaps:
         figures["temporal_gaps"] = gaps
     gains: dict[str, Any] = {}
@@ -233,6 +235,9 @@ def summary_table(summary: Mapping[str, Any]) -> str:
         if "look_gap" in figures:
             gap = cell(figures["look_gap"], "gap")
             lines.append(f"look gap (accuracy minus that with looks elsewhere in the clip): {gap}")
+        if "no_look_gap" in figures:
+            gap = cell(figures["no_look_gap"], "gap")
+            lines.append(f"accuracy minus that without the tool, with as many frames: {gap}")
         lines += [_gain_line(order, gain) for order, gain in figures.get("reasoning_gains", {}).items()]
         for way, own in (("", figures), (", direct", figures.get("direct", {}))):
             lines += [_order_line(order + way, own[order]) for order in get_args(Order) if order in own]

@@ -30,7 +30,14 @@ from video_r1.rollout.general import GeneralEngine
 from video_r1.rollout.transformers import TransformersEngine
 from video_r1.rollout.vllm.engine import VLLMEngine, generation_config
 from video_r1.rollout.vllm.server import ServerEngine, describe
-from video_r1.settings.decoding import SCHEMES, AskSettings, DecodingSettings, addresses, has_path
+from video_r1.settings.decoding import (
+    SCHEMES,
+    AskSettings,
+    DecodingSettings,
+    EvalSettings,
+    addresses,
+    has_path,
+)
 from video_r1.settings.frames import FrameBudget
 from video_r1.settings.training_record import RECORD, read_record
 from video_r1.settings.vllm import VLLMSettings
@@ -86,6 +93,8 @@ def _engine(settings: DecodingSettings, processor: Any) -> RolloutEngine:
         if settings.trust_remote_code:
             raise ConfigError("engine: vllm runs no code that comes with a checkpoint; use transformers")
         counts = getattr(settings, "frame_counts", [settings.max_frames])
+        if isinstance(settings, EvalSettings) and "no-look" in settings.order:
+            counts = [settings.frames_without_looks(count) for count in counts]
         budget = settings.frame_budget(size_multiple(processor))
         return VLLMEngine(
             settings.model,

@@ -6,7 +6,7 @@ from typing import Any, Literal
 from urllib.parse import urlsplit
 
 from video_r1.settings.base import Problem, Settings, setting
-from video_r1.settings.frames import Contrast, Order
+from video_r1.settings.frames import LOOK_CONTROLS, TEMPORAL_PATCH, Contrast, Order
 from video_r1.settings.shared import (
     LoadingSettings,
     ManifestSettings,
@@ -86,7 +86,7 @@ class EvalSettings(DecodingSettings, ManifestSettings):
     )
     order: list[Order] = setting(
         ["ordered"],
-        "frame orders; ordered with another one gives a temporal gap (elsewhere: the look gap, with tools)",
+        "frame orders; ordered with another one gives a gap (elsewhere and no-look: what looks are worth)",
         distinct=True,
     )
     answer: list[Answer] = setting(
@@ -100,11 +100,19 @@ class EvalSettings(DecodingSettings, ManifestSettings):
         yield from super().problems()
         if min(self.frame_counts, default=1) < 1:
             yield "frames", f"is {self.frames}; it must be frame counts above 0"
-        if "elsewhere" in self.order and not self.tools:
-            yield "order", "names elsewhere, which is about looks; add --tools look"
+        controls = [order for order in self.order if order in LOOK_CONTROLS]
+        if controls and not self.tools:
+            yield "order", f"names {controls[0]}, which is about looks; add --tools look"
+        if self.order == ["no-look"]:
+            yield "order", "is no-look alone, which is no evaluation with tools; leave --tools out for that"
         for name in ("prompt_template", "subtitles"):
             if self.protocol and getattr(self, name):
                 yield name, f"is set, but protocol {self.protocol} has a prompt of its own; leave one out"
+
+    def frames_without_looks(self, frames: int) -> int:
+        """Return the frames of an overview that has as many visual tokens as `frames` and all looks."""
+        size = (self.look_pixels or self.frame_pixels) / self.frame_pixels
+        return TEMPORAL_PATCH * round((frames + self.max_looks * self.look_frames * size) / TEMPORAL_PATCH)
 
     @property
     def frame_counts(self) -> list[int]:

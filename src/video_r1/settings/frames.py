@@ -9,8 +9,12 @@ Contrast = Literal["shuffled", "reversed", "frozen", "single", "dropped", "blind
 """Clip that the clip in its own frame order is compared with (data/prompts.py)."""
 ContrastUnit = Literal["frame", "patch"]
 """Unit that a contrast permutes: single frames, or the pairs that make temporal patches."""
-Order = Literal["ordered", "shuffled", "reversed", "frozen", "single", "dropped", "blind", "elsewhere"]
-"""The clip's own order, each contrast, and (elsewhere) its own order with looks that show another stretch."""
+Order = Literal[
+    "ordered", "shuffled", "reversed", "frozen", "single", "dropped", "blind", "elsewhere", "no-look"
+]
+"""The clip's own order, each contrast, and its own order with looks that show another stretch (elsewhere) or
+without tools, but with the frames that looks would have shown (no-look)."""
+LOOK_CONTROLS: tuple[Order, ...] = ("elsewhere", "no-look")
 CONTROLS: tuple[Order, ...] = ("ordered", "shuffled", "reversed", "frozen", "single", "blind")
 """Orders of `eval --controls`: each removes more of the clip than the one before it."""
 
