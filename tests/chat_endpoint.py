@@ -35,8 +35,8 @@ class ChatEndpoint:
 
     Events: an HTTP status; "busy": 429 with Retry-After 0; "garbage": no chat completion; "drop": no
     answer; "slow": a late answer; "one": one completion instead of all; "abort": an aborted completion;
-    "wrong": the wrong answer; "length": the token limit; "bare": no tags. `gate`: requests that must be in
-    flight before any is answered. `right`: the right answer.
+    "wrong": the wrong answer; "length": the token limit; "bare": no tags; "<…": this text.
+    `gate`: requests that must be in flight before any is answered. `right`: the right answer.
     """
 
     def __init__(self, model: str = "teacher", owner: str = "tests") -> None:
@@ -78,7 +78,7 @@ class ChatEndpoint:
         threading.Thread(target=self.http.serve_forever, args=(0.01,), daemon=True).start()
 
     def chat(self, handler: Any, body: dict[str, Any]) -> None:
-        asked = QUESTION.search(json.dumps(body["messages"][0]["content"]))
+        asked = QUESTION.search(json.dumps(body["messages"]))
         if "media_io_kwargs" in body and not self.takes_video:
             return self.reply(handler, 400, {"error": {"message": "media_io_kwargs are disabled"}})
         if asked is None:
@@ -118,7 +118,8 @@ class ChatEndpoint:
         for index in range(1 if event == "one" else body.get("n", 1)):
             answer = "A" if event == "wrong" else self.right
             text = f"<think>{rationale(number, seed, index)}</think>\n<answer>{answer}</answer>"
-            message = {"role": "assistant", "content": "It is B." if event == "bare" else text}
+            text = event if str(event).startswith("<") else "It is B." if event == "bare" else text
+            message = {"role": "assistant", "content": text}
             choices.append({"index": index, "message": message, "finish_reason": finish})
         self.reply(handler, 200, {"choices": choices[::-1]})
 

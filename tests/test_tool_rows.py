@@ -12,6 +12,8 @@ from typing import Any
 import pytest
 import test_sft
 import torch
+from chat_endpoint import annotate as annotate_at
+from chat_endpoint import chat_endpoint, write_questions
 from test_look import FAMILIES, LOOK, Scripted, alone, budget_of, template, toolbox
 from test_rollout_transformers import build_model
 from tiny_models import moving_square, tiny_processor, write_clip
@@ -20,6 +22,7 @@ from torch import Tensor
 
 from video_r1.annotation import annotate
 from video_r1.annotation.teachers import EngineTeacher
+from video_r1.cli import main
 from video_r1.data.decoding.decoders import read_media_at
 from video_r1.data.manifests.records import Sample, load_manifest, manifest_row
 from video_r1.data.prompts import Prompt, PromptBuilder, response_text
@@ -204,3 +207,41 @@ def test_a_teacher_with_tools(folder: Path, tmp_path: Path, monkeypatch: pytest.
     rejected = read_lines(tmp_path / "cot.rejected.jsonl")
     details = {line["problem_id"]: line["rationales"][0]["detail"] for line in rejected}
     assert details == {"unused": "it calls no tool", "failed": "1 of its calls got no answer"}
+
+
+def test_a_chat_endpoint_with_tools(tmp_path: Path) -> None:
+    """Calls and frames are messages; an annotation keeps what used the tool, an evaluation counts calls."""
+    manifest = write_questions(tmp_path, 2, clips=2)
+    with chat_endpoint(owner="vllm") as served:
+        served.script[0] = [LOOK.replace("3", "2"), "<tool_call>?</tool_call>"]
+        served.script[1] = [LOOK.replace("3", "2")]
+        counts = annotate_at(served.url, manifest, tmp_path / "cot.json", tools="look", look_frames=4)
+        assert counts.questions == {"tool": 1, "kept": 1}
+        asked = [request["messages"] for request in served.requests if "Question 1:" in json.dumps(request)]
+        assert [message["role"] for message in asked[1]] == ["system", "user", "assistant", "user"]
+        assert '"name": "look"' in asked[0][0]["content"]
+        parts = asked[1][-1]["content"]
+        texts = [part["text"] for part in parts if part["type"] == "text"]
+        assert texts[:3] == [
+            "<tool_response>",
+            "1 to 2 s:",
+            "Video 2 of 2: 4 frames of a video of 1.0 seconds, in order:",
+        ]
+        assert texts[3:] == ["1.0 s", "1.2 s", "1.5 s", "1.8 s", "</tool_response>"]
+        assert sum(part["type"] == "image_url" for part in parts) == 4
+        (sample,) = load_manifest(tmp_path / "cot.json", tmp_path)
+        assert sample.problem_id == "q1" and sample.work[0].calls == (("look", {"start": 1, "end": 2}),)
+        served.script[0], served.script[1] = [LOOK.replace("3", "2")], []
+        words = [
+            "--engine",
+            served.url,
+            "--tools",
+            "look",
+            "--out",
+            str(tmp_path / "eval"),
+            "--max_frames",
+            "4",
+        ]
+        assert main(["eval", "teacher", str(manifest), *words, "--order", "ordered,elsewhere"]) == 0
+    lines = read_lines(tmp_path / "eval" / "predictions-4.jsonl")
+    assert sum(line.get("calls", 0) for line in lines) == 1 and all(line["score"] == 1.0 for line in lines)

@@ -116,7 +116,8 @@ def answered(
         endpoint = Endpoint(endpoint_urls(teacher), key, settings.timeout, settings.wait)
         name, frames_as = open_endpoint(endpoint, settings.model, settings.frames_as)
         drawn_with |= {"teacher": name, "frames_as": frames_as}
-        open_teacher = partial(EndpointTeacher, settings, endpoint, name, frames_as)
+        if not settings.tools:
+            open_teacher = partial(EndpointTeacher, settings, endpoint, name, frames_as)
     samples = samples[: settings.limit]
     journals: list[Journal] = []  # rank 0 has it
     with ExitStack() as opened:
@@ -137,7 +138,7 @@ def answered(
             if done and process_index() == 0:
                 print(f"{len(done)} of {len(samples)} questions are answered already", file=sys.stderr)
             asked = opened.enter_context(closing(open_teacher()))  # closed last: see process_group
-            size = 1 if settings.at_endpoint else settings.batch_size
+            size = 1 if isinstance(asked, EndpointTeacher) else settings.batch_size
             batches = [samples[at : at + size] for at in range(0, len(samples), size)]
             alone = process_count() == 1
             own = nullcontext(journals[0]) if alone else closing(Journal(own_file(path), drawn_with))
@@ -181,7 +182,10 @@ def _local_teacher(settings: TeacherSettings) -> EngineTeacher:
     from video_r1.rollout.engine_factory import open_engine, open_prompts
 
     decoding = copy(settings)
-    decoding.model = settings.teacher
+    if settings.at_endpoint:  # with tools, which several requests answer
+        decoding.engine = str(settings.teacher)
+    else:
+        decoding.model = settings.teacher
     builder, budget = open_prompts(decoding)
     cache = open_frame_cache(settings.frame_cache, settings.frame_cache_gb)
     engine = open_engine(decoding, builder)

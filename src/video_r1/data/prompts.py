@@ -38,6 +38,8 @@ from video_r1.data.templates import (
     load_template,
     prompt_text,
     special_tokens,
+    tools_message,
+    tools_turn,
     turn_text,
 )
 from video_r1.errors import PromptError
@@ -194,7 +196,31 @@ class TextPrompts:
         visuals = [[{"type": kind} for _ in range(count)] for count in counts]
         nothing = torch.empty(0, dtype=torch.long)
         chat = self._chat(sample, visuals)
+        if self.toolbox is not None and self.processor is None:
+            chat = [tools_message(self.toolbox.schemas), *chat]
         return Prompt(nothing, {}, shown, permutation, chat, contrast, self.template.thinks, sample.files)
+
+    def build_turn(self, results: Sequence[Sequence[str | Media]], like: Prompt) -> Prompt:
+        """Build the turn in which tools answer, up to the policy's next turn.
+
+        results: of each call, texts and visuals. like: the question's prompt. Raises PromptError for images
+        and clips in one turn.
+        """
+        media = tuple(part for result in results for part in result if isinstance(part, Media))
+        if len({clip.kind for clip in media}) > 1:
+            raise PromptError("tools returned images and clips in one turn; call them one after the other")
+        contents = [[item for part in result for item in self._items(part)] for result in results]
+        return self._turn(contents, media, like)
+
+    def _items(self, part: str | Media) -> list[dict[str, str]]:
+        if isinstance(part, str):
+            return _text(part)
+        return [{"type": part.kind}] if self.takes_videos else [{"type": "image"}] * len(part.frames)
+
+    def _turn(self, contents: list[list[dict[str, str]]], media: tuple[Media, ...], like: Prompt) -> Prompt:
+        nothing = torch.empty(0, dtype=torch.long)
+        order = None if media else nothing
+        return Prompt(nothing, {}, media, order, [tools_turn(contents)], like.contrast, like.thinks)
 
 
 def between_marks(sample: Sample, turns: Sequence[Mapping[str, str]]) -> list[list[str]] | None:
@@ -310,29 +336,13 @@ class PromptBuilder(TextPrompts):
         input_ids = features.pop("input_ids")[0]
         return input_ids, features | {n: features[n][0] for n in TOKEN_FEATURES if n in features}
 
-    def build_turn(self, results: Sequence[Sequence[str | Media]], like: Prompt) -> Prompt:
-        """Build the turn in which tools answer, up to the policy's next turn.
-
-        results: of each call, texts and visuals. like: the question's prompt. The turn follows the policy's
-        end-of-turn token. Raises PromptError for images and clips in one turn, and for special tokens.
-        """
-        media = tuple(part for result in results for part in result if isinstance(part, Media))
-        if len({clip.kind for clip in media}) > 1:
-            raise PromptError("tools returned images and clips in one turn; call them one after the other")
-        said = "".join(part for result in results for part in result if isinstance(part, str))
+    def _turn(self, contents: list[list[dict[str, str]]], media: tuple[Media, ...], like: Prompt) -> Prompt:
+        """Build what follows the policy's end-of-turn token. Raises PromptError for special tokens."""
+        said = "".join(part.get("text", "") for content in contents for part in content)
         if any(token in said for token in self._special_tokens):
             raise PromptError("a tool's text holds a special token of the model")
-        contents = [
-            [
-                item
-                for part in result
-                for item in (_text(part) if isinstance(part, str) else [{"type": part.kind}])
-            ]
-            for result in results
-        ]
         input_ids, features = self._encoded(turn_text(self.processor, contents, like.thinks), media)
-        nothing = torch.empty(0, dtype=torch.long)
-        return Prompt(input_ids, features, media, None if media else nothing, [], like.contrast, like.thinks)
+        return replace(super()._turn(contents, media, like), input_ids=input_ids, features=features)
 
     def build_with_response(self, sample: Sample, media: Shown, response: str) -> tuple[Prompt, Tensor]:
         """Build the ordered prompt, and the response's token ids (`turn_ids`). Raises PromptError."""

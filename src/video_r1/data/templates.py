@@ -161,10 +161,21 @@ def prompt_text(
     if tools and _knows_tools(processor):
         switch["tools"] = list(tools)
     elif tools:
-        said = TOOLS_MESSAGE.format("\n".join(json.dumps(tool) for tool in tools))
-        messages = [{"role": "system", "content": [{"type": "text", "text": said}]}, *messages]
+        messages = [tools_message(tools), *messages]
     text = chat_text(processor, messages, add_generation_prompt=True, **switch)
     return _BEGUN.sub("", text) if thinks else _OPEN.sub(NO_THOUGHT, text)
+
+
+def tools_message(tools: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Return the system message that explains tools to a model whose template cannot."""
+    said = TOOLS_MESSAGE.format("\n".join(json.dumps(tool) for tool in tools))
+    return {"role": "system", "content": [{"type": "text", "text": said}]}
+
+
+def tools_turn(results: Sequence[list[dict[str, Any]]]) -> dict[str, Any]:
+    """Return the results of calls as a user's message, for such a model."""
+    start, end = ({"type": "text", "text": f"<{slash}tool_response>"} for slash in ("", "/"))
+    return {"role": "user", "content": [part for result in results for part in (start, *result, end)]}
 
 
 def _knows_tools(processor: Any) -> bool:
@@ -178,8 +189,7 @@ def turn_text(processor: Any, results: Sequence[list[dict[str, Any]]], thinks: b
     if _knows_tools(processor):
         turns = [{"role": "tool", "content": result} for result in results]
     else:
-        start, end = ({"type": "text", "text": f"<{slash}tool_response>"} for slash in ("", "/"))
-        turns = [{"role": "user", "content": [part for result in results for part in (start, *result, end)]}]
+        turns = [tools_turn(results)]
     call = {"type": "function", "function": {"name": "tool", "arguments": {}}}
     asked = {"role": "user", "content": [{"type": "text", "text": "question"}]}
     said = {"role": "assistant", "content": [{"type": "text", "text": "call"}], "tool_calls": [call]}

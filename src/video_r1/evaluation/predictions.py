@@ -21,7 +21,7 @@ from video_r1.processes import decided_by_first
 from video_r1.rewards.scoring import correctness, format_reward, overlaps
 from video_r1.rollout.engine import RolloutEngine, SamplingSettings
 from video_r1.settings.decoding import Answer, EvalSettings, Protocol
-from video_r1.settings.frames import FrameBudget
+from video_r1.settings.frames import FrameBudget, Order
 
 
 def evaluate(
@@ -47,7 +47,7 @@ def evaluate(
         check_pairs(sample.problem_id, sample.extra.get("pairs", {}))
     sampling = SamplingSettings.of(settings)
     made_with = asked_with(samples, prompt_builder, budget, settings, sampling)
-    orders = [order for order in settings.order if order != "no-look"]
+    orders: list[Order] = [order for order in settings.order if order != "no-look"]
     loop = _Evaluation(
         samples, engine, prompt_builder, budget, settings, folder, sampling,
         orders, settings.frame_counts, settings.answer,

@@ -31,7 +31,7 @@ from video_r1.processes import decided_by_first, own_share, process_count, proce
 from video_r1.rollout.engine import RolloutEngine, SamplingSettings
 from video_r1.seeds import derived_seed
 from video_r1.settings.decoding import Answer, AuditSettings, DecodingSettings, EvalSettings
-from video_r1.settings.frames import LOOK_CONTROLS, FrameBudget, Order
+from video_r1.settings.frames import FrameBudget, Order
 
 # Fields that decide a prompt's pixels, without the frame count: each has its own file.
 _BUDGET_FIELDS = ("fps", "min_frames", "frame_pixels", "image_pixels", "size_multiple")
@@ -93,7 +93,7 @@ def build_prompt(sample: Sample, media: Shown, builder: TextPrompts, order: Orde
     """Build a sample's prompt in one frame order. Raises PromptError, and MediaError for too few frames."""
     if order == "ordered":
         return builder.build(sample, media)
-    if order in LOOK_CONTROLS:
+    if order in ("elsewhere", "no-look"):
         return builder.build(sample, media, contrast=order)
     if order == "blind":
         return blind_prompt(sample, media, builder)

@@ -4,7 +4,7 @@ import logging
 import os
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 
@@ -48,14 +48,19 @@ logger = logging.getLogger(__name__)
 def open_prompts(settings: DecodingSettings) -> tuple[TextPrompts, FrameBudget]:
     """Return a model's prompts, which offer the settings' tools, and its frame budget."""
     if is_endpoint(settings.engine):
-        prompts = TextPrompts(settings.prompt_template, settings.subtitles)
-        return prompts, settings.frame_budget(PIXELS_OF_ANY_MODEL)
+        builder = TextPrompts(settings.prompt_template, settings.subtitles)
+        return _with_tools(builder, settings, settings.frame_budget(PIXELS_OF_ANY_MODEL))
     assert settings.model is not None  # settings without it are refused
     processor = load_processor(settings.model, settings.trust_remote_code)
     builder = PromptBuilder(
         processor, settings.prompt_template, settings.max_prompt_length, settings.subtitles
     )
-    budget = settings.frame_budget(size_multiple(processor))
+    return _with_tools(builder, settings, settings.frame_budget(size_multiple(processor)))
+
+
+def _with_tools(
+    builder: TextPrompts, settings: DecodingSettings, budget: FrameBudget
+) -> tuple[TextPrompts, FrameBudget]:
     if settings.tools:
         cache = open_frame_cache(settings.frame_cache, settings.frame_cache_gb)
         builder.toolbox = Toolbox(settings, budget, (), cache)
@@ -72,18 +77,18 @@ def open_engine(settings: DecodingSettings, prompts: TextPrompts) -> RolloutEngi
     does not answer or serves another model.
     """
     engine = _engine(settings, prompts.processor)
-    return engine if prompts.toolbox is None else ToolEngine(engine, cast(PromptBuilder, prompts))
+    return engine if prompts.toolbox is None else ToolEngine(engine, prompts)
 
 
 def _engine(settings: DecodingSettings, processor: Any) -> RolloutEngine:
-    assert settings.model is not None  # settings without it are refused
     if is_endpoint(settings.engine):
         key = os.environ.get(settings.key_variable)
         wait = 5.0 if isinstance(settings, AskSettings) else 240.0  # somebody waits for an answer
         endpoint = Endpoint(endpoint_urls(settings.engine), key, settings.timeout, wait)
         model, frames_as = open_endpoint(endpoint, settings.model or None, "auto")
-        warn_of_positions(settings.model, endpoint)
+        warn_of_positions(model, endpoint)
         return EndpointEngine(endpoint, model, frames_as, settings.concurrency)
+    assert settings.model is not None  # settings without it are refused
     if settings.engine != "transformers":
         check_vllm_supports(load_config(settings.model, settings.trust_remote_code))
     if settings.engine.startswith("http"):

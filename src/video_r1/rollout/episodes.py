@@ -16,7 +16,7 @@ from typing import Any, cast
 import torch
 
 from video_r1.data.decoding.media import reordered
-from video_r1.data.prompts import Prompt, PromptBuilder, contrast_order
+from video_r1.data.prompts import Prompt, TextPrompts, contrast_order
 from video_r1.data.reading import derived_generator
 from video_r1.data.rollouts import Rollout, ToolCall, ToolTurn
 from video_r1.data.tools import Asked, Toolbox, parse_calls
@@ -65,7 +65,18 @@ class Episode:
             ids.append(piece.input_ids if isinstance(piece, Prompt) else piece)
             length += len(ids[-1])
         media = tuple(clip for _, part in parts for clip in part.media)
-        return replace(self.prompt, input_ids=torch.cat(ids), features={}, media=media, parts=tuple(parts))
+        messages = list(self.prompt.messages)
+        for turn in self.rollout.turns:
+            said = {"role": "assistant", "content": [{"type": "text", "text": turn.text}]}
+            messages += [said, *turn.prompt.messages]
+        return replace(
+            self.prompt,
+            input_ids=torch.cat(ids),
+            features={},
+            media=media,
+            messages=messages,
+            parts=tuple(parts),
+        )
 
 
 class ToolEngine(RolloutEngine):
@@ -78,13 +89,15 @@ class ToolEngine(RolloutEngine):
     def __init__(
         self,
         engine: RolloutEngine,
-        builder: PromptBuilder,
+        builder: TextPrompts,
         contrast: Contrast | None = None,
         unit: ContrastUnit = "frame",
     ) -> None:
         if isinstance(engine, GeneralEngine):
             raise ConfigError(f"tools: need a model of {family_names()}; leave them out for this one")
-        self.engine, self.builder = engine, builder
+        self.engine = engine
+        self.builder: Any = builder
+        self.is_endpoint = builder.processor is None
         self.toolbox: Toolbox = builder.toolbox
         self.contrast: Contrast | None = contrast
         self.unit: ContrastUnit = unit
@@ -126,10 +139,12 @@ class ToolEngine(RolloutEngine):
         rollout = episode.rollout
         done = rollout.turns[-1].after if rollout.turns else 0
         last = rollout.token_ids[done:]
-        ended = len(last) and int(last[-1]) == self.builder.end_token_id
-        if episode.is_last or not ended or rollout.finish_reason != "stop" or episode.left < 1:
+        if episode.is_last or rollout.finish_reason != "stop" or episode.left < 1:
             return False
-        episode.calls = parse_calls(self.builder.tokenizer.decode(last[:-1].tolist()))
+        if self.is_endpoint:  # which counts tokens, but does not name them
+            episode.calls = parse_calls(rollout.text)
+        elif len(last) and int(last[-1]) == self.builder.end_token_id:
+            episode.calls = parse_calls(self.builder.tokenizer.decode(last[:-1].tolist()))
         return bool(episode.calls)
 
     def _answer(self, episode: Episode) -> ToolTurn:
@@ -189,7 +204,9 @@ class ToolEngine(RolloutEngine):
         for episode, (new,) in zip(waiting, found, strict=True):
             before, cut = episode.rollout, episode.left < len(new.token_ids)
             ids, logprobs = new.token_ids[: episode.left], new.logprobs[: episode.left]
-            text = self.builder.tokenizer.decode(ids.tolist(), skip_special_tokens=True) if cut else new.text
+            text = new.text
+            if cut and not self.is_endpoint:
+                text = self.builder.tokenizer.decode(ids.tolist(), skip_special_tokens=True)
             episode.left -= len(ids)
             episode.rollout = Rollout(
                 torch.cat([before.token_ids, ids]),

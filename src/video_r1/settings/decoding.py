@@ -69,9 +69,7 @@ class DecodingSettings(ToolSettings, PromptSettings, LoadingSettings):
         if self.engine not in ("transformers", "vllm") and not are_addresses:
             allowed = "transformers, vllm or addresses with http://, separated by commas"
             yield "engine", f"is {self.engine!r}; it must be {allowed}"
-        if self.tools and are_addresses and has_path(found[0]):
-            yield "tools", "is set for a chat endpoint, which gets no tools yet; use a video-r1 serve server"
-        elif len(set(map(has_path, found))) > 1:
+        if len(set(map(has_path, found))) > 1:
             yield "engine", f"is {self.engine!r}; either all addresses or none are endpoints with a path"
 
 
@@ -227,8 +225,6 @@ class TeacherSettings(DecodingSettings, ManifestSettings):
             yield "teacher", f"is {self.teacher!r}; several endpoints are addresses with http://, each"
         if self.engine != "transformers" and self.at_endpoint:
             yield "engine", "is set while the teacher is an endpoint, which has its own; leave it out"
-        if self.tools and self.at_endpoint:
-            yield "tools", "is set for a chat endpoint, which gets no tools yet; name a checkpoint"
         if self.model is not None and not self.at_endpoint:
             yield "model", "is set while the teacher is no endpoint; name the checkpoint with --teacher"
 

@@ -1,0 +1,254 @@
+"""The lab of looks: can a model learn where to look, and does it need what it sees?
+
+    python -m research.look_again.experiment runs/look --seeds 0,1,2
+
+A clip lasts 64 seconds, four blocks of 16. An object stands in one corner, and in another one during one
+block: a slow sign, which an overview of eight frames shows. In that block it changes its colour for one
+second, between the frames of the overview. Half of the questions ask for that colour, half for the usual
+corner, which needs no look. The cold start lists the corners and calls `look` in half of the questions, at a
+random block: what it sees is described; what it misses is guessed.
+
+OUT/base/              the lab's base, with tokens of their own for the words of a call
+OUT/SEED/data/         clips, sft.json, plain.json (without calls), rl.json, test.json
+OUT/SEED/{tool,plain}/ cold starts
+OUT/SEED/ARM/          RL runs; OUT/SEED/NAME.json: what an arm did in the test
+
+Everything that is there already is kept, so that the command can be interrupted and continued.
+"""
+
+import argparse
+import json
+import re
+from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+import numpy as np
+import torch
+
+from research.temporal_credit.experiment import read_rows, video_r1
+from video_r1.data.answers import LETTERS, lettered
+from video_r1.data.tools import look
+from video_r1.files import replace_json
+from video_r1.lab.clips import write_clip
+from video_r1.lab.model import base_folder
+from video_r1.lab.scenes import COLOURS, PLACES, SHAPES, Look, render
+
+BLOCKS, BLOCK, RATE = 4, 16, 4  # blocks of a clip, seconds of a block, frames a second
+SECONDS = BLOCKS * BLOCK
+OVERVIEW, LOOKED = 8, 32  # frames
+BETWEEN = (3, 5, 7, 8, 10, 12)  # seconds of a block in which the overview has no frame, whichever block
+LESSONS, QUESTIONS, TESTS = 3000, 1600, 400
+SFT_STEPS, RL_STEPS = 400, 160
+TOOLS = {"tools": "look", "max_looks": 1, "look_frames": LOOKED, "look_fps": 2, "max_prompt_length": 1024}
+FRAMES = {"max_frames": OVERVIEW}
+PLAIN = {"max_frames": OVERVIEW + LOOKED}  # the same visual tokens
+NONE = {"temporal_rule": "off"}
+ARMS: dict[str, tuple[str, dict[str, Any]]] = {
+    "grpo": ("tool", {**FRAMES, **TOOLS, **NONE}),
+    "t-grpo": ("tool", {**FRAMES, **TOOLS, "temporal_rule": "margin"}),
+    "no-tool": ("plain", {**PLAIN, **NONE}),
+}
+"""Cold start and settings of each arm, besides those of the recipe lab-tgrpo."""
+_CALL = '<tool_call>\n{"name": "look", "arguments": {"start": '
+WORDS = (_CALL, ', "end": ', "}}\n</tool_call>", "<tool_response>", "</tool_response>", " s:")
+"""Texts that get a token of their own, as in Qwen's tokenizers: the base's spell them out."""
+_LOOK = re.compile(r"\[look\(start=([\d.]+), end=([\d.]+)")
+
+
+def make_base(folder: Path) -> None:
+    """Copy the lab's base, with tokens for WORDS and for the description of the tool."""
+    from video_r1.data.templates import TOOLS_MESSAGE
+    from video_r1.data.tools import get_json_schema
+    from video_r1.models.loading import load_model, load_processor
+
+    if (folder / "config.json").exists():
+        return
+    processor = load_processor(str(base_folder()))
+    model: Any = load_model(str(base_folder()), "float32")
+    described = TOOLS_MESSAGE.format(json.dumps(get_json_schema(look)))
+    processor.tokenizer.add_tokens([*WORDS, described])
+    torch.manual_seed(0)
+    model.resize_token_embeddings(len(processor.tokenizer), mean_resizing=False)
+    model.save_pretrained(folder)
+    processor.save_pretrained(folder)
+
+
+# ---- Clips and questions
+
+
+def write_question(folder: Path, seed: int, job: tuple[str, int]) -> dict[str, Any]:
+    """Write a clip; return its row, with the lessons of both cold starts in `taught`."""
+    kind, index = job
+    rng = np.random.default_rng((seed, ("sft", "rl", "test").index(kind), index))
+    usual, other = (str(place) for place in rng.choice(PLACES, 2, replace=False))
+    shape, colours = str(rng.choice(SHAPES)), [colour for colour in COLOURS if colour != "white"]
+    colour, block = str(rng.choice(colours)), int(rng.integers(BLOCKS))
+    event = block * BLOCK + int(rng.choice(BETWEEN))
+    stays = Look("white", shape, "large").at(usual)
+    timeline = [stays.at(other) if second // BLOCK == block else stays for second in range(SECONDS)]
+    timeline[event] = replace(timeline[event], colour=colour)
+    path = f"./videos/{kind}-{index:05d}.mp4"
+    write_clip(folder / path, render(timeline, (np.arange(SECONDS * RATE) / RATE).tolist(), rng), RATE)
+    needs_look = bool(rng.random() < 0.5)
+    choices, answer = (colours, colour) if needs_look else (list(PLACES), usual)
+    problem = f"Which colour was the {shape} then?" if needs_look else f"Where was the {shape} first?"
+    if not needs_look:
+        answer = timeline[0].place
+    listed = ", ".join(timeline[BLOCK * number].place for number in range(BLOCKS))
+    looked = int(rng.integers(BLOCKS)) if rng.random() < 0.5 else None
+    seen = answer if not needs_look or looked == block else str(rng.choice(choices))
+    concluded = f"it is {seen}. {seen} is {LETTERS[choices.index(seen)]}."
+    said = {"solution": f"<answer>{LETTERS[choices.index(seen)]}</answer>"}
+    call = None
+    if looked is not None:
+        arguments = {"start": looked * BLOCK, "end": looked * BLOCK + BLOCK}
+        call = [
+            {"role": "assistant", "content": f"<think>places: {listed}.</think>",
+             "tool_calls": [{"type": "function", "function": {"name": "look", "arguments": arguments}}]},
+            {"role": "tool", "content": ""},
+        ]  # fmt: skip
+    tool = {
+        "process": f"<think>{concluded}</think>" if call else f"<think>places: {listed}. {concluded}</think>",
+        **({"messages": call} if call else {}),
+        **said,
+    }
+    true = LETTERS[choices.index(answer)]
+    plain = {"process": f"<think>it is {answer}. {answer} is {true}.</think>"}
+    return {
+        "problem_id": f"look-{seed}-{kind}-{index}",
+        "problem": problem,
+        "data_type": "video",
+        "problem_type": "multiple choice",
+        "options": lettered(choices),
+        "solution": f"<answer>{true}</answer>",
+        "path": path,
+        "data_source": "look/colour" if needs_look else "look/place",
+        "event": event,
+        "taught": {"tool": tool, "plain": plain},
+    }
+
+
+def make_data(folder: Path, seed: int, workers: int) -> None:
+    if (folder / "test.json").exists():
+        return
+    (folder / "videos").mkdir(parents=True, exist_ok=True)
+    counts = {"sft": LESSONS, "rl": QUESTIONS, "test": TESTS}
+    jobs = [(kind, index) for kind, count in counts.items() for index in range(count)]
+    with ProcessPoolExecutor(workers) as pool:
+        rows = list(pool.map(partial(write_question, folder, seed), jobs, chunksize=16))
+    taught = [row.pop("taught") for row in rows]
+    lessons = list(zip(rows[:LESSONS], taught[:LESSONS], strict=True))
+    replace_json(folder / "sft.json", [row | lesson["tool"] for row, lesson in lessons])
+    replace_json(folder / "plain.json", [row | lesson["plain"] for row, lesson in lessons])
+    replace_json(folder / "rl.json", rows[LESSONS : LESSONS + QUESTIONS])
+    replace_json(folder / "test.json", rows[LESSONS + QUESTIONS :])
+
+
+# ---- Training and tests
+
+
+def train(seed: int, folder: Path, base: Path, arm: str, steps: tuple[int, int]) -> None:
+    """Make the cold start of an arm, and its RL run."""
+    kind, settings = ARMS[arm]
+    start, data = folder / kind, folder / "data"
+    if not (start / "model.safetensors").exists():
+        lessons = data / ("sft.json" if kind == "tool" else "plain.json")
+        given = {**FRAMES, **TOOLS} if kind == "tool" else PLAIN
+        video_r1(
+            "sft", "lab-sft", model_name_or_path=base, train_manifest=lessons, output_dir=start, seed=seed,
+            max_steps=steps[0], **given,
+        )  # fmt: skip
+    if not (folder / arm / "model.safetensors").exists():
+        video_r1(
+            "rl", "lab-tgrpo", model_name_or_path=start, train_manifest=data / "rl.json",
+            output_dir=folder / arm, seed=seed, max_steps=steps[1], beta=0.01, max_completion_length=96,
+            **settings,
+        )  # fmt: skip
+
+
+def test(folder: Path, name: str, model: str, settings: dict[str, Any]) -> dict[str, Any]:
+    """Return what a checkpoint does in the test, and write it to NAME.json."""
+    path = folder / f"{name}.json"
+    if path.exists():
+        return json.loads(path.read_text())
+    out, tools = folder / f"{name}-test", "tools" in settings
+    given = {key: value for key, value in settings.items() if key != "temporal_rule"}
+    video_r1(
+        "eval", "lab-eval", model=folder / model, manifest=folder / "data/test.json", out=out,
+        order="ordered,elsewhere" if tools else "ordered", max_new_tokens=96, **given,
+    )  # fmt: skip
+    (file,) = out.glob("predictions-*.jsonl")
+    rows = {row["problem_id"]: row for row in read_rows(folder / "data/test.json")}
+    records = [json.loads(line) for line in file.read_text().splitlines()]
+    found: dict[str, Any] = {}
+    for source in ("look/colour", "look/place"):
+        asked = [r for r in records if rows[r["problem_id"]]["data_source"] == source]
+        scores = {
+            order: [r["score"] for r in asked if r["order"] == order] for order in ("ordered", "elsewhere")
+        }
+        own = [r for r in asked if r["order"] == "ordered"]
+        stretches = [
+            (float(start) <= rows[r["problem_id"]]["event"] < float(end))
+            for r in own
+            for start, end in _LOOK.findall(r.get("transcript", ""))
+        ]
+        found[source] = {
+            "accuracy": fmean(scores["ordered"]),
+            "calls": fmean(r.get("calls", 0) for r in own),
+            "hits": fmean(stretches) if stretches else None,
+            "look gap": fmean(scores["ordered"]) - fmean(scores["elsewhere"]) if tools else None,
+        }
+    replace_json(path, found)
+    return found
+
+
+def table(results: Sequence[dict[str, Any]]) -> str:
+    """Return the means over seeds as a Markdown table, with the smallest and largest."""
+    lines = ["| | asked | accuracy | calls | calls that hit | look gap |", "|---|---|---|---|---|---|"]
+    for name in dict.fromkeys(result["name"] for result in results):
+        for source in ("look/colour", "look/place"):
+            runs = [result[source] for result in results if result["name"] == name]
+            cells = []
+            for figure in ("accuracy", "calls", "hits", "look gap"):
+                values = [run[figure] for run in runs if run[figure] is not None]
+                shown = f"{fmean(values):.2f} ({min(values):.2f}–{max(values):.2f})" if values else "–"
+                cells.append(shown)
+            lines.append(f"| {name} | {source.removeprefix('look/')} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--seeds", default="0,1,2")
+    parser.add_argument("--arms", default=",".join(ARMS))
+    parser.add_argument("--workers", type=int, default=2, help="processes that write clips")
+    parser.add_argument("--sft_steps", type=int, default=SFT_STEPS)
+    parser.add_argument("--rl_steps", type=int, default=RL_STEPS)
+    given = parser.parse_args()
+    make_base(given.out / "base")
+    results: list[dict[str, Any]] = []
+    for seed in map(int, given.seeds.split(",")):
+        folder = given.out / str(seed)
+        make_data(folder / "data", seed, given.workers)
+        for arm in given.arms.split(","):
+            kind, settings = ARMS[arm]
+            train(seed, folder, given.out / "base", arm, (given.sft_steps, given.rl_steps))
+            for name, model in ((f"{kind} after SFT", kind), (f"{arm} after RL", arm)):
+                found = {"name": name, "seed": seed, **test(folder, name, model, settings)}
+                if found not in results:
+                    results.append(found)
+                print(found, flush=True)
+    replace_json(given.out / "results.json", results)
+    print(table(results))
+
+
+if __name__ == "__main__":
+    main()
