@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import deepspeed  # pyright: ignore[reportMissingImports]  # an extra; the tests are skipped without it
+import distributed_work
 import peft
 import torch
 from accelerate.state import PartialState
@@ -112,6 +113,10 @@ def rl(folder: Path, name: str, zero: str | None, changes: dict[str, Any]) -> No
         check_hooks(trainer)
     kinds = [group.sample.data_type for batch in trainer.step.batches for group in batch.groups]
     save(trainer, watch, folder / name, kinds)
+
+
+def looks(folder: Path, name: str, zero: str | None, changes: dict[str, Any]) -> None:
+    distributed_work.looks(folder, 2, name, WatchBeforeStep(), **common(zero, **changes))
 
 
 def sample_at_its_own_pace(trainer: Any) -> None:

@@ -12,6 +12,7 @@ import torch
 from accelerate.state import PartialState
 from accelerate.utils import DistributedType
 from group_batches import TEXT, make_prompt
+from scripted_engine import Forced
 from tgrpo_trainers import make_trainer
 from tiny_questions import training_arguments
 from torch.distributed import FileStore  # pyright: ignore[reportPrivateImportUsage]
@@ -20,6 +21,7 @@ from transformers import TrainerCallback
 
 from video_r1.models.group_forward import group_logprobs
 from video_r1.models.loading import load_model
+from video_r1.rollout.episodes import Episode
 from video_r1.rollout.vllm.weight_sync import checkpoint_weights
 from video_r1.training.sft import SFTConfig, SFTTrainer
 
@@ -85,6 +87,28 @@ def rl(folder: Path, processes: int, name: str) -> None:
     trainer.train()
     kinds = [group.sample.data_type for batch in trainer.step.batches for group in batch.groups]
     save(trainer, watch, folder / name, kinds)
+
+
+class ForcedOnVideos(Forced):
+    """Answers about images have one turn, so that a process may have nothing to sample in later rounds."""
+
+    def _calls(self, episode: Episode) -> bool:
+        return super()._calls(episode) and episode.prompt.files[0].data_type == "video"
+
+
+def looks(folder: Path, processes: int, name: str, watch: Any = None, **settings: Any) -> None:
+    """T-GRPO of episodes, a question a process: some call tools in two turns, others in none."""
+    let_accelerate_shard_on_cpu()
+    watch = watch or Watch()
+    trainer = make_trainer(
+        folder / "model", str(folder / "manifest.json"), folder / name, callbacks=[watch],
+        per_device_train_batch_size=2 // processes, scale_rewards="batch", beta=0.1, tools="look",
+        look_frames=4, temporal_rule="likelihood", **(settings or common(processes, steps=3)),
+    )  # fmt: skip
+    trainer.engine.__class__ = ForcedOnVideos
+    trainer.train()
+    turns = [len(rollout.turns) for b in trainer.step.batches for g in b.groups for rollout in g.ordered]
+    save(trainer, watch, folder / name, sorted(map(str, turns)))
 
 
 def adapters(folder: Path, processes: int, name: str) -> None:

@@ -9,7 +9,9 @@ import torch
 
 from video_r1.data.prompts import Prompt
 from video_r1.data.rollouts import Rollout
+from video_r1.data.tools import Asked
 from video_r1.rollout.engine import SamplingSettings
+from video_r1.rollout.episodes import Episode, ToolEngine
 
 
 def rollout(text: str, tokens: int = 3) -> Rollout:
@@ -59,3 +61,13 @@ class ScriptedEngine:
 
     def close(self) -> None:
         self.closed = True
+
+
+class Forced(ToolEngine):
+    """Calls look, whatever the policy wrote: answer g of a question in its first `g % 3` turns."""
+
+    def _calls(self, episode: Episode) -> bool:
+        number = int(episode.seed.rpartition("/")[2])
+        turns, episode.left = len(episode.rollout.turns), 6
+        episode.calls = [Asked("look", {"start": turns + number % 2, "end": turns + 2 + number})]
+        return turns < number % 3

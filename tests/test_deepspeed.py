@@ -90,6 +90,15 @@ def test_rl_equals_one_process(folder: Path, rl_alone: Path, stage: int, by: str
 
 
 @pytest.mark.slow
+def test_episodes_equal_one_process(folder: Path) -> None:
+    run_processes(1, "distributed_work:looks", folder, 1, "looks-1")
+    run = two_processes("looks", folder, "looks-zero3", 3, "launch", eval_strategy="no", max_steps=3)
+    same_run(folder / "looks-1", run)
+    turns = [json.loads((run / f"kinds-{rank}.json").read_text()) for rank in (0, 1)]
+    assert sorted(turns) == [["0", "0", "0", "0"], ["0", "0", "1", "2"]]
+
+
+@pytest.mark.slow
 def test_a_run_resumes_exactly(folder: Path) -> None:
     """Weights, metrics and the optimizer's state, as if it had been killed in its second step."""
     settings = {"optim": "adamw_torch", "eval_strategy": "no", "per_device_train_batch_size": 1}

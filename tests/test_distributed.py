@@ -62,6 +62,18 @@ def test_rl_equals_one_process(folder: Path, kind: str, environment: dict[str, s
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(("kind", "environment"), [("ddp", {}), ("fsdp2", FSDP2)])
+def test_episodes_equal_one_process(folder: Path, kind: str, environment: dict[str, str]) -> None:
+    if not (folder / "looks-1").exists():
+        run_processes(1, "distributed_work:looks", folder, 1, "looks-1")
+    run = folder / f"looks-{kind}"
+    run_processes(2, "distributed_work:looks", folder, 2, run.name, environment=environment)
+    same_run(folder / "looks-1", run)
+    turns = [json.loads((run / f"kinds-{rank}.json").read_text()) for rank in (0, 1)]
+    assert sorted(turns) == [["0", "0", "0", "0"], ["0", "0", "1", "2"]]
+
+
+@pytest.mark.slow
 def test_hybrid_rl_equals_one_process(tmp_path: Path) -> None:
     """Layers whose states are forked, within the hooks of FSDP2."""
     tiny_checkpoint("qwen3_5", tmp_path / "model")

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 from PIL import Image
-from scripted_engine import ScriptedEngine
+from scripted_engine import Forced, ScriptedEngine
 from test_group_forward import assert_same_gradients, gradients
 from test_prompts import make_sample
 from test_rollout_transformers import build_model
@@ -33,7 +33,7 @@ from video_r1.evaluation.summary import summary_table
 from video_r1.models.group_forward import all_parts, encode_groups, group_logprobs
 from video_r1.report.run_data import group_of
 from video_r1.rollout.engine import RolloutEngine, SamplingSettings
-from video_r1.rollout.episodes import NOTICE, Episode, ToolEngine
+from video_r1.rollout.episodes import NOTICE, ToolEngine
 from video_r1.rollout.transformers import TransformersEngine
 from video_r1.rollout.vllm.engine import VLLMEngine
 from video_r1.settings.decoding import EvalSettings
@@ -257,16 +257,6 @@ def test_tools_and_their_answers_are_written_as_the_family_does(
 
 
 # ---- Episodes
-
-
-class Forced(ToolEngine):
-    """Calls look, whatever the policy wrote: answer g of a question in its first `g % 3` turns."""
-
-    def _calls(self, episode: Episode) -> bool:
-        number = int(episode.seed.rpartition("/")[2])
-        turns, episode.left = len(episode.rollout.turns), 6
-        episode.calls = [Asked("look", {"start": turns + number % 2, "end": turns + 2 + number})]
-        return turns < number % 3
 
 
 def sampled(
