@@ -31,6 +31,7 @@ from video_r1.errors import ConfigError
 from video_r1.evaluation.predictions import evaluate
 from video_r1.evaluation.summary import summary_table
 from video_r1.models.group_forward import all_parts, encode_groups, group_logprobs
+from video_r1.plan.trace import TURN_TOKENS, longest_row
 from video_r1.report.run_data import group_of
 from video_r1.rollout.engine import RolloutEngine, SamplingSettings
 from video_r1.rollout.episodes import NOTICE, ToolEngine
@@ -38,7 +39,9 @@ from video_r1.rollout.transformers import TransformersEngine
 from video_r1.rollout.vllm.engine import VLLMEngine
 from video_r1.settings.decoding import EvalSettings
 from video_r1.settings.frames import FrameBudget
+from video_r1.settings.shared import PromptSettings
 from video_r1.settings.tools import ToolSettings
+from video_r1.settings.training import TGRPOSettings
 from video_r1.training.recording import record_group
 
 INVALID = ("", {}, "the call is not valid JSON")
@@ -567,3 +570,21 @@ def check_sampler(model: Any, prompts: list[Prompt], groups: list[list[Rollout]]
     own = torch.cat([rollout.logprobs for group in groups for rollout in group])
     difference = (scored - own).abs()
     assert float(difference.mean()) < 1e-5 and float(difference.max()) < 1e-4
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_plan_counts_looks(family: str, clip: Path) -> None:
+    builder = PromptBuilder(tiny_processor(family))
+    box = builder.toolbox = toolbox(family, look_frames=6, max_looks=3)
+    prompt = question(family, clip, builder)
+    turn = builder.build_turn([box.call(Asked("look", {"start": 1, "end": 4}), prompt).result], prompt)
+    config, pixels = build_model(family).config, 4 * SIDES[family] ** 2
+    frames, training = PromptSettings(max_frames=8, frame_pixels=pixels), TGRPOSettings(num_generations=4)
+    row = longest_row(config, frames, training, 30, None, box.settings)
+    assert row.looks == 3 and 0 <= row.returned / 3 - len(turn.input_ids) < TURN_TOKENS
+    grid = turn.features["video_grid_thw"][0]
+    assert row.looked == 4 * 3 * int(grid.prod())
+    few = longest_row(config, frames, training, 30, None, ToolSettings(tools="look", max_tool_tokens=50))
+    assert (few.looks, few.returned) == (0, 50)
+    plain = longest_row(config, frames, training, 30, None, ToolSettings())
+    assert plain.tokens == row.tokens - 4 * row.returned

@@ -42,7 +42,8 @@ MACHINES = {
     "qwen3.5-4b-{}-lora": ("Qwen/Qwen3.5-4B", SMALL),
     "smolvlm2-500m-{}-lora": ("HuggingFaceTB/SmolVLM2-500M-Video-Instruct", LAPTOP),
 }
-RECIPES = [(form.format(stage), form) for form in MACHINES for stage in ("sft", "tgrpo")]
+LOOKS = [("qwen3-vl-8b-look", "qwen3-vl-8b-{}"), ("qwen3-vl-8b-look-lora", "qwen3-vl-8b-{}-lora")]
+RECIPES = [*LOOKS, *((form.format(stage), form) for form in MACHINES for stage in ("sft", "tgrpo"))]
 
 
 def command_of(name: str) -> str:
@@ -69,7 +70,9 @@ def test_a_recipe_trains_its_checkpoint_with_the_papers_settings(name: str, form
     command = command_of(name)
     values = load_recipe(command, name).values()
     start = values["model_name_or_path"]
-    if command == "rl":  # from what the cold start of the same size wrote
+    if "look" in name:  # from a checkpoint that knows calls
+        assert (values["tools"], values["overview_frames"], values["max_steps"]) == ("look", [4, 16], 1000)
+    elif command == "rl":  # from what the cold start of the same size wrote
         cold_start = load_recipe("sft", name.replace("tgrpo", "sft")).values()
         merged = "-merged" if values["use_peft"] else ""
         assert start == cold_start["output_dir"] + merged

@@ -37,8 +37,9 @@ def row_flops(config: Any, plan: MemoryPlan, length: float) -> float:
     copies = row.completions if row.repeated else 1  # the general path repeats the prompt
     answers, head = row.completions * length, _head(config)
     flops = copies * _text_flops(config, plan, row.prompt, row.prompt / 2)
-    flops += _text_flops(config, plan, answers, row.prompt + length / 2) + 2 * answers * head
-    return flops + 2 * row.patches * traced.vision_linear
+    read, seen = answers + row.completions * row.returned, row.prompt + (length + row.returned) / 2
+    flops += _text_flops(config, plan, read, seen) + 2 * answers * head
+    return flops + 2 * (row.patches + row.looked) * traced.vision_linear
 
 
 def _text_flops(config: Any, plan: MemoryPlan, tokens: float, seen: float) -> float:
@@ -103,7 +104,11 @@ def _rollout_seconds(
     token = part(flops, read, launches) + turns * TOKEN_SECONDS + reduced
     prompt = _text_flops(config, plan, row.prompt, row.prompt / 2) + 2 * _head(config)
     tower = 2 * row.patches * plan.traced.vision_linear
-    parts = {"prefill": part(prefilled * prompt + prompts * tower), "decoding": row.completion * token}
+    returned = sequences * row.returned  # what tools return is read once, with its visuals
+    more = _text_flops(config, plan, returned, row.prompt + row.returned / 2)
+    more += 2 * plan.traced.vision_linear * row.looked * sequences / row.completions
+    prefill = prefilled * prompt + prompts * tower + more
+    parts = {"prefill": part(prefill), "decoding": row.completion * token}
     if ours.use_vllm:
         parts["weight sync"] = SYNC_SECONDS
     if plan.vllm is not None and ours.vllm_enable_sleep_mode:

@@ -26,6 +26,7 @@ from video_r1.rollout.shared_prefix import first_capacity
 from video_r1.rollout.transformers import MAX_PREFILL_TOKENS
 from video_r1.settings.commands import GPUSharding
 from video_r1.settings.shared import ModelSettings, PromptSettings
+from video_r1.settings.tools import TrainingToolSettings
 from video_r1.settings.training import SFTSettings, TGRPOSettings
 from video_r1.settings.vllm import MAX_BATCHED_TOKENS, VLLMSettings
 
@@ -115,8 +116,10 @@ def vllm_share(
     of_a_token = 2 * BYTES * text.num_hidden_layers * heads * head_size(text)
     orders = 2 if training.shuffled_generations else 1
     completions = training.num_generations + training.shuffled_generations
-    tokens = orders * row.prompt + completions * row.completion
-    tower = row.patches * (4 * vision.hidden_size + 2 * vision.intermediate_size)
+    tokens = orders * row.prompt + completions * (row.completion + row.returned)
+    tower = max(row.patches, math.prod(row.look_grid)) * (
+        4 * vision.hidden_size + 2 * vision.intermediate_size
+    )
     layer = MAX_BATCHED_TOKENS * (4 * text.hidden_size + 2 * text.intermediate_size // parts)
     profile = LIVE_COPIES * BYTES * max(tower, layer)
     share = int(settings.vllm_gpu_memory_utilization * gpu_memory)
@@ -183,7 +186,8 @@ def memory_plan(
     known, rl = find_family(config) is not None, recipe.command == "rl"
     if not known:
         check_general(config, recipe, sharding)
-    row = longest_row(config, recipe.section(PromptSettings), training, text_tokens, processor)
+    frames, tools = recipe.section(PromptSettings), recipe.section(TrainingToolSettings)
+    row = longest_row(config, frames, training, text_tokens, processor, tools)
     policy = _policy(config, recipe.section(ModelSettings), training, sharding, device_type)
     vllm = recipe.section(VLLMSettings) if rl and recipe.section(VLLMSettings).use_vllm else None
     questions = training.per_device_train_batch_size * training.gradient_accumulation_steps
@@ -289,7 +293,7 @@ def _sampling(
     waves = math.ceil(sequences / MAX_SEQUENCES)
     of_a_token = traced.prompt_cache / (sampled * row.prompt) / waves
     state = traced.prompt_states / sampled / waves
-    room = first * 2 ** max(0, math.ceil(math.log2(row.completion / first)))
+    room = first * 2 ** max(0, math.ceil(math.log2((row.completion + row.returned) / first)))
     ours = int(prompts * (row.prompt * of_a_token + state))
     theirs = int(sequences * (room * of_a_token + state))
     decoding = SAMPLING_COPIES * 4 * min(sequences, MAX_SEQUENCES) * vocabulary

@@ -17,7 +17,6 @@ from video_r1.recipe_files import checkpoint_behind, model_folder
 from video_r1.settings.base import own_field_types
 from video_r1.settings.commands import GPUS, PlanSettings, parse_bytes
 from video_r1.settings.shared import ModelSettings, PromptSettings
-from video_r1.settings.tools import TrainingToolSettings
 from video_r1.settings.training import SFTSettings, TGRPOSettings
 from video_r1.settings.types import default_text
 
@@ -95,8 +94,8 @@ def memory_lines(plan: MemoryPlan) -> Iterator[str]:
         f"a question has up to {row.prompt:,} prompt tokens ({row.visual:,} visual) and "
         f"{row.completions} {answers} of up to {row.completion:,}; a pass has up to {row.tokens:,} tokens"
     )
-    if stage == "rl" and (tools := plan.recipe.section(TrainingToolSettings)).tools:
-        yield f"tools add up to {tools.max_tool_tokens:,} tokens to each completion: not in this plan"
+    if row.returned:
+        yield f"tools return up to {row.returned:,} tokens to each completion, {row.looks} looks"
     for title, sizes in (("\non each GPU", plan.parts), ("peak", plan.phases)):
         yield f"{title}, {name_of_unit}"
         yield from (f"  {name:<15}{size / unit:9.2f}" for name, size in sizes.items())

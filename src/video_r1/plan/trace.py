@@ -7,7 +7,7 @@ without attention scores, which kernels do not keep).
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -26,9 +26,11 @@ from video_r1.models.vision import tower_arguments
 from video_r1.plan.fake_trace import Policy, Traced, build_models, count_weights, without_storage
 from video_r1.plan.shapes import published_frame
 from video_r1.settings.shared import PromptSettings
+from video_r1.settings.tools import ToolSettings
 from video_r1.settings.training import SFTSettings, TGRPOSettings
 
 NUMBERS_KEPT = 17  # by a tower's layer, for each patch and hidden unit
+TURN_TOKENS = 64  # of a tool turn, besides frames and their times
 QUESTION = Sample("plan", "?", "video", "free-form", "", "")
 
 
@@ -44,12 +46,20 @@ class Row:
     completion: int  # tokens
     patches: int  # of one question's frames
     repeated: bool = False  # the prompt is repeated for every completion, on the general path
+    looks: int = 0  # of a completion, each of the largest size
+    look_grid: tuple[int, int, int] = (1, 1, 1)
+    returned: int = 0  # tokens that tools return to a completion
 
     @property
     def tokens(self) -> int:
         """Tokens of the row, without the last token of each completion, which predicts nothing."""
-        prompts = self.completions if self.repeated else 1
-        return self.questions * (prompts * self.prompt + self.completions * (self.completion - 1))
+        prompts, answer = self.completions if self.repeated else 1, self.completion - 1 + self.returned
+        return self.questions * (prompts * self.prompt + self.completions * answer)
+
+    @property
+    def looked(self) -> int:
+        """Patches of the looks of one question's completions."""
+        return self.completions * self.looks * math.prod(self.look_grid)
 
 
 def longest_row(
@@ -58,6 +68,7 @@ def longest_row(
     training: TGRPOSettings | SFTSettings,
     text_tokens: int,
     processor: Any,
+    tools: ToolSettings,
 ) -> Row:
     """Return the longest row that the settings allow: of an image or a video, whichever has more tokens."""
     grid, timestamps, family = (1, 1, 1), 0, find_family(config)
@@ -83,7 +94,14 @@ def longest_row(
         else (1, training.max_response_length)
     )
     questions = training.per_device_train_batch_size
-    return Row(questions, grid, visual, prompt, *completions, patches, repeated=family is None)
+    row = Row(questions, grid, visual, prompt, *completions, patches, repeated=family is None)
+    if family is None or not tools.tools:
+        return row
+    look = max(1, tools.look_frames // vision.temporal_patch_size)
+    square = (tools.look_pixels or frames.frame_pixels) // side**2
+    one = look * (square + timestamps) + TURN_TOKENS
+    returned = min(tools.max_looks * one, tools.max_tool_tokens)
+    return replace(row, looks=returned // one, look_grid=(look, merge, merge * square), returned=returned)
 
 
 def _general_visuals(config: Any, frames: PromptSettings, processor: Any) -> tuple[int, int]:
@@ -116,7 +134,8 @@ def _general_visuals(config: Any, frames: PromptSettings, processor: Any) -> tup
 def trace(config: PreTrainedConfig, policy: Policy, row: Row, sampled: int) -> Traced:
     model, judge = build_models(config, policy)
     inner, traced = vision_language_model(model), count_weights(model, policy)
-    visuals = [_tower_inputs(inner, row, count) for count in (row.questions, sampled)]
+    looks = row.questions * row.completions * row.looks
+    visuals = [_tower_inputs(inner, row, *counts) for counts in ((row.questions, looks), (sampled, 0))]
     autocast = torch.autocast("cpu", dtype=policy.autocast, enabled=policy.autocast is not None)
 
     with without_storage(*{model, judge}, gradients_kept=policy.gradients_kept) as (mode, live):
@@ -160,10 +179,10 @@ def trace(config: PreTrainedConfig, policy: Policy, row: Row, sampled: int) -> T
     return traced
 
 
-def _tower_inputs(model: Any, row: Row, questions: int) -> dict[str, Any]:
+def _tower_inputs(model: Any, row: Row, questions: int, looks: int) -> dict[str, Any]:
     if row.repeated or not questions:
         return {}
-    grids = torch.tensor([row.grid] * questions)
+    grids = torch.tensor([row.grid] * questions + [row.look_grid] * looks)
     found = tower_arguments(family_of(model), tower_of(model), grids, torch.device("cpu"))
     return {**found, "grid_thw": grids}
 
