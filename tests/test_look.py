@@ -10,6 +10,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import av
 import pytest
 import torch
 from PIL import Image
@@ -21,6 +22,7 @@ from tgrpo_trainers import first_step, make_trainer, policy_of, weights
 from tiny_models import moving_square, tiny_model, tiny_processor, write_clip
 from torch import Tensor
 
+from video_r1.cli import main
 from video_r1.data import tools
 from video_r1.data.decoding.decoders import read_media_at
 from video_r1.data.decoding.media import Media
@@ -30,11 +32,13 @@ from video_r1.data.tools import Asked, Toolbox, elsewhere, parse_calls
 from video_r1.errors import ConfigError
 from video_r1.evaluation.predictions import evaluate
 from video_r1.evaluation.summary import summary_table
+from video_r1.lab.model import base_folder
 from video_r1.models.group_forward import all_parts, encode_groups, group_logprobs
 from video_r1.plan.trace import TURN_TOKENS, longest_row
 from video_r1.report.run_data import group_of
+from video_r1.rollout import engine_factory
 from video_r1.rollout.engine import RolloutEngine, SamplingSettings
-from video_r1.rollout.episodes import NOTICE, ToolEngine
+from video_r1.rollout.episodes import NOTICE, Episode, ToolEngine
 from video_r1.rollout.transformers import TransformersEngine
 from video_r1.rollout.vllm.engine import VLLMEngine
 from video_r1.settings.decoding import EvalSettings
@@ -160,6 +164,28 @@ def test_a_call_gets_an_answer_or_the_reason(
     call = toolbox(functions=[add, picture]).call(asked, prompt)
     assert len(call.result) == 1 and str(call.result[0]).startswith(said)
     assert call.failed == said.startswith("Error")
+
+
+def test_a_stretch_that_cannot_be_read_is_told(tmp_path: Path) -> None:
+    """A decoder that takes too long is killed; a clip has no frames between 2 and 6 s."""
+    path = tmp_path / "gap.mp4"
+    with av.open(str(path), "w") as container:
+        stream: Any = container.add_stream("libx264", rate=8)
+        stream.height = stream.width = 64
+        stream.options = {"g": "8", "bf": "0"}
+        for number, picture in enumerate(moving_square(32)):
+            frame = av.VideoFrame.from_ndarray(picture, format="rgb24")
+            frame.pts = number + (32 if number >= 16 else 0)
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode(None))
+    prompt = question("qwen2_5_vl", path, PromptBuilder(tiny_processor("qwen2_5_vl")))
+    box = toolbox()
+    seen = {start: box.call(Asked("look", {"start": start, "end": start + 2}), prompt) for start in (0, 3, 6)}
+    assert [call.failed for call in seen.values()] == [False, True, False]
+    assert str(seen[3].result[0]).startswith("Error: look: this part of the clip ")
+    box.budget = replace(box.budget, seconds=0.001)
+    late = box.call(Asked("look", {"start": 0.5, "end": 2}), prompt)
+    assert late.failed and "takes longer than" in str(late.result[0])
 
 
 @pytest.mark.parametrize(
@@ -588,3 +614,23 @@ def test_a_plan_counts_looks(family: str, clip: Path) -> None:
     assert (few.looks, few.returned) == (0, 50)
     plain = longest_row(config, frames, training, 30, None, ToolSettings())
     assert plain.tokens == row.tokens - 4 * row.returned
+
+
+@pytest.mark.slow
+def test_ask_about_ten_minutes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """An overview of 16 frames, and a forced call."""
+
+    class ForcedAt(ToolEngine):
+        def _calls(self, episode: Episode) -> bool:
+            episode.calls, episode.left = [Asked("look", {"start": 420, "end": 424})], 6
+            return not episode.rollout.turns
+
+    monkeypatch.setattr(engine_factory, "ToolEngine", ForcedAt)
+    path = write_clip(tmp_path / "lecture.mp4", moving_square(600 * 8), 8.0)
+    words = ["--tools", "look", "--max_frames", "16", "--frame_pixels", "3136", "--max_new_tokens", "12"]
+    asked = ["ask", str(base_folder()), str(path), "What does she write last?", *words]
+    assert main(asked) == 0
+    said = capsys.readouterr().out
+    assert "[look(start=420, end=424): 420 to 424 s: 16 frames]" in said
