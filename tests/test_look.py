@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import av
@@ -27,11 +28,13 @@ from video_r1.data import tools
 from video_r1.data.decoding.decoders import read_media_at
 from video_r1.data.decoding.media import Media
 from video_r1.data.prompts import Prompt, PromptBuilder
+from video_r1.data.reading import Reader
 from video_r1.data.rollouts import Rollout
 from video_r1.data.tools import Asked, Toolbox, elsewhere, parse_calls
 from video_r1.errors import ConfigError
 from video_r1.evaluation.predictions import evaluate
 from video_r1.evaluation.summary import summary_table
+from video_r1.evaluation.validation import temporal_accuracy
 from video_r1.lab.model import base_folder
 from video_r1.models.group_forward import all_parts, encode_groups, group_logprobs
 from video_r1.plan.trace import TURN_TOKENS, longest_row
@@ -167,7 +170,7 @@ def test_a_call_gets_an_answer_or_the_reason(
 
 
 def test_a_stretch_that_cannot_be_read_is_told(tmp_path: Path) -> None:
-    """A decoder that takes too long is killed; a clip has no frames between 2 and 6 s."""
+    """Errors of one clip do not end the run: here it has no frames between 2 and 6 s."""
     path = tmp_path / "gap.mp4"
     with av.open(str(path), "w") as container:
         stream: Any = container.add_stream("libx264", rate=8)
@@ -183,9 +186,6 @@ def test_a_stretch_that_cannot_be_read_is_told(tmp_path: Path) -> None:
     seen = {start: box.call(Asked("look", {"start": start, "end": start + 2}), prompt) for start in (0, 3, 6)}
     assert [call.failed for call in seen.values()] == [False, True, False]
     assert str(seen[3].result[0]).startswith("Error: look: this part of the clip ")
-    box.budget = replace(box.budget, seconds=0.001)
-    late = box.call(Asked("look", {"start": 0.5, "end": 2}), prompt)
-    assert late.failed and "takes longer than" in str(late.result[0])
 
 
 @pytest.mark.parametrize(
@@ -476,6 +476,12 @@ def test_the_look_gap(clip: Path, tmp_path: Path) -> None:
     figures = summary["frames"]["16"]
     assert figures["look_gap"]["gap"] == 1.0 and "temporal_gaps" not in figures
     assert "look gap (accuracy minus that with looks elsewhere in the clip): 1.00" in summary_table(summary)
+    validated = SimpleNamespace(
+        seed=0, tools="look", temporal_contrast="shuffled", contrast_unit="frame", eval_batch_size=1,
+        max_completion_length=500, num_generations_eval=None,
+    )  # fmt: skip
+    found = temporal_accuracy(engine, [sample], Reader(budget_of("qwen2_5_vl")), builder, validated)
+    assert (found["look_gap"], found["accuracy_elsewhere"], found["accuracy_video"]) == (1.0, 0.0, 1.0)
     lines = [json.loads(line) for line in (tmp_path / "predictions-16.jsonl").read_text().splitlines()]
     assert {line["order"]: line["score"] for line in lines} == {"ordered": 1.0, "elsewhere": 0.0}
     assert lines[0]["calls"] == 1 and "[look(start=1, end=3): 1 to 3 s: 4 frames]" in lines[0]["transcript"]

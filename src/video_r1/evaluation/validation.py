@@ -9,7 +9,7 @@ from statistics import fmean
 from typing import Any, TypeVar
 
 from video_r1.data.manifests.records import Sample
-from video_r1.data.prompts import PromptBuilder
+from video_r1.data.prompts import Prompt, PromptBuilder
 from video_r1.data.reading import Batch, Clips, Question, Reader, build_question, derived_generator
 from video_r1.evaluation.question_loop import read_batches
 from video_r1.processes import gather, process_count, process_index
@@ -23,17 +23,20 @@ def temporal_accuracy(
     engine: RolloutEngine, samples: Sequence[Sample], reader: Reader, builder: PromptBuilder, settings: Any
 ) -> dict[str, float]:
     """Return means over all ranks: `accuracy`, `format`, and over the videos `accuracy_video`,
-    `accuracy_shuffled` and `temporal_gap` (accuracy_video − accuracy_shuffled).
+    `accuracy_shuffled` and `temporal_gap` (accuracy_video − accuracy_shuffled); with looks
+    `accuracy_elsewhere` and `look_gap`.
 
     settings: a TGRPOConfig. With another `temporal_contrast`, its name replaces `shuffled`. `questions` is
     the number of answered questions, `skipped` that of others. Every validation of a run uses the same
     shuffled frames and seeds.
     """
 
-    def build(sample: Sample, media: Clips) -> Question:
+    def build(sample: Sample, media: Clips) -> tuple[Question, Prompt | None]:
         generator = derived_generator(settings.seed, "validation", sample.problem_id)
         contrast, unit = settings.temporal_contrast, settings.contrast_unit
-        return build_question(sample, media, builder, generator, contrast, unit)
+        question = build_question(sample, media, builder, generator, contrast, unit)
+        has_looks = settings.tools and sample.data_type == "video"
+        return question, builder.build(sample, media, contrast="elsewhere") if has_looks else None
 
     scored = [
         entry
@@ -43,36 +46,42 @@ def temporal_accuracy(
     scored = [entry for part in gather(scored) for entry in part]
     figures = {"questions": float(len(scored)), "skipped": float(len(samples) - len(scored))}
     if scored:
-        figures["accuracy"] = fmean(accuracy for accuracy, _, _ in scored)
-        figures["format"] = fmean(formatted for _, formatted, _ in scored)
-    both = [(accuracy, shuffled) for accuracy, _, shuffled in scored if shuffled is not None]
-    if both:
-        video, contrast = map(fmean, zip(*both, strict=True))
-        figures |= {"accuracy_video": video, f"accuracy_{settings.temporal_contrast}": contrast}
-        figures["temporal_gap"] = video - contrast
+        figures["accuracy"] = fmean(accuracy for accuracy, *_ in scored)
+        figures["format"] = fmean(formatted for _, formatted, *_ in scored)
+    controls = ((2, settings.temporal_contrast, "temporal_gap"), (3, "elsewhere", "look_gap"))
+    for place, name, gap in controls:
+        both = [(entry[0], entry[place]) for entry in scored if entry[place] is not None]
+        if both:
+            video, contrast = map(fmean, zip(*both, strict=True))
+            figures |= {"accuracy_video": video, f"accuracy_{name}": contrast, gap: video - contrast}
     return figures
 
 
 def _scores(
-    engine: RolloutEngine, questions: Sequence[Question], settings: Any
-) -> Iterator[tuple[float, float, float | None]]:
-    """Yield accuracy and format with ordered frames, and accuracy with shuffled frames (None for an image).
+    engine: RolloutEngine, questions: Sequence[tuple[Question, Prompt | None]], settings: Any
+) -> Iterator[tuple[Any, ...]]:
+    """Yield accuracy and format with ordered frames, and accuracy with shuffled frames and with looks
+    elsewhere (None where not asked).
 
     Scores one greedy answer, or the mean of `num_generations_eval` answers sampled as in training.
     """
-    asked = [(q, p) for q in questions for p in (q.ordered, q.shuffled) if p is not None]
+    asked = [(q.seed, (q.ordered, q.shuffled, elsewhere)) for q, elsewhere in questions]
+    seeded = [(seed + n, p) for seed, prompts in asked for n, p in enumerate(prompts) if p is not None]
     sampling = SamplingSettings(n=1, temperature=0.0, max_tokens=settings.max_completion_length)
     if settings.num_generations_eval is not None:
-        seeds = tuple(question.seed + (prompt is question.shuffled) for question, prompt in asked)
+        seeds = tuple(seed for seed, _ in seeded)
         sampling = replace(
             sampling, n=settings.num_generations_eval, temperature=settings.temperature, seed=seeds
         )
-    rollouts = iter(engine.generate([prompt for _, prompt in asked], sampling))
-    for question in questions:
+    rollouts = iter(engine.generate([prompt for _, prompt in seeded], sampling))
+    for question, elsewhere in questions:
         ordered, sample = next(rollouts), question.sample
         accuracy, formatted = answer_scores(sample, ordered).mean(), format_scores(sample, ordered).mean()
-        shuffled = None if question.shuffled is None else answer_scores(sample, next(rollouts)).mean().item()
-        yield accuracy.item(), formatted.item(), shuffled
+        controls = (
+            None if prompt is None else answer_scores(sample, next(rollouts)).mean().item()
+            for prompt in (question.shuffled, elsewhere)
+        )
+        yield accuracy.item(), formatted.item(), *controls
 
 
 def held_out(
