@@ -16,10 +16,12 @@ from chat_endpoint import chat_endpoint
 from tiny_models import moving_square, write_clip
 
 pytest.importorskip("starlette", reason="the extra studio is not installed")
+from scripted_engine import Forced
 from starlette.testclient import TestClient
 from studio_server import studio_client
 
 from video_r1.lab.model import base_folder
+from video_r1.rollout import engine_factory
 from video_r1.studio import ask as ask_module
 from video_r1.studio import clips
 from video_r1.studio.answerer import Answerer
@@ -323,3 +325,18 @@ def test_the_process_answers_with_the_lab_base(folder: Path) -> None:
     assert "gone.mp4: no such file" in error["error"] and end["event"] == "end"
     stopped = ask(question=["Why?"], stopped=True)
     assert [event["event"] for event in stopped[-2:]] == ["state", "end"]
+
+
+def test_turns_with_calls_are_shown(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(engine_factory, "ToolEngine", Forced)
+    out = io.StringIO()
+    settings = {
+        "model": str(base_folder()), "engine": "transformers", "path": str(folder / "clips" / "one.mp4"),
+        "question": ["What?"], "samples": 2, "max_new_tokens": 12, "device": "cpu", "tools": "look",
+    }  # fmt: skip
+    said = said_by(Answerer(out), out, **settings)
+    (answers,) = (event for event in said if event["event"] == "answers")
+    first, second = answers["views"][0]["completions"]
+    (turn,) = second["turns"]
+    assert "turns" not in first and turn["strip"].startswith("data:image/jpeg;base64,")
+    assert turn["results"] == ["1 to 3 s:"] and turn["count"] > 1 and turn["times"][0] == 1.0

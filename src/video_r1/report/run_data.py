@@ -264,7 +264,8 @@ def turns_of(item: Any) -> list[dict[str, Any]]:
     return [turn for turn in as_list(as_table(item).get("turns")) if isinstance(turn, dict)][:MAX_TURNS]
 
 
-def _turn(turn: dict[str, Any], folder: Path) -> dict[str, Any]:
+def turn_of(turn: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """Return a turn of rollouts.jsonl as pages take it, its frames inside."""
     frames, calls = as_table(turn.get("frames")), [as_table(call) for call in as_list(turn.get("calls"))]
     times = [time for time in map(finite, as_list(frames.get("timestamps"))) if time is not None]
     return {
@@ -278,7 +279,7 @@ def _turn(turn: dict[str, Any], folder: Path) -> dict[str, Any]:
 
 
 def _completion(item: dict[str, Any], kind: str, folder: Path) -> dict[str, Any]:
-    turns = [_turn(turn, folder) for turn in turns_of(item)]
+    turns = [turn_of(turn, folder) for turn in turns_of(item)]
     rewards = as_table(item.get("rewards"))
     pairs = [pair for pair in as_list(item.get("word_drops"))[:MAX_WORDS] if isinstance(pair, list)]
     words = [[text(pair[0]), finite(pair[1]) or 0.0] for pair in pairs if len(pair) == 2]

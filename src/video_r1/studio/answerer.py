@@ -20,13 +20,14 @@ from typing import Any, TextIO
 
 from video_r1.data.decoding.media import Media
 from video_r1.data.manifests.records import Sample
+from video_r1.data.rollouts import Rollout
 from video_r1.errors import VideoR1Error, first_line
 from video_r1.evaluation.ask import named_answer, question_sample
 from video_r1.evaluation.session import ModelSession, View, sampling_of, verdict
 from video_r1.recipe import load_recipe
-from video_r1.report.run_data import place_of
+from video_r1.report.run_data import place_of, turn_of
 from video_r1.settings.decoding import AskSettings
-from video_r1.training.recording import save_shown
+from video_r1.training.recording import recorded_turns, save_shown
 
 
 class Stopped(Exception):
@@ -111,6 +112,7 @@ def _view(sample: Sample, view: View) -> dict[str, Any]:
         "completions": [
             {
                 "text": rollout.text,
+                **_turns_of(rollout),
                 "answer": named_answer(sample, rollout.text) or answer,
                 "counted": counted,
                 "tokens": len(rollout.token_ids),
@@ -120,6 +122,12 @@ def _view(sample: Sample, view: View) -> dict[str, Any]:
             for rollout, answer, counted in zip(view.rollouts, view.answers, view.counted, strict=True)
         ],
     }  # fmt: skip
+
+
+def _turns_of(rollout: Rollout) -> dict[str, Any]:
+    with tempfile.TemporaryDirectory() as folder:
+        turns = [turn_of(turn, Path(folder)) for turn in recorded_turns(rollout, f"{folder}/frames/look")]
+    return {"turns": turns} if turns else {}
 
 
 def main() -> None:

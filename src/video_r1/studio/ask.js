@@ -28,6 +28,7 @@ function askView(view, [manifest, row]) {
   const temperature = make("input", { type: "number", min: 0, max: 2, step: 0.1, placeholder: "1" });
   const tokens = make("input", { type: "number", min: 1, max: 16384, value: 512 });
   const contrasts = make("div", { class: "checks", role: "group", "aria-label": "Other orders" });
+  const look = make("input", { type: "checkbox", id: "ask-look" });
   const preview = make("div", {});
   const inManifest = make("div", {}, field("ask-words", "Find", words), rows);
   const ownFile = field("ask-file", "File", file, "or drop one here; it is kept by this server until it ends");
@@ -51,6 +52,7 @@ function askView(view, [manifest, row]) {
       field("ask-question", "Question", question), field("ask-options", "Options", options),
       make("div", { class: "beside" }, field("ask-type", "Type", type), field("ask-answer", "Right answer", answer, "if you know it")),
       make("div", { class: "field" }, make("span", {}, "Beside the clip's own order"), contrasts),
+      make("div", { class: "checks" }, make("label", { for: "ask-look" }, look, "the model may look at a stretch of the clip again")),
       make("div", { class: "beside" }, field("ask-samples", "Answers to each", samples), field("ask-temperature", "Temperature", temperature), field("ask-tokens", "Tokens at most", tokens)),
       make("p", { class: "control" }, go, addButton, said)));
   document.getElementById("main").replaceChildren(asking, results);
@@ -139,7 +141,7 @@ function askView(view, [manifest, row]) {
     checkpoint: checkpoint.value, engine: engineFields.open ? engine.value : "", model: served.value, clip, question: question.value,
     options: options.value.split("\n"), type: type.value, answer: answer.value,
     contrasts: [...contrasts.querySelectorAll("input:checked:enabled")].map((box) => box.value),
-    samples: Number(samples.value), temperature: temperature.value === "" ? null : Number(temperature.value), tokens: Number(tokens.value),
+    tools: look.checked, samples: Number(samples.value), temperature: temperature.value === "" ? null : Number(temperature.value), tokens: Number(tokens.value),
   });
 
   async function start() {

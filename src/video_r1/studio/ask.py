@@ -176,6 +176,8 @@ def _question(request: Request, asked: dict[str, Any]) -> tuple[tuple[Any, ...],
         "samples": min(MOST_SAMPLES, max(1, whole(asked.get("samples")))),
         "max_new_tokens": min(MOST_TOKENS, whole(asked.get("tokens")) or 512),
     }  # fmt: skip
+    if asked.get("tools") is True:
+        settings["tools"] = "look"
     if asked.get("type") in PROBLEM_TYPES:
         settings["problem_type"] = asked["type"]
     if answer := text(asked.get("answer", "")).strip():
@@ -188,7 +190,10 @@ def _question(request: Request, asked: dict[str, Any]) -> tuple[tuple[Any, ...],
         written = max((path.stat().st_mtime_ns for path in weights), default=0)
     except OSError:
         written = 0
-    return (*model.values(), written), {"settings": settings, "orders": ["ordered", *contrasts]}
+    return (*model.values(), written, "tools" in settings), {
+        "settings": settings,
+        "orders": ["ordered", *contrasts],
+    }
 
 
 def _model(request: Request, asked: dict[str, Any]) -> dict[str, str]:

@@ -127,15 +127,17 @@ def _completions(
             "text": rollout.text,
             "tokens": len(rollout.token_ids),
             "finish_reason": rollout.finish_reason,
-            **({"turns": _turns(rollout, f"{strips}-{i}")} if rollout.turns else {}),
+            **({"turns": recorded_turns(rollout, f"{strips}-{i}")} if rollout.turns else {}),
             "rewards": {name: _number(values[i]) for name, values in rewards.items()},
         }
         for i, rollout in enumerate(rollouts)
     ]
 
 
-def _turns(rollout: Rollout, strips: str) -> list[dict[str, Any]]:
-    """Record the turns before the last: what the policy wrote, its calls and what came back."""
+def recorded_turns(rollout: Rollout, strips: str) -> list[dict[str, Any]]:
+    """Return the turns before the last as in rollouts.jsonl: what the policy wrote, its calls and what came
+    back. strips: beginning of the paths of the frames, in a folder of the run.
+    """
     turns = []
     for number, turn in enumerate(rollout.turns):
         shown = turn.prompt.media
