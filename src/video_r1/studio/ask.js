@@ -52,7 +52,7 @@ function askView(view, [manifest, row]) {
       field("ask-question", "Question", question), field("ask-options", "Options", options),
       make("div", { class: "beside" }, field("ask-type", "Type", type), field("ask-answer", "Right answer", answer, "if you know it")),
       make("div", { class: "field" }, make("span", {}, "Beside the clip's own order"), contrasts),
-      make("div", { class: "checks" }, make("label", { for: "ask-look" }, look, "the model may look at a stretch of the clip again")),
+      make("div", { class: "field" }, make("div", { class: "checks" }, make("label", { for: "ask-look" }, look, "the model may look at a stretch of the clip again"))),
       make("div", { class: "beside" }, field("ask-samples", "Answers to each", samples), field("ask-temperature", "Temperature", temperature), field("ask-tokens", "Tokens at most", tokens)),
       make("p", { class: "control" }, go, addButton, said)));
   document.getElementById("main").replaceChildren(asking, results);
