@@ -2,11 +2,11 @@
 
     python -m research.look_again.experiment runs/look --seeds 0,1,2
 
-A clip lasts 64 seconds, four blocks of 16. An object stands in one corner, and in another one during one
-block: a slow sign, which an overview of eight frames shows. In that block it changes its colour for one
-second, between the frames of the overview. Half of the questions ask for that colour, half for the usual
-corner, which needs no look. The cold start lists the corners and calls `look` in half of the questions, at a
-random block: what it sees is described; what it misses is guessed.
+A clip lasts 64 seconds, four blocks of 16. An object is small, and large during one block: a slow sign, which
+an overview of eight frames shows. In that block it changes its colour for one second, between the frames of
+the overview. Half of the questions ask for that colour, half for the object's corner, which needs no look.
+The cold start lists the sizes and calls `look` in half of the questions, at a random block: what it sees is
+described; what it misses is guessed.
 
 OUT/base/              the lab's base, with tokens of their own for the words of a call
 OUT/SEED/data/         clips, sft.json, plain.json (without calls), rl.json, test.json
@@ -42,8 +42,8 @@ BLOCKS, BLOCK, RATE = 4, 16, 4  # blocks of a clip, seconds of a block, frames a
 SECONDS = BLOCKS * BLOCK
 OVERVIEW, LOOKED = 8, 32  # frames
 BETWEEN = (3, 5, 7, 8, 10, 12)  # seconds of a block in which the overview has no frame, whichever block
-LESSONS, QUESTIONS, TESTS = 3000, 1600, 400
-SFT_STEPS, RL_STEPS = 400, 160
+LESSONS, QUESTIONS, TESTS = 2000, 1200, 400
+SFT_STEPS, RL_STEPS = 240, 160
 TOOLS = {"tools": "look", "max_looks": 1, "look_frames": LOOKED, "look_fps": 2, "max_prompt_length": 1024}
 FRAMES = {"max_frames": OVERVIEW}
 PLAIN = {"max_frames": OVERVIEW + LOOKED}  # the same visual tokens
@@ -85,21 +85,20 @@ def write_question(folder: Path, seed: int, job: tuple[str, int]) -> dict[str, A
     """Write a clip; return its row, with the lessons of both cold starts in `taught`."""
     kind, index = job
     rng = np.random.default_rng((seed, ("sft", "rl", "test").index(kind), index))
-    usual, other = (str(place) for place in rng.choice(PLACES, 2, replace=False))
+    place = str(rng.choice(PLACES))
     shape, colours = str(rng.choice(SHAPES)), [colour for colour in COLOURS if colour != "white"]
     colour, block = str(rng.choice(colours)), int(rng.integers(BLOCKS))
     event = block * BLOCK + int(rng.choice(BETWEEN))
-    stays = Look("white", shape, "large").at(usual)
-    timeline = [stays.at(other) if second // BLOCK == block else stays for second in range(SECONDS)]
+    small = Look("white", shape, "small").at(place)
+    large = replace(small, size="large")
+    timeline = [large if second // BLOCK == block else small for second in range(SECONDS)]
     timeline[event] = replace(timeline[event], colour=colour)
     path = f"./videos/{kind}-{index:05d}.mp4"
     write_clip(folder / path, render(timeline, (np.arange(SECONDS * RATE) / RATE).tolist(), rng), RATE)
     needs_look = bool(rng.random() < 0.5)
-    choices, answer = (colours, colour) if needs_look else (list(PLACES), usual)
-    problem = f"Which colour was the {shape} then?" if needs_look else f"Where was the {shape} first?"
-    if not needs_look:
-        answer = timeline[0].place
-    listed = ", ".join(timeline[BLOCK * number].place for number in range(BLOCKS))
+    choices, answer = (colours, colour) if needs_look else (list(PLACES), place)
+    problem = f"Which colour was the {shape} then?" if needs_look else f"Where is the {shape}?"
+    listed = ", ".join(timeline[BLOCK * number].size for number in range(BLOCKS))
     looked = int(rng.integers(BLOCKS)) if rng.random() < 0.5 else None
     seen = answer if not needs_look or looked == block else str(rng.choice(choices))
     concluded = f"it is {seen}. {seen} is {LETTERS[choices.index(seen)]}."
@@ -108,12 +107,12 @@ def write_question(folder: Path, seed: int, job: tuple[str, int]) -> dict[str, A
     if looked is not None:
         arguments = {"start": looked * BLOCK, "end": looked * BLOCK + BLOCK}
         call = [
-            {"role": "assistant", "content": f"<think>places: {listed}.</think>",
+            {"role": "assistant", "content": f"<think>sizes: {listed}.</think>",
              "tool_calls": [{"type": "function", "function": {"name": "look", "arguments": arguments}}]},
             {"role": "tool", "content": ""},
         ]  # fmt: skip
     tool = {
-        "process": f"<think>{concluded}</think>" if call else f"<think>places: {listed}. {concluded}</think>",
+        "process": f"<think>{concluded}</think>" if call else f"<think>sizes: {listed}. {concluded}</think>",
         **({"messages": call} if call else {}),
         **said,
     }
@@ -166,7 +165,7 @@ def train(seed: int, folder: Path, base: Path, arm: str, steps: tuple[int, int])
     if not (folder / arm / "model.safetensors").exists():
         video_r1(
             "rl", "lab-tgrpo", model_name_or_path=start, train_manifest=data / "rl.json",
-            output_dir=folder / arm, seed=seed, max_steps=steps[1], beta=0.01, max_completion_length=96,
+            output_dir=folder / arm, seed=seed, max_steps=steps[1], max_completion_length=96,
             **settings,
         )  # fmt: skip
 

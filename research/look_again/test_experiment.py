@@ -1,0 +1,31 @@
+"""Clips and lessons of the lab of looks."""
+
+import re
+from pathlib import Path
+
+from research.look_again.experiment import BLOCK, OVERVIEW, write_question
+from video_r1.data.decoding.decoders import read_media_at
+from video_r1.data.manifests.records import load_manifest
+from video_r1.settings.frames import FrameBudget
+
+
+def test_the_overview_says_where_to_look_and_not_what(tmp_path: Path) -> None:
+    (tmp_path / "videos").mkdir()
+    budget = FrameBudget(fps=2, max_frames=OVERVIEW, frame_pixels=3136, image_pixels=3136)
+    calls = set()
+    for index in range(12):
+        row = write_question(tmp_path, 0, ("sft", index))
+        lesson, true, event = row.pop("taught")["tool"], row["solution"], row["event"]
+        (sample,) = load_manifest([row | lesson], tmp_path)
+        (media,) = read_media_at(sample, budget, (OVERVIEW,))[0]
+        assert not any(event <= time < event + 1 for time in media.timestamps.tolist())
+        said = sample.work[0].text if sample.work else sample.process or ""
+        listed = re.findall(r"sizes: ([^.]*)\.", said)[0].split(", ")
+        assert sorted(listed) == ["large", "small", "small", "small"]
+        assert listed.index("large") == event // BLOCK
+        if sample.work:
+            ((_, window),) = sample.work[0].calls
+            calls.add(window["start"])
+            saw = window["start"] <= event < window["end"]
+            assert sample.solution == true or not saw
+    assert len(calls) > 1  # at random
