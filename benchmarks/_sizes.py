@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +16,7 @@ from transformers import (
     Qwen3_5ForConditionalGeneration,
 )
 
+from benchmarks._command import benchmark_parser
 from video_r1.data.decoding.media import Media
 from video_r1.data.prompts import Prompt
 
@@ -55,6 +57,18 @@ SIZES = {
         152064, 3584, 28, 28, 4, 18944, 1280, 32, 16, 3420, frames=16, frame=(16, 32), text=100, tied=False
     ),
 }
+
+
+def group_parser(about: str | None) -> argparse.ArgumentParser:
+    """A parser with the options of every benchmark of a group: model, completions, rounds and device."""
+    parser = benchmark_parser(about)
+    parser.add_argument("--size", choices=SIZES, default="small")
+    parser.add_argument("--family", choices=FAMILIES, default="qwen2_5_vl")
+    parser.add_argument("--group", type=int, default=8)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
+    return parser
 
 
 def build_model(size: Size, device: torch.device, dtype: torch.dtype, family: str = "qwen2_5_vl") -> Any:

@@ -17,8 +17,7 @@ from typing import Any
 
 import torch
 
-from benchmarks._command import benchmark_parser
-from benchmarks._sizes import FAMILIES, SIZES, build_model, question
+from benchmarks._sizes import SIZES, build_model, group_parser, question
 from benchmarks._timing import compare, flops, machine
 from benchmarks.rollout import TOKENIZER
 from benchmarks.update import TOLERANCES, largest_differences
@@ -118,14 +117,8 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def main() -> None:
-    parser = benchmark_parser(__doc__)
-    parser.add_argument("--size", choices=SIZES, default="small")
-    parser.add_argument("--family", choices=FAMILIES, default="qwen2_5_vl")
-    parser.add_argument("--group", type=int, default=8)
+    parser = group_parser(__doc__)
     parser.add_argument("--turn", type=int, default=32, help="tokens that the policy writes in a turn")
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     print(json.dumps(run(parser.parse_args())))
 
 

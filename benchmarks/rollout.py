@@ -19,8 +19,7 @@ from unittest.mock import patch
 
 import torch
 
-from benchmarks._command import benchmark_parser
-from benchmarks._sizes import FAMILIES, IMAGE, SIZES, VIDEO, build_model, question
+from benchmarks._sizes import IMAGE, SIZES, VIDEO, build_model, group_parser, question
 from benchmarks._timing import compare, flops, machine
 from benchmarks.update import TOLERANCES, expanded_logprobs
 from video_r1.rollout import transformers
@@ -112,15 +111,9 @@ def run(arguments: argparse.Namespace) -> dict[str, object]:
 
 
 def main() -> None:
-    parser = benchmark_parser(__doc__)
-    parser.add_argument("--size", choices=SIZES, default="small")
-    parser.add_argument("--family", choices=FAMILIES, default="qwen2_5_vl")
+    parser = group_parser(__doc__)
     parser.add_argument("--completion", type=int, default=64, help="tokens of a completion")
-    parser.add_argument("--group", type=int, default=8)
     parser.add_argument("--questions", type=int, default=1)
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     print(json.dumps(run(parser.parse_args())))
 
 

@@ -18,8 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks._command import benchmark_parser
-from benchmarks._sizes import FAMILIES, SIZES, build_model, question, text
+from benchmarks._sizes import SIZES, build_model, group_parser, question, text
 from benchmarks._timing import compare, flops, machine, matrix_rate
 from video_r1.data.prompts import Prompt
 from video_r1.models.group_forward import group_logprobs
@@ -130,16 +129,10 @@ def run(arguments: argparse.Namespace) -> dict[str, object]:
 
 
 def main() -> None:
-    parser = benchmark_parser(__doc__)
-    parser.add_argument("--size", choices=SIZES, default="small")
-    parser.add_argument("--family", choices=FAMILIES, default="qwen2_5_vl")
+    parser = group_parser(__doc__)
     parser.add_argument("--completion", type=int, default=64, help="tokens of the longest completion")
     parser.add_argument("--ragged", type=int, default=0, help="tokens by which neighbours differ in length")
-    parser.add_argument("--group", type=int, default=8)
     parser.add_argument("--questions", type=int, default=1)
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument("--gradient-checkpointing", action="store_true")
     print(json.dumps(run(parser.parse_args())))
 

@@ -17,7 +17,7 @@ def test_the_overview_says_where_to_look_and_not_what(tmp_path: Path) -> None:
         row = write_question(tmp_path, 0, ("sft", index))
         lesson, true, event = row.pop("taught")["tool"], row["solution"], row["event"]
         (sample,) = load_manifest([row | lesson], tmp_path)
-        (media,) = read_media_at(sample, budget, (OVERVIEW,))[0]
+        (media,) = read_media_at(sample, budget, (OVERVIEW,))
         assert not any(event <= time < event + 1 for time in media.timestamps.tolist())
         said = sample.work[0].text if sample.work else sample.process or ""
         listed = re.findall(r"sizes: ([^.]*)\.", said)[0].split(", ")
