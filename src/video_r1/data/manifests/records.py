@@ -337,13 +337,14 @@ def _read_call(call: Any) -> tuple[str, Mapping[str, Any]]:
     arguments = json.loads(arguments) if isinstance(arguments, str) else arguments
     if not isinstance(name, str) or not isinstance(arguments, dict):
         raise ValueError
+    json.dumps(arguments, allow_nan=False, ensure_ascii=False).encode()  # no infinity, no half of a character
     return name, arguments
 
 
 def _is_chat(value: Any) -> bool:
     try:
         return bool(_read_chat(value))
-    except ValueError:
+    except (ValueError, RecursionError):
         return False
 
 
