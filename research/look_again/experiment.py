@@ -5,8 +5,8 @@
 A clip lasts 64 seconds, four blocks of 16. An object is small, and large during one block: a slow sign, which
 an overview of eight frames shows. In that block it changes its colour for one second, between the frames of
 the overview. Half of the questions ask for that colour, half for the object's corner, which needs no look.
-The cold start lists the sizes and calls `look` in half of the questions, at a random block: what it sees is
-described; what it misses is guessed.
+The cold start lists the sizes and mostly calls `look`, at a random block: what it sees is described; what it
+misses is guessed.
 
 OUT/base/              the lab's base, with tokens of their own for the words of a call
 OUT/SEED/data/         clips, sft.json, plain.json (without calls), rl.json, test.json
@@ -42,8 +42,9 @@ BLOCKS, BLOCK, RATE = 4, 16, 4  # blocks of a clip, seconds of a block, frames a
 SECONDS = BLOCKS * BLOCK
 OVERVIEW, LOOKED = 8, 32  # frames
 BETWEEN = (3, 5, 7, 8, 10, 12)  # seconds of a block in which the overview has no frame, whichever block
-LESSONS, QUESTIONS, TESTS = 2000, 1200, 400
-SFT_STEPS, RL_STEPS = 240, 160
+LESSONS, QUESTIONS, TESTS = 4000, 1200, 400
+SFT_STEPS, RL_STEPS = 480, 160
+ASKED = {"sft": 0.75, "rl": 0.5, "test": 0.5}  # share of the questions about the colour
 TOOLS = {"tools": "look", "max_looks": 1, "look_frames": LOOKED, "look_fps": 2, "max_prompt_length": 1024}
 FRAMES = {"max_frames": OVERVIEW}
 PLAIN = {"max_frames": OVERVIEW + LOOKED}  # the same visual tokens
@@ -54,6 +55,7 @@ ARMS: dict[str, tuple[str, dict[str, Any]]] = {
     "no-tool": ("plain", {**PLAIN, **NONE}),
 }
 """Cold start and settings of each arm, besides those of the recipe lab-tgrpo."""
+CALLED = 0.75  # share of the lessons that call
 _CALL = '<tool_call>\n{"name": "look", "arguments": {"start": '
 WORDS = (_CALL, ', "end": ', "}}\n</tool_call>", "<tool_response>", "</tool_response>", " s:")
 """Texts that get a token of their own, as in Qwen's tokenizers: the base's spell them out."""
@@ -95,11 +97,11 @@ def write_question(folder: Path, seed: int, job: tuple[str, int]) -> dict[str, A
     timeline[event] = replace(timeline[event], colour=colour)
     path = f"./videos/{kind}-{index:05d}.mp4"
     write_clip(folder / path, render(timeline, (np.arange(SECONDS * RATE) / RATE).tolist(), rng), RATE)
-    needs_look = bool(rng.random() < 0.5)
+    needs_look = bool(rng.random() < ASKED[kind])
     choices, answer = (colours, colour) if needs_look else (list(PLACES), place)
     problem = f"Which colour was the {shape} then?" if needs_look else f"Where is the {shape}?"
     listed = ", ".join(timeline[BLOCK * number].size for number in range(BLOCKS))
-    looked = int(rng.integers(BLOCKS)) if rng.random() < 0.5 else None
+    looked = int(rng.integers(BLOCKS)) if rng.random() < CALLED else None
     seen = answer if not needs_look or looked == block else str(rng.choice(choices))
     concluded = f"it is {seen}. {seen} is {LETTERS[choices.index(seen)]}."
     said = {"solution": f"<answer>{LETTERS[choices.index(seen)]}</answer>"}
