@@ -382,7 +382,7 @@ _FIELDS: dict[str, tuple[Callable[[Any], object], str]] = {
     "end": (_is_time, "it must be a time in seconds from the beginning"),
     "subtitles": (lambda value: isinstance(value, str), "it must be a string"),
     "play": (lambda value: value in ("forward", "reversed"), "it must be forward or reversed"),
-    "messages": (_is_chat, f"it must be a list of {_CHAT} that ends with the user's; behind it only {_WORK}"),
+    "messages": (_is_chat, f"it must be a list of {_CHAT}, the last one the user's; behind it only {_WORK}"),
 }
 """For each field with a meaning here: the test of its value, and what the value must be."""
 FIELDS = tuple(_FIELDS)
