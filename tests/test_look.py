@@ -38,10 +38,10 @@ from video_r1.evaluation.validation import temporal_accuracy
 from video_r1.lab.model import base_folder
 from video_r1.models.group_forward import all_parts, encode_groups, group_logprobs
 from video_r1.plan.trace import TURN_TOKENS, longest_row
-from video_r1.report.run_data import group_of
+from video_r1.report.run_data import find_run_folders, group_of
 from video_r1.rollout import engine_factory
 from video_r1.rollout.engine import RolloutEngine, SamplingSettings
-from video_r1.rollout.episodes import NOTICE, Episode, ToolEngine
+from video_r1.rollout.episodes import NOTICE, NOTICE_TOKENS, Episode, ToolEngine
 from video_r1.rollout.transformers import TransformersEngine
 from video_r1.rollout.vllm.engine import VLLMEngine
 from video_r1.settings.decoding import EvalSettings
@@ -402,6 +402,12 @@ class Scripted(ScriptedEngine):
         ([LOOK] * 4, {}, ["1 to 3 s:", "1 to 3 s:", NOTICE], LOOK),  # calls on: the answer is what it said
         ([LOOK, LOOK, "B"], {"max_tool_tokens": 100}, ["1 to 3 s:", NOTICE], "B"),
         ([LOOK + LOOK, "B"], {}, ["1 to 3 s:"], "B"),
+        (
+            [LOOK * 3, LOOK],
+            {},
+            ["1 to 3 s:"],
+            LOOK,
+        ),  # the third gets the notice: no call is answered behind it
         # What a model writes comes back in errors: a special token must not.
         (
             [LOOK.replace("look", "<|im_end|>"), "B"],
@@ -471,17 +477,19 @@ def test_the_look_gap(clip: Path, tmp_path: Path) -> None:
     sample = make_sample(path=str(clip))
     right = box.call(Asked("look", {"start": 1, "end": 3}), question("qwen2_5_vl", clip, builder)).result[1]
     assert isinstance(right, Media)
-    engine = ToolEngine(Looker(builder, right.frames), builder)
+    looker = Looker(builder, right.frames)
+    engine = ToolEngine(looker, builder)
     summary = evaluate([sample], engine, builder, budget_of("qwen2_5_vl"), settings, tmp_path)
     figures = summary["frames"]["16"]
     assert figures["look_gap"]["gap"] == 1.0 and "temporal_gaps" not in figures
     assert "look gap (accuracy minus that with looks elsewhere in the clip): 1.00" in summary_table(summary)
     validated = SimpleNamespace(
         seed=0, tools="look", temporal_contrast="shuffled", contrast_unit="frame", eval_batch_size=1,
-        max_completion_length=500, num_generations_eval=None,
+        max_completion_length=500, num_generations_eval=None, overview_frames=[4, 4],
     )  # fmt: skip
     found = temporal_accuracy(engine, [sample], Reader(budget_of("qwen2_5_vl")), builder, validated)
     assert (found["look_gap"], found["accuracy_elsewhere"], found["accuracy_video"]) == (1.0, 0.0, 1.0)
+    assert [media.frames.shape[0] for media in looker.prompts[-1].media] == [4, 4]
     lines = [json.loads(line) for line in (tmp_path / "predictions-16.jsonl").read_text().splitlines()]
     assert {line["order"]: line["score"] for line in lines} == {"ordered": 1.0, "elsewhere": 0.0}
     assert lines[0]["calls"] == 1 and "[look(start=1, end=3): 1 to 3 s: 4 frames]" in lines[0]["transcript"]
@@ -499,6 +507,8 @@ def test_the_look_gap(clip: Path, tmp_path: Path) -> None:
         for line in (tmp_path / "control/no-look/predictions-20.jsonl").read_text().splitlines()
     ]
     assert line["order"] == "no-look" and line["frames"] == 20 and "calls" not in line
+    assert looker.prompts[-1].frames == 20  # at its 1 frame a second the clip would give 8
+    assert find_run_folders(tmp_path / "control") == [tmp_path / "control"]
     with pytest.raises(ConfigError, match="order names elsewhere, which is about looks; add --tools look"):
         EvalSettings(model="m", manifest="x.json", order=["ordered", "elsewhere"])
 
@@ -613,7 +623,7 @@ def test_a_plan_counts_looks(family: str, clip: Path) -> None:
     config, pixels = build_model(family).config, 4 * SIDES[family] ** 2
     frames, training = PromptSettings(max_frames=8, frame_pixels=pixels), TGRPOSettings(num_generations=4)
     row = longest_row(config, frames, training, 30, None, box.settings)
-    assert row.looks == 3 and 0 <= row.returned / 3 - len(turn.input_ids) < TURN_TOKENS
+    assert row.looks == 3 and 0 <= (row.returned - NOTICE_TOKENS) / 3 - len(turn.input_ids) < TURN_TOKENS
     grid = turn.features["video_grid_thw"][0]
     assert row.looked == 4 * 3 * int(grid.prod())
     few = longest_row(config, frames, training, 30, None, ToolSettings(tools="look", max_tool_tokens=50))

@@ -14,7 +14,7 @@ import test_sft
 import torch
 from chat_endpoint import annotate as annotate_at
 from chat_endpoint import chat_endpoint, write_questions
-from test_look import FAMILIES, LOOK, Scripted, alone, budget_of, template, toolbox
+from test_look import FAMILIES, LOOK, Scripted, add, alone, budget_of, template, toolbox
 from test_rollout_transformers import build_model
 from tiny_models import moving_square, tiny_processor, write_clip
 from tiny_questions import read_lines
@@ -23,9 +23,10 @@ from torch import Tensor
 from video_r1.annotation import annotate
 from video_r1.annotation.teachers import EngineTeacher
 from video_r1.cli import main
+from video_r1.data.check import check_media
 from video_r1.data.decoding.decoders import read_media_at
 from video_r1.data.manifests.records import Sample, load_manifest, manifest_row
-from video_r1.data.prompts import Prompt, PromptBuilder, response_text
+from video_r1.data.prompts import Prompt, PromptBuilder, TextPrompts, response_text
 from video_r1.data.reading import Reader
 from video_r1.data.templates import chat_text
 from video_r1.data.tools import Asked, parse_calls, worked_pieces
@@ -68,7 +69,13 @@ def worked(folder: Path, **fields: Any) -> Sample:
 
 def test_messages_with_tools_are_read_and_written_again(folder: Path) -> None:
     asked = {"role": "user", "content": "Where to?"}
-    twice = {**SAID, "content": None, "tool_calls": [CALL["function"], OTHER]}
+    # Parquet fills in what other calls have.
+    filled = {
+        "function": None,
+        "name": "look",
+        "arguments": {"start": 1, "end": 3, "fps": None, "what": None},
+    }
+    twice = {**SAID, "content": None, "tool_calls": [filled, OTHER]}
     results = [RESULT, {"role": "tool", "content": "two"}]
     sample = worked(folder, messages=[asked, twice, *results, SAID, RESULT], problem=None)
     arguments = {"start": 1, "end": 3}
@@ -93,6 +100,17 @@ def test_messages_with_tools_are_read_and_written_again(folder: Path) -> None:
         ([{**SAID, "tool_calls": [{"name": "x", "arguments": "[" * 99999}]}, RESULT], "messages is"),
         ([{**SAID, "tool_calls": [{"name": "x", "arguments": '{"a": "\\ud800"}'}]}, RESULT], "messages is"),
         ([{**SAID, "tool_calls": [{"name": "x", "arguments": '{"a": 1e999}'}]}, RESULT], "messages is"),
+        ([{**SAID, "tool_calls": [{"function": "look"}]}, RESULT], "messages is"),
+        ([{**SAID, "tool_calls": [{"name": "x", "arguments": {"a": Path()}}]}, RESULT], "messages is"),
+        (
+            [{**SAID, "tool_calls": [{"name": "look", "arguments": {"start": 3}}]}, RESULT],
+            "look from 3 to None",
+        ),
+        (
+            [{**SAID, "tool_calls": [{"name": "look", "arguments": {"start": 3, "end": 1}}]}, RESULT],
+            "from 3 to 1",
+        ),
+        ([SAID, {"role": ["tool"], "content": ""}], "messages is"),
         ([SAID, {"role": "tool", "content": 3}], "messages is"),
         ([SAID, RESULT, {"role": "user", "content": "And?"}], "messages is"),
         ([SAID, RESULT, {"role": "assistant", "content": "B"}], "messages is"),
@@ -156,19 +174,57 @@ def test_a_row_is_written_as_the_template_writes_the_conversation(folder: Path) 
     ("arguments", "settings", "reason"),
     [
         ({"start": 70, "end": 71}, {}, "Error: look: 70 to 71 s is no part of the clip, which has 8.0 s"),
-        ({"start": 1, "end": 3}, {"max_tool_tokens": 10}, r"its tools return \d+ tokens; the limit"),
+        (
+            {"start": 1, "end": 3},
+            {"max_tool_tokens": 10},
+            r"call tools that return \d+ tokens; max_tool_tokens",
+        ),
         ({"start": 1, "end": 3}, None, "its messages call tools; set --tools look"),
+        ({"start": 1, "end": 3}, {"tools": None, "functions": [add]}, "call look, which is not offered"),
+        ({"start": 1, "end": 3}, {"max_looks": 1}, "call tools 2 times; max_looks is 1"),
     ],
 )
 def test_a_row_that_cannot_be_shown(folder: Path, arguments: Any, settings: Any, reason: str) -> None:
     said = deepcopy(SAID)
     said["tool_calls"][0]["function"]["arguments"] = arguments
     builder = PromptBuilder(tiny_processor("qwen2_5_vl"))
-    sample = worked(folder, messages=[said, RESULT])
+    sample = worked(folder, messages=[said, RESULT] * (2 if settings and "max_looks" in settings else 1))
     prompt = builder.build(sample, read_media_at(sample, budget_of("qwen2_5_vl"), (8,)))
     builder.toolbox = None if settings is None else toolbox(**settings)
     with pytest.raises(PromptError, match=reason):
         worked_pieces(builder, sample, prompt)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_turn_may_hold_a_call_alone(family: str, folder: Path) -> None:
+    processor = tiny_processor(family)
+    processor.chat_template = template("qwen3_5_think" if family == "qwen3_5" else family)
+    _, (own, *_), builder = example(family, folder, processor, messages=[{**SAID, "content": ""}, RESULT])
+    assert builder.tokenizer.decode(own).startswith("<tool_call>\n")
+
+
+def test_a_check_finds_looks_behind_the_end(folder: Path) -> None:
+    late = {**SAID, "tool_calls": [{"name": "look", "arguments": {"start": 50, "end": 60}}]}
+    samples = load_manifest([row(), row(problem_id="late", messages=[late, RESULT])], folder)
+    result = check_media(samples, budget_of("qwen2_5_vl"))
+    assert result.usable == samples[:1]
+    assert [problem.text for problem in result.problems] == ["its messages look at 50 s; the clip has 8.0 s"]
+
+
+def test_tools_are_explained_in_the_own_system_message(folder: Path) -> None:
+    """Templates of many families refuse two system messages."""
+    own = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Where to?"}]
+    sample = worked(folder, messages=own)
+    for builder in (TextPrompts(), PromptBuilder(tiny_processor("qwen2_5_vl"))):
+        builder.toolbox = toolbox()
+        prompt = builder.build(sample, read_media_at(sample, budget_of("qwen2_5_vl"), (8,)))
+        if builder.processor is None:
+            first, *others = prompt.messages
+            texts = [part["text"] for part in first["content"]]
+            assert texts[0] == "Be brief." and "<tool_call>" in texts[-1] and others[0]["role"] == "user"
+        else:
+            said = builder.tokenizer.decode(prompt.input_ids)
+            assert said.count("<|im_start|>system") == 1 and "Be brief.\n\nYou can call" in said
 
 
 def test_an_sft_run_with_tools(checkpoint: Path, folder: Path, tmp_path: Path) -> None:
@@ -234,6 +290,15 @@ def test_a_chat_endpoint_with_tools(tmp_path: Path) -> None:
         assert sum(part["type"] == "image_url" for part in parts) == 4
         (sample,) = load_manifest(tmp_path / "cot.json", tmp_path)
         assert sample.problem_id == "q1" and sample.work[0].calls == (("look", {"start": 1, "end": 2}),)
+        # A refused question, in its first or a later turn, is not answered; the others are.
+        for number, refused in enumerate(([400], [LOOK.replace("3", "2"), 413])):
+            served.script[0], served.script[1] = refused, [LOOK.replace("3", "2")]
+            counts = annotate_at(
+                served.url.removesuffix("/v1"), manifest, tmp_path / f"refused{number}.json", tools="look",
+                look_frames=4, frames_as="images", request_fields={"top_k": 7},
+            )  # fmt: skip
+            assert counts.questions == {"endpoint": 1, "kept": 1}
+            assert served.requests[-1]["top_k"] == 7
         served.script[0], served.script[1] = [LOOK.replace("3", "2")], []
         words = [
             "--engine",

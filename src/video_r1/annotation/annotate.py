@@ -16,7 +16,7 @@ from collections import Counter
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from contextlib import ExitStack, closing, nullcontext
 from copy import copy
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
@@ -116,8 +116,7 @@ def answered(
         endpoint = Endpoint(endpoint_urls(teacher), key, settings.timeout, settings.wait)
         name, frames_as = open_endpoint(endpoint, settings.model, settings.frames_as)
         drawn_with |= {"teacher": name, "frames_as": frames_as}
-        if not settings.tools:
-            open_teacher = partial(EndpointTeacher, settings, endpoint, name, frames_as)
+        open_teacher = partial(EndpointTeacher, settings, endpoint, name, frames_as)
     samples = samples[: settings.limit]
     journals: list[Journal] = []  # rank 0 has it
     with ExitStack() as opened:
@@ -182,10 +181,7 @@ def _local_teacher(settings: TeacherSettings) -> EngineTeacher:
     from video_r1.rollout.engine_factory import open_engine, open_prompts
 
     decoding = copy(settings)
-    if settings.at_endpoint:  # with tools, which several requests answer
-        decoding.engine = str(settings.teacher)
-    else:
-        decoding.model = settings.teacher
+    decoding.model = settings.teacher
     builder, budget = open_prompts(decoding)
     cache = open_frame_cache(settings.frame_cache, settings.frame_cache_gb)
     engine = open_engine(decoding, builder)
@@ -221,7 +217,7 @@ def _write(settings: AnnotateSettings, samples: Sequence[Sample], journal: "Jour
                 verdict = judge(sample, [Completion(**each) for each in completions], settings)
             if verdict.kept is not None:
                 chosen, text = verdict.judged[verdict.kept], completions[verdict.kept]["text"]
-                row = manifest_row(sample, root)
+                row = manifest_row(replace(sample, work=()), root)
                 if work := completions[verdict.kept].get("work"):
                     row["messages"] = [*sample.messages, *work]
                 row |= {

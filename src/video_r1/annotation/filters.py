@@ -7,7 +7,7 @@ import re
 import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from video_r1.chat_client import Completion
 from video_r1.data.answers import extract_answer, read_answer
@@ -26,6 +26,7 @@ _FREE_SCRIPTS = {"GREEK", "MATHEMATICAL", "FULLWIDTH", "HALFWIDTH", "MODIFIER", 
 _CJK = {"CJK", "HIRAGANA", "KATAKANA", "KATAKANA-HIRAGANA", "IDEOGRAPHIC"}
 
 _THINK = re.compile(r"<think>(.*?)</think>", re.DOTALL)
+_TAG = re.compile(r"</?think>")
 _WORD = re.compile(r"[一-鿿぀-ヿ가-힣]|[^\W_一-鿿぀-ヿ가-힣]+(?:['’.,]\w+)*")
 _REFUSAL = re.compile(
     r"(?i)\bi(?:['’]m| am)? (?:cannot|can['’]?t|can not|do not|don['’]?t|unable to|not able to) "
@@ -105,10 +106,19 @@ def repetition(rationale: str) -> str | None:
     return None
 
 
-def _tool_fault(completion: Completion) -> str | None:
+def _tool_fault(sample: Sample, completion: Completion) -> str | None:
     if completion.failed_calls:
         return f"{completion.failed_calls} of its calls got no answer"
-    return None if completion.work else "it calls no tool"
+    if any(
+        turn["content"].count("<think>") != turn["content"].count("</think>") for turn in _said(completion)
+    ):
+        return "a turn with a call leaves <think> open"
+    return None if completion.work or sample.data_type != "video" else "it calls no tool"
+
+
+def _said(completion: Completion) -> list[Any]:
+    """Return the messages with calls that stand before a completion's last turn."""
+    return [turn for turn in completion.work if turn["role"] == "assistant"]
 
 
 class Judged(NamedTuple):
@@ -158,18 +168,21 @@ def judge_one(sample: Sample, completion: Completion, settings: AnnotateSettings
     """Return the first filter that a rationale does not pass (except majority, which needs all of them)."""
     text, options, kind = completion.text, sample.options, sample.problem_type
     rationale = rationale_of(text)
+    before = [turn["content"] for turn in _said(completion)]
+    whole = "\n".join([*before, text])
+    thoughts = "\n".join([*(_TAG.sub("", turn) for turn in before), rationale])
     answer = read_answer(text, kind, options) if extract_answer(text) else ""
     truth = sample.answer
     score = correctness(kind, answer, truth)
     count, (shortest, longest) = len(words_of(rationale)), settings.length_range
     faults = {
         "cut off": "it reached the token limit" if completion.finish_reason == "length" else None,
-        "refusal": refusal(text, completion.finish_reason),
+        "refusal": refusal(whole, completion.finish_reason),
         "tags": tags(text),
         "length": None if shortest <= count <= longest else f"its rationale has {count} words",
-        "language": language(rationale, (sample.problem, *options, truth)),
-        "repetition": repetition(rationale),
-        "tool": _tool_fault(completion) if settings.tools else None,
+        "language": language(thoughts, (sample.problem, *options, truth)),
+        "repetition": repetition(thoughts),
+        "tool": _tool_fault(sample, completion) if settings.tools else None,
         "score": None if above(score, settings.threshold) else f"its answer {answer!r} scores {score:.2f}",
     }
     found = ((name, detail) for name, detail in faults.items() if detail)

@@ -4,9 +4,12 @@
 that is not in `done`. A teacher reads a bounded number of questions ahead of its caller.
 """
 
+import asyncio
 from collections.abc import Container, Generator, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 from video_r1.chat_client import (
@@ -18,15 +21,19 @@ from video_r1.chat_client import (
     ServerFailure,
     ServerRefusal,
     completions_of,
+    event_loop,
 )
 from video_r1.data.decoding.frame_cache import open_frame_cache
 from video_r1.data.manifests.records import Sample, work_messages
 from video_r1.data.prompts import TextPrompts
 from video_r1.data.reading import Batch, Reader
+from video_r1.data.rollouts import Rollout
+from video_r1.data.tools import Toolbox
 from video_r1.errors import MediaError, PromptError, VideoR1Error
 from video_r1.evaluation.question_loop import read_batches
-from video_r1.rollout.endpoint_engine import chat_request
-from video_r1.rollout.engine import RolloutEngine, SamplingSettings
+from video_r1.rollout.endpoint_engine import EndpointEngine, chat_request
+from video_r1.rollout.engine import RolloutEngine, SamplingSettings, prompt_seeds
+from video_r1.rollout.episodes import Steps, ToolEngine, advance
 from video_r1.seeds import derived_seed
 from video_r1.settings.decoding import TeacherSettings
 from video_r1.settings.frames import FrameBudget
@@ -88,8 +95,15 @@ class EndpointTeacher:
         self.frames_as: FramesAs = frames_as
         self._prompts = TextPrompts(settings.prompt_template, settings.subtitles)
         budget = settings.frame_budget(FrameBudget().size_multiple)
-        self._reader = Reader(budget, open_frame_cache(settings.frame_cache, settings.frame_cache_gb))
+        cache = open_frame_cache(settings.frame_cache, settings.frame_cache_gb)
+        self._reader = Reader(budget, cache)
         self._client = ChatClient(endpoint, settings.concurrency, held=2 * settings.workers)
+        self._episodes: ToolEngine | None = None
+        if settings.tools:
+            self._prompts.toolbox = Toolbox(settings, budget, (), cache)
+            self._engine = EndpointEngine(endpoint, model, frames_as, fields=settings.request_fields)
+            self._episodes = ToolEngine(self._engine, self._prompts)
+            self._threads = ThreadPoolExecutor(2 * settings.workers, thread_name_prefix="episodes")
 
     def answers(self, batches: Batches, done: Done) -> Generator[list[Answered]]:
         in_a_row, samples = 0, [sample for batch in batches for sample in batch]
@@ -107,6 +121,27 @@ class EndpointTeacher:
 
     def close(self) -> None:
         self._client.close()
+        if self._episodes is not None:
+            self._threads.shutdown(cancel_futures=True)
+            self._episodes.close()
+
+    async def _episode(self, sample: Sample, engine: ToolEngine) -> list[Rollout]:
+        """Return the answers to one question, with calls of tools."""
+        seed = sample_seed(self.settings.seed, sample.problem_id)
+        sampling = replace(SamplingSettings.of(self.settings, self.settings.samples), seed=(seed,))
+        run = partial(event_loop().run_in_executor, self._threads)
+
+        def begin() -> Steps:
+            return engine.steps([self._prompts.build(sample, self._reader.media(sample))], sampling)
+
+        asked, found = await run(advance, steps := await run(begin))
+        while asked is not None:
+            prompts, sampling, counts = asked
+            seeds = prompt_seeds(sampling.seed, len(prompts))
+            each = zip(prompts, counts, seeds, strict=True)
+            answers = await asyncio.gather(*(self._engine.answer(p, sampling, n, s) for p, n, s in each))
+            asked, found = await run(advance, steps, answers)
+        return found[0]
 
     async def _answer(self, sample: Sample) -> Answered:
         settings = self.settings
@@ -120,7 +155,11 @@ class EndpointTeacher:
             return body | settings.request_fields
 
         try:
-            return sample, _completed(await self._client.draw(settings.samples, request, completions_of))
+            if self._episodes is not None:
+                found: Any = await self._episode(sample, self._episodes)
+            else:
+                found = await self._client.draw(settings.samples, request, completions_of)
+            return sample, _completed(found)
         except (MediaError, PromptError) as error:
             return sample, _failed(error)
         except ServerFailure as failure:

@@ -59,6 +59,12 @@ def check_media(
         for places, (found,) in zip(files.values(), durations, strict=True):
             if isinstance(found, float):
                 video_seconds += found
+                late = {place: [at for at in samples[place].looks if at >= found] for place in places}
+                failed |= {
+                    place: f"its messages look at {starts[0]:g} s; the clip has {found:.1f} s"
+                    for place, starts in late.items()
+                    if starts
+                }
             else:
                 failed.update(dict.fromkeys(places, str(found)))
             bar.update(bad=len(failed)) if failed else bar.update()

@@ -38,9 +38,9 @@ from video_r1.data.templates import (
     load_template,
     prompt_text,
     special_tokens,
-    tools_message,
     tools_turn,
     turn_text,
+    with_tools,
 )
 from video_r1.errors import PromptError
 from video_r1.settings.frames import LOOK_CONTROLS, TEMPORAL_PATCH, Contrast, ContrastUnit, Order
@@ -64,7 +64,7 @@ class Prompt:
     permutation: [T] int64, position i shows frame permutation[i] of the concatenated clips; None for the
         clips' own order.
     messages: the chat, for engines that tokenise themselves.
-    contrast: the kind of permutation.
+    contrast: the kind of permutation, or a control of looks (elsewhere, no-look).
     thinks: whether the completion begins with its reasoning (templates.py).
     files: what `media` was read from, for tools that read more of it.
     parts: of an answer that goes on after tool calls: the question's prompt and each tool turn, with the
@@ -149,6 +149,7 @@ class TextPrompts:
         self.template = load_template(template, subtitles)
 
     def without_tools(self) -> Self:
+        """Return the same prompts without an offer of tools."""
         other = copy(self)
         other.toolbox = None
         return other
@@ -197,7 +198,7 @@ class TextPrompts:
         nothing = torch.empty(0, dtype=torch.long)
         chat = self._chat(sample, visuals)
         if self.toolbox is not None and self.processor is None:
-            chat = [tools_message(self.toolbox.schemas), *chat]
+            chat = with_tools(chat, self.toolbox.schemas)
         return Prompt(nothing, {}, shown, permutation, chat, contrast, self.template.thinks, sample.files)
 
     def build_turn(self, results: Sequence[Sequence[str | Media]], like: Prompt) -> Prompt:
@@ -276,6 +277,12 @@ class PromptBuilder(TextPrompts):
         self._video_settings = {"do_sample_frames": False}
         if hasattr(getattr(processor, "video_processor", None), "cap_pixels_per_frame"):
             self._video_settings["cap_pixels_per_frame"] = False  # for resizing only; warns if unset
+
+    def without_tools(self) -> Self:
+        """Return the same prompts without an offer of tools, longer by what tools may return."""
+        other = super().without_tools()
+        other.max_prompt_length += self.toolbox.settings.max_tool_tokens if self.toolbox else 0
+        return other
 
     def question(self, sample: Sample) -> str:
         """Return the user's text. Raises PromptError if it contains a special token of the tokenizer."""

@@ -161,19 +161,22 @@ def prompt_text(
     if tools and _knows_tools(processor):
         switch["tools"] = list(tools)
     elif tools:
-        messages = [tools_message(tools), *messages]
+        messages = with_tools(messages, tools)
     text = chat_text(processor, messages, add_generation_prompt=True, **switch)
     return _BEGUN.sub("", text) if thinks else _OPEN.sub(NO_THOUGHT, text)
 
 
-def tools_message(tools: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Return the system message that explains tools to a model whose template cannot."""
-    said = TOOLS_MESSAGE.format("\n".join(json.dumps(tool) for tool in tools))
-    return {"role": "system", "content": [{"type": "text", "text": said}]}
+def with_tools(messages: list[dict[str, Any]], tools: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Return a chat whose system message, a new one if it has none, explains the tools."""
+    said = {"type": "text", "text": TOOLS_MESSAGE.format("\n".join(json.dumps(tool) for tool in tools))}
+    if messages[0]["role"] != "system":
+        return [{"role": "system", "content": [said]}, *messages]
+    own = messages[0]["content"]
+    return [{"role": "system", "content": [*own, {"type": "text", "text": "\n\n"}, said]}, *messages[1:]]
 
 
 def tools_turn(results: Sequence[list[dict[str, Any]]]) -> dict[str, Any]:
-    """Return the results of calls as a user's message, for such a model."""
+    """Return the results of calls as a user's message, for a model whose template has no tool turns."""
     start, end = ({"type": "text", "text": f"<{slash}tool_response>"} for slash in ("", "/"))
     return {"role": "user", "content": [part for result in results for part in (start, *result, end)]}
 

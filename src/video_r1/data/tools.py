@@ -3,7 +3,7 @@
     the policy's turn ─► parse_calls ─► Toolbox.call ─► texts and Media ─► PromptBuilder.build_turn
 
 A call that cannot be parsed, has wrong arguments, raises or takes too long is answered by one line that says
-so: nothing that a model writes ends a run. Errors of decoding that are not the file's end it, as elsewhere.
+so: nothing that a model writes ends a run. Decoding errors that are not the file's fault end the run.
 """
 
 import ctypes
@@ -165,8 +165,9 @@ class Toolbox:
         return future.result()
 
     def call(self, asked: Asked, prompt: Prompt) -> ToolCall:
-        """Run one call about the clip of `prompt`, the question's. Raises VideoR1Error where the machine, not
-        the call or the file, keeps a look from being decoded.
+        """Run one call about the clip of `prompt`, the question's.
+
+        Raises VideoR1Error if decoding fails for a reason other than the call or the file.
         """
         try:
             return ToolCall(asked.name, asked.arguments, self._result(asked, prompt))
@@ -192,7 +193,7 @@ class Toolbox:
         except Unreadable:
             raise
         except Exception as error:  # the user's code may raise anything; it tells the model, and the user
-            warn_once(f"tool {asked.name}: raises {type(error).__name__} ({error}); the model is told")
+            warn_once(f"tool {asked.name}: raises {type(error).__name__}; the model is told what it says")
             raise Unreadable(str(error) or type(error).__name__) from error
 
     def _look(self, prompt: Prompt, start: Any, end: Any, fps: Any = None) -> list[str | Media]:
@@ -238,31 +239,37 @@ class Toolbox:
 def worked_pieces(builder: PromptBuilder, sample: Sample, prompt: Prompt) -> list[Tensor | Prompt]:
     """Return the turns of a row's `work`: token ids of the assistant, then the answers of tools.
 
-    `look` is called; the results of other tools are those of the row. Raises PromptError.
+    `look` is called; the results of other tools are those of the row. Raises PromptError, also for a tool
+    that is not offered and for more calls or tokens than the settings allow.
     """
+    if not sample.work:
+        return []
     toolbox: Toolbox | None = builder.toolbox
-    if sample.work and toolbox is None:
-        raise PromptError(f"question {sample.problem_id!r}: its messages call tools; set --tools look")
+    about = f"question {sample.problem_id!r}: its messages call"
+    if toolbox is None:
+        raise PromptError(f"{about} tools; set --tools look")
+    names = [name for turn in sample.work for name, _ in turn.calls]
+    if unknown := set(names) - set(toolbox.functions):
+        raise PromptError(f"{about} {sorted(unknown)[0]}, which is not offered (tools)")
+    if len(names) > toolbox.settings.max_looks:
+        raise PromptError(f"{about} tools {len(names)} times; max_looks is {toolbox.settings.max_looks}")
     pieces: list[Tensor | Prompt] = []
+    returned, limit = 0, toolbox.settings.max_tool_tokens
     for text, calls, texts in sample.work:
         results: list[list[str | Media]] = [[text] for text in texts]
         for place, (name, arguments) in enumerate(calls):
-            if name == look.__name__ and toolbox is not None:
+            if name == look.__name__:
                 answered = toolbox.call(Asked(name, dict(arguments)), prompt)
                 if answered.failed:
                     raise PromptError(f"question {sample.problem_id!r}: {answered.result[0]}")
                 results[place] = list(answered.result)
-        said = builder.turn_ids(sample, text + calls_text(builder.processor, calls))
-        pieces += [said, builder.build_turn(results, prompt)]
-    if toolbox is not None:
-        toolbox.forget()
-        returned = sum(len(piece.input_ids) for piece in pieces if isinstance(piece, Prompt))
-        if returned > toolbox.settings.max_tool_tokens:
-            limit = toolbox.settings.max_tool_tokens
-            raise PromptError(
-                f"question {sample.problem_id!r}: its tools return {returned} tokens; the limit "
-                f"(max_tool_tokens) is {limit}"
-            )
+        answer = builder.build_turn(results, prompt)
+        returned += len(answer.input_ids)
+        if returned > limit:
+            raise PromptError(f"{about} tools that return {returned} tokens; max_tool_tokens is {limit}")
+        called = calls_text(builder.processor, calls)
+        pieces += [builder.turn_ids(sample, text + called if text else called.lstrip("\n")), answer]
+    toolbox.forget()
     return pieces
 
 

@@ -20,6 +20,7 @@ from video_r1.files import replace_json
 from video_r1.processes import decided_by_first
 from video_r1.rewards.scoring import correctness, format_reward, overlaps
 from video_r1.rollout.engine import RolloutEngine, SamplingSettings
+from video_r1.rollout.episodes import ToolEngine
 from video_r1.settings.decoding import Answer, EvalSettings, Protocol
 from video_r1.settings.frames import FrameBudget, Order
 
@@ -35,7 +36,8 @@ def evaluate(
     """Evaluate `engine` on `samples`; return the summary, which is also written to `summary.json`.
 
     budget: its `max_frames` is replaced by each of the settings' frame counts. settings: a protocol replaces
-    the prompt template, the size of small frames and the scores. Files in `folder`: see `QuestionLoop`. Every
+    the prompt template, the size of small frames and the scores. Files in `folder`: see `QuestionLoop`; those
+    of no-look, which asks without tools and with more frames, are in its folder `no-look`. Every
     rank calls it, with its own engine, and returns the summary. Raises what `QuestionLoop.run` raises, and
     RequestError for malformed `pairs`.
     """
@@ -56,10 +58,11 @@ def evaluate(
     control = None
     if "no-look" in settings.order:
         builder, plain = prompt_builder.without_tools(), replace(settings, tools=None, order=["ordered"])
+        counts = [settings.frames_without_looks(count) for count in settings.frame_counts]
+        budget = replace(budget, min_frames=max(counts))  # short clips have more to show, too
         control = replace(
-            loop, engine=getattr(engine, "engine", engine), prompt_builder=builder, settings=plain,
-            folder=folder / "no-look", orders=["no-look"],
-            counts=[settings.frames_without_looks(count) for count in settings.frame_counts],
+            loop, engine=engine.engine if isinstance(engine, ToolEngine) else engine, prompt_builder=builder,
+            budget=budget, settings=plain, folder=folder / "no-look", orders=["no-look"], counts=counts,
         )  # fmt: skip
         control.run(asked_with(samples, builder, budget, plain, sampling))
     return decided_by_first(lambda: loop.summary(made_with, control))
@@ -119,6 +122,10 @@ class _Evaluation(QuestionLoop):
                 for count in self.counts
             },
         }
+        if control is not None:
+            for own, other in zip(self.counts, control.counts, strict=True):
+                asked = [key for way in self.ways for key in found[other, way]]
+                summary["frames"][str(own)]["skipped_no_look"] = control.skipped(asked)
         replace_json(self.folder / "summary.json", summary)
         return summary
 

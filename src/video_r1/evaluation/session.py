@@ -21,6 +21,7 @@ from video_r1.evaluation.question_loop import build_prompt, sampling_seed
 from video_r1.rewards.scoring import correctness, is_correct
 from video_r1.rollout.engine import RolloutEngine, SamplingSettings
 from video_r1.rollout.engine_factory import open_engine, open_prompts
+from video_r1.rollout.episodes import ToolEngine
 from video_r1.settings.decoding import AskSettings
 from video_r1.settings.frames import Order
 
@@ -114,8 +115,9 @@ def heard(
     def on_token(prompt: int, completion: int, token: int) -> None:
         hear(prompt, "") if completion else streams[prompt].add(token)
 
+    inner = engine.engine if isinstance(engine, ToolEngine) else engine
+    takes_tokens = "on_token" in inspect.signature(inner.generate).parameters
     generate: Any = engine.generate
-    takes_tokens = "on_token" in inspect.signature(generate).parameters
     groups = generate(prompts, sampling, **({"on_token": on_token} if takes_tokens else {}))
     for stream, rollouts in zip(streams, groups, strict=True):
         stream.write(rollouts[0].transcript[stream.written :])

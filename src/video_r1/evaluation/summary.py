@@ -246,6 +246,8 @@ def summary_table(summary: Mapping[str, Any]) -> str:
                 lines.append(f"{kind}: {group['ordered']['warning']}")
         if figures["skipped"]:
             lines.append(f"{figures['skipped']} questions skipped: their media or prompts cannot be used")
+        if skipped := figures.get("skipped_no_look"):
+            lines.append(f"no-look: {skipped} questions skipped; quarantine.jsonl in its folder says why")
         blocks.append("\n".join(lines))
     return "\n\n".join(blocks)
 

@@ -1,4 +1,6 @@
-"""Validation while training: accuracy on held-out questions with ordered and with shuffled frames."""
+"""Validation while training: accuracy on held-out questions in order, with the contrast clip, and with looks
+elsewhere.
+"""
 
 from __future__ import annotations
 
@@ -11,6 +13,7 @@ from typing import Any, TypeVar
 from video_r1.data.manifests.records import Sample
 from video_r1.data.prompts import Prompt, PromptBuilder
 from video_r1.data.reading import Batch, Clips, Question, Reader, build_question, derived_generator
+from video_r1.data.tools import overview
 from video_r1.evaluation.question_loop import read_batches
 from video_r1.processes import gather, process_count, process_index
 from video_r1.rewards.scoring import answer_scores, format_scores
@@ -34,9 +37,12 @@ def temporal_accuracy(
     def build(sample: Sample, media: Clips) -> tuple[Question, Prompt | None]:
         generator = derived_generator(settings.seed, "validation", sample.problem_id)
         contrast, unit = settings.temporal_contrast, settings.contrast_unit
+        if bounds := settings.overview_frames:
+            drawn = derived_generator(settings.seed, "overview", sample.problem_id)
+            media = tuple(overview(clip, bounds, drawn) for clip in media)
         question = build_question(sample, media, builder, generator, contrast, unit)
         has_looks = settings.tools and sample.data_type == "video"
-        return question, builder.build(sample, media, contrast="elsewhere") if has_looks else None
+        return question, replace(question.ordered, contrast="elsewhere") if has_looks else None
 
     scored = [
         entry
@@ -53,7 +59,8 @@ def temporal_accuracy(
         both = [(entry[0], entry[place]) for entry in scored if entry[place] is not None]
         if both:
             video, contrast = map(fmean, zip(*both, strict=True))
-            figures |= {"accuracy_video": video, f"accuracy_{name}": contrast, gap: video - contrast}
+            figures.setdefault("accuracy_video", video)
+            figures |= {f"accuracy_{name}": contrast, gap: video - contrast}
     return figures
 
 

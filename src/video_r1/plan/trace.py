@@ -25,6 +25,7 @@ from video_r1.models.loading import size_multiple
 from video_r1.models.vision import tower_arguments
 from video_r1.plan.fake_trace import Policy, Traced, build_models, count_weights, without_storage
 from video_r1.plan.shapes import published_frame
+from video_r1.rollout.episodes import NOTICE_TOKENS
 from video_r1.settings.shared import PromptSettings
 from video_r1.settings.tools import ToolSettings
 from video_r1.settings.training import SFTSettings, TGRPOSettings
@@ -100,8 +101,9 @@ def longest_row(
     look = max(1, tools.look_frames // vision.temporal_patch_size)
     square = (tools.look_pixels or frames.frame_pixels) // side**2
     one = look * (square + timestamps) + TURN_TOKENS
-    returned = min(tools.max_looks * one, tools.max_tool_tokens)
-    return replace(row, looks=returned // one, look_grid=(look, merge, merge * square), returned=returned)
+    returned, looks = tools.max_tool_tokens, min(tools.max_looks, math.ceil(tools.max_tool_tokens / one))
+    returned = min(tools.max_looks * one, returned) + NOTICE_TOKENS
+    return replace(row, looks=looks, look_grid=(look, merge, merge * square), returned=returned)
 
 
 def _general_visuals(config: Any, frames: PromptSettings, processor: Any) -> tuple[int, int]:

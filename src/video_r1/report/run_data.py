@@ -73,6 +73,10 @@ def prediction_files(folder: Path) -> list[Path]:
     return [path for begin in ANSWERS.values() for path in sorted(folder.glob(f"{begin}-*.jsonl"))]
 
 
+# no-look: a part of the evaluation around it.
+NO_RUNS = ("checkpoint", ".", "frames", "no-look")
+
+
 def find_run_folders(root: Path, depth: int = 2) -> list[Path]:
     """Return `root` and the folders at most `depth` levels below it that hold a run's files."""
     with os.scandir(root) as listing:
@@ -81,7 +85,7 @@ def find_run_folders(root: Path, depth: int = 2) -> list[Path]:
     of_run = (e for e in entries if e.name in RUN_FILES or e.name.startswith(answers))
     found = [root] if any(e.name.endswith(".jsonl") and e.is_file() for e in of_run) else []
     for entry in entries if depth > 0 else []:
-        if entry.is_dir(follow_symlinks=False) and not entry.name.startswith(("checkpoint", ".", "frames")):
+        if entry.is_dir(follow_symlinks=False) and not entry.name.startswith(NO_RUNS):
             with contextlib.suppress(PermissionError, FileNotFoundError):  # not readable, or gone
                 found += find_run_folders(root / entry.name, depth - 1)
     return found

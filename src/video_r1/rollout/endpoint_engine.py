@@ -1,11 +1,11 @@
-"""Rollouts from an OpenAI-compatible endpoint, for an evaluation or a question.
+"""Rollouts from an OpenAI-compatible endpoint, for an evaluation, a question, or a teacher that calls tools.
 
 Such an endpoint has its own processor: it gets the question's text and the frames, and returns text without
 token ids or log-probs, so nothing can be trained on its rollouts.
 """
 
 import base64
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from io import BytesIO
 from typing import Any
 
@@ -32,18 +32,24 @@ from video_r1.rollout.engine import RolloutEngine, SamplingSettings, prompt_seed
 SEEDS = 2**31  # endpoints differ in how large a seed they take
 UNNAMED_TOKEN = -1
 JPEG_QUALITY = 90
+_NO_FIELDS: Mapping[str, Any] = {}
 
 
 class EndpointEngine(RolloutEngine):
     """Samples from `model` at the endpoint, by up to `concurrency` requests at once.
 
-    frames_as: see `chat_request`.
+    frames_as: see `chat_request`. fields: further ones of each request. Thread-safe.
     """
 
     def __init__(
-        self, endpoint: Endpoint, model: str, frames_as: FramesAs = "images", concurrency: int = 16
+        self,
+        endpoint: Endpoint,
+        model: str,
+        frames_as: FramesAs = "images",
+        concurrency: int = 16,
+        fields: Mapping[str, Any] = _NO_FIELDS,
     ) -> None:
-        self.endpoint, self.model = endpoint, model
+        self.endpoint, self.model, self.fields = endpoint, model, fields
         self.frames_as: FramesAs = frames_as
         self._client = ChatClient(endpoint, concurrency)
 
@@ -68,12 +74,8 @@ class EndpointEngine(RolloutEngine):
         seeds = prompt_seeds(sampling.seed, len(prompts))
 
         async def answer(index: int) -> tuple[int, list[Rollout]]:
-            def request(n: int, drawn: int) -> dict[str, Any]:
-                seed = prompt_seed(seeds[index], drawn) % SEEDS
-                return chat_request(self.model, prompts[index], self.frames_as, sampling, n, seed)
-
             try:
-                return index, await self._client.draw(counts[index], request, rollouts_of)
+                return index, await self.answer(prompts[index], sampling, counts[index], seeds[index])
             except ServerRefusal as refusal:
                 raise VideoR1Error(f"{self.endpoint.url} refused a request: {refusal}") from refusal
             except ServerFailure as failure:
@@ -84,6 +86,16 @@ class EndpointEngine(RolloutEngine):
 
         found = dict(pair for pairs in self._client.each(range(len(prompts)), answer) for pair in pairs)
         return [found[index] for index in range(len(prompts))]
+
+    async def answer(self, prompt: Prompt, sampling: SamplingSettings, n: int, seed: int) -> list[Rollout]:
+        """Return `n` completions of one prompt, from the event loop. Raises as `ChatClient.draw`."""
+
+        def request(missing: int, drawn: int) -> dict[str, Any]:
+            own = prompt_seed(seed, drawn) % SEEDS
+            body = chat_request(self.model, prompt, self.frames_as, sampling, missing, own)
+            return {**body, **self.fields}
+
+        return await self._client.draw(n, request, rollouts_of)
 
 
 def rollouts_of(reply: Any) -> list[Rollout]:

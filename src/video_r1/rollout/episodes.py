@@ -8,7 +8,7 @@ Engines share what the answers to a question have in common: transformers reads 
 keeps it in its prefix cache. A completion depends on its question's seed, its number and its turn alone.
 """
 
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from typing import Any, cast
@@ -33,6 +33,10 @@ NOTICE = "No more calls are possible. Answer now."
 NOTICE_TOKENS = 256  # of a turn that says so, at most
 
 
+def _refused(asked: Asked) -> ToolCall:
+    return ToolCall(asked.name, asked.arguments, [NOTICE], failed=True)
+
+
 def tool_tokens(settings: ToolSettings, own_tools: bool = False) -> int:
     """Return the most tokens that tools add to an answer."""
     return settings.max_tool_tokens + NOTICE_TOKENS if settings.tools or own_tools else 0
@@ -43,6 +47,19 @@ def largest_frames(budget: FrameBudget, settings: ToolSettings) -> FrameBudget:
     frames, pixels = max(budget.max_frames, settings.look_frames), settings.look_pixels or 0
     largest = replace(budget, max_frames=frames, frame_pixels=max(budget.frame_pixels, pixels))
     return largest if settings.tools else budget
+
+
+Asking = tuple[Sequence[Prompt], SamplingSettings, Sequence[int]]  # prompts, settings, completions of each
+Answers = list[list[Rollout]]
+Steps = Generator[Asking, Answers, Answers]
+
+
+def advance(steps: Steps, found: Answers | None = None) -> tuple[Asking | None, Answers]:
+    """Hand over the last round's completions; return the next round, or None and the answers."""
+    try:
+        return (next(steps) if found is None else steps.send(found)), []
+    except StopIteration as end:
+        return None, end.value
 
 
 @dataclass(slots=True)
@@ -113,9 +130,19 @@ class ToolEngine(RolloutEngine):
         """Sample as `RolloutEngine.generate` says. `max_tokens` bounds the policy's tokens of all turns.
         options: of the engine, for the first turn.
         """
+        asked, found = advance(steps := self.steps(prompts, sampling, counts))
+        while asked is not None:
+            asked, found = advance(steps, self.engine.generate(*asked, **options))
+            options = {}
+        return found
+
+    def steps(
+        self, prompts: Sequence[Prompt], sampling: SamplingSettings, counts: Sequence[int] | None = None
+    ) -> Steps:
+        """Yield each round's arguments of `engine.generate`, get its completions, and return the answers."""
         counts = wanted_counts(prompts, sampling, counts)
         seeds = prompt_seeds(sampling.seed, len(prompts))
-        first = self.engine.generate(prompts, replace(sampling, seed=tuple(seeds)), counts, **options)
+        first = yield prompts, replace(sampling, seed=tuple(seeds)), counts
         episodes = [
             [
                 Episode(prompt, f"{seed}/{number}", rollout, sampling.max_tokens - len(rollout.token_ids))
@@ -130,7 +157,7 @@ class ToolEngine(RolloutEngine):
                 if not self.engine.anyone(bool(waiting)):
                     break
                 turns = list(pool.map(self._answer, waiting))
-                self._go_on(waiting, turns, sampling)
+                yield from self._go_on(waiting, turns, sampling)
         self.toolbox.forget()
         return [[episode.rollout for episode in answers] for answers in episodes]
 
@@ -151,8 +178,12 @@ class ToolEngine(RolloutEngine):
         """Run the calls of an answer and build the turn with their results."""
         rollout, prompt = episode.rollout, episode.prompt
         spent = sum(len(turn.prompt.input_ids) for turn in rollout.turns)
-        if len(rollout.turns) < self.toolbox.settings.max_looks:
-            calls = tuple(self.toolbox.call(asked, prompt) for asked in episode.calls)
+        left = self.toolbox.settings.max_looks - len(rollout.calls)
+        if left > 0:
+            calls = tuple(self.toolbox.call(asked, prompt) for asked in episode.calls[:left])
+            if len(episode.calls) > left:
+                episode.is_last = True
+                calls += (_refused(episode.calls[left]),)
             try:
                 turn = self._turn(rollout, calls, prompt, episode.seed)
             except PromptError as error:
@@ -161,10 +192,7 @@ class ToolEngine(RolloutEngine):
             if spent + len(turn.prompt.input_ids) <= self.toolbox.settings.max_tool_tokens:
                 return turn
         episode.is_last = True
-        calls = tuple(
-            ToolCall(asked.name, asked.arguments, [NOTICE], failed=True) for asked in episode.calls[:1]
-        )
-        return self._turn(rollout, calls, prompt, episode.seed)
+        return self._turn(rollout, (_refused(episode.calls[0]),), prompt, episode.seed)
 
     def _turn(self, rollout: Rollout, calls: tuple[ToolCall, ...], prompt: Prompt, seed: str) -> ToolTurn:
         after, results = len(rollout.token_ids), [call.result for call in calls]
@@ -192,7 +220,9 @@ class ToolEngine(RolloutEngine):
                 changed[-1].append(part)
         return changed
 
-    def _go_on(self, waiting: list[Episode], turns: list[ToolTurn], sampling: SamplingSettings) -> None:
+    def _go_on(
+        self, waiting: list[Episode], turns: list[ToolTurn], sampling: SamplingSettings
+    ) -> Generator[Asking, Answers, None]:
         """Sample the next turn of each answer and add it."""
         seeds = []
         for episode, turn in zip(waiting, turns, strict=True):
@@ -200,12 +230,12 @@ class ToolEngine(RolloutEngine):
             seeds.append(hashed_seed(f"{episode.seed}/{len(episode.rollout.turns)}", bits=62))
         most = max((episode.left for episode in waiting), default=1)
         own = replace(sampling, n=1, seed=tuple(seeds), max_tokens=most)
-        found = self.engine.generate([episode.so_far() for episode in waiting], own)
+        found = yield [episode.so_far() for episode in waiting], own, [1] * len(waiting)
         for episode, (new,) in zip(waiting, found, strict=True):
-            before, cut = episode.rollout, episode.left < len(new.token_ids)
+            before, cut = episode.rollout, episode.left < len(new.token_ids) and not self.is_endpoint
             ids, logprobs = new.token_ids[: episode.left], new.logprobs[: episode.left]
             text = new.text
-            if cut and not self.is_endpoint:
+            if cut:
                 text = self.builder.tokenizer.decode(ids.tolist(), skip_special_tokens=True)
             episode.left -= len(ids)
             episode.rollout = Rollout(

@@ -14,7 +14,7 @@ class ToolSettings(Settings):
     tools: Literal["look"] | None = setting(
         None, "look: the model may ask for a stretch of the clip and gets its frames (docs/look.md)"
     )
-    max_looks: int = setting(2, "turns of an answer in which tools are called", above=0)
+    max_looks: int = setting(2, "calls of tools in one answer; then it has to end", above=0)
     look_frames: int = setting(16, "most frames of a look", at_least=2)
     look_pixels: int | None = setting(None, "area of one of its frames (default: frame_pixels)", above=0)
     look_fps: float = setting(4.0, "frames per second of a look whose call names none", above=0)

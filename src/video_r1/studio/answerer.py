@@ -29,6 +29,8 @@ from video_r1.report.run_data import place_of, turn_of
 from video_r1.settings.decoding import AskSettings
 from video_r1.training.recording import recorded_turns, save_shown
 
+WITH_LOOKS = 8  # answers of a view whose looks are shown: an event has a limit (ask.py)
+
 
 class Stopped(Exception):
     """Raised when nobody listens to this answer any more."""
@@ -112,14 +114,16 @@ def _view(sample: Sample, view: View) -> dict[str, Any]:
         "completions": [
             {
                 "text": rollout.text,
-                **_turns_of(rollout),
+                **(_turns_of(rollout) if number < WITH_LOOKS else {}),
                 "answer": named_answer(sample, rollout.text) or answer,
                 "counted": counted,
                 "tokens": len(rollout.token_ids),
                 "truncated": rollout.finish_reason == "length",
                 **place_of(rollout.text, sample.problem_type),
             }
-            for rollout, answer, counted in zip(view.rollouts, view.answers, view.counted, strict=True)
+            for number, (rollout, answer, counted) in enumerate(
+                zip(view.rollouts, view.answers, view.counted, strict=True)
+            )
         ],
     }  # fmt: skip
 

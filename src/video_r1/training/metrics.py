@@ -120,7 +120,7 @@ def describe_groups(
                 calls = rollout.calls
                 meter.add("tools/calls", len(calls))
                 meter.add("tools/share", bool(calls))
-                meter.add("tools/failed", sum(call.failed for call in calls), len(calls))
+                meter.add("tools/failed", rollout.failed_calls, len(calls))
             meter.add("completion/length", len(rollout.token_ids))
             meter.add("completion/truncated", rollout.finish_reason == "length")
             meter.add("completion/self_reflection", has_self_reflection(rollout.text, phrases))

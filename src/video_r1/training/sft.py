@@ -3,8 +3,8 @@
     manifest ─► QuestionSource ─► Example ─► group_logprobs ─► −log p of the assistant's tokens
                  (background)
 
-A question with its response is a group of one completion (see models/group_forward.py). Of a row whose
-`messages` call tools, the calls and the answer are learnt; what the tools return is read.
+A question with its response is a group of one completion (see models/group_forward.py). SFT learns the calls
+and the answer of rows whose messages call tools; tool results are context.
 """
 
 from collections.abc import Sequence

@@ -125,6 +125,11 @@ class Sample:
         )
 
     @property
+    def looks(self) -> list[float]:
+        """Starts of the stretches that `work` looks at, in seconds of the clip."""
+        return [arguments["start"] for turn in self.work for name, arguments in turn.calls if name == "look"]
+
+    @property
     def mark(self) -> str:
         """Placeholder for a file in the text."""
         return f"<{self.data_type}>"
@@ -309,7 +314,10 @@ def _is_time(value: Any) -> bool:
 
 
 def _read_chat(value: Any) -> tuple[tuple[Mapping[str, str], ...], tuple[Work, ...]]:
-    """Split messages into the chat up to the last user's and the work behind it. Raises ValueError."""
+    """Split messages into the chat up to the last user's and the work behind it.
+
+    Raises ValueError, TypeError or RecursionError for anything else.
+    """
     if not isinstance(value, (list, tuple)) or not all(isinstance(turn, dict) for turn in value):
         raise ValueError
     last = max((place for place, turn in enumerate(value) if turn.get("role") == "user"), default=-1)
@@ -324,32 +332,41 @@ def _read_chat(value: Any) -> tuple[tuple[Mapping[str, str], ...], tuple[Work, .
             raise ValueError
         answers = [next(waiting, (None, None, None)) for _ in calls]
         texts = [text if text is not None else "" for text in (content, *(a[1] for a in answers))]
-        if {a[0] for a in answers} != {"tool"} or not all(isinstance(text, str) for text in texts):
+        if any(a[0] != "tool" for a in answers) or not all(isinstance(text, str) for text in texts):
             raise ValueError
         work.append(Work(texts[0], tuple(map(_read_call, calls)), tuple(texts[1:])))
     return chat, tuple(work)
 
 
 def _read_call(call: Any) -> tuple[str, Mapping[str, Any]]:
-    """Return name and arguments of a call in the form of OpenAI or of transformers. Raises ValueError."""
-    call = call.get("function", call) if isinstance(call, dict) else {}
-    name, arguments = call.get("name"), call.get("arguments") or {}
+    """Return name and arguments of a call in the form of OpenAI or of transformers. Raises ValueError or
+    TypeError.
+    """
+    call = (call.get("function") or call) if isinstance(call, dict) else None
+    if not isinstance(call, dict) or not isinstance(name := call.get("name"), str):
+        raise ValueError
+    arguments = call.get("arguments") or {}
     arguments = json.loads(arguments) if isinstance(arguments, str) else arguments
-    if not isinstance(name, str) or not isinstance(arguments, dict):
+    if not isinstance(arguments, dict):
         raise ValueError
     json.dumps(arguments, allow_nan=False, ensure_ascii=False).encode()  # no infinity, no half of a character
-    return name, arguments
+    # Parquet gives every call the arguments of all calls.
+    return name, {given: value for given, value in arguments.items() if value is not None}
 
 
 def _is_chat(value: Any) -> bool:
     try:
-        return bool(_read_chat(value))
-    except (ValueError, RecursionError):
+        _read_chat(value)
+    except (ValueError, TypeError, RecursionError):
         return False
+    return True
 
 
 _CHAT = '{"role": "system" | "user" | "assistant", "content": a text}'
-_WORK = 'the assistant\'s with "tool_calls", each followed by a {"role": "tool"} for each call'
+_WORK = (
+    'the assistant\'s with "tool_calls", each followed by a {"role": "tool"} for each call (its final answer '
+    "is `process` and `solution`)"
+)
 _FIELDS: dict[str, tuple[Callable[[Any], object], str]] = {
     "problem_id": (
         lambda value: isinstance(value, (int, str)) and value != "" and not isinstance(value, bool),
@@ -439,6 +456,12 @@ def check_row(row: Any, places: MediaPaths, min_options: int) -> tuple[Sample | 
         found.extend(truth_problems(answer, problem_type, data_type, window))
     if end is not None and end <= (start or 0.0):
         found.append(f"the window ends ({end:g} s) before it starts ({start or 0.0:g} s)")
+    asked = [given for turn in work for name, given in turn.calls if name == "look"]
+    looks: list[tuple[Any, Any]] = [(look.get("start"), look.get("end")) for look in asked]
+    if wrong := [look for look in looks if not (all(map(_is_time, look)) and look[0] < look[1])]:
+        found.append(
+            f"messages look from {wrong[0][0]} to {wrong[0][1]}; both must be times, the later one last"
+        )
     if data_type == "image" and (start, end) != (None, None):
         found.append("start and end are for videos, and this is an image")
     if data_type == "image" and given.get("play") == "reversed":
