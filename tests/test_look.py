@@ -627,7 +627,7 @@ def test_a_plan_counts_looks(family: str, clip: Path) -> None:
     grid = turn.features["video_grid_thw"][0]
     assert row.looked == 4 * 3 * int(grid.prod())
     few = longest_row(config, frames, training, 30, None, ToolSettings(tools="look", max_tool_tokens=50))
-    assert (few.looks, few.returned) == (0, 50)
+    assert (few.looks, few.returned) == (1, 50 + NOTICE_TOKENS)
     plain = longest_row(config, frames, training, 30, None, ToolSettings())
     assert plain.tokens == row.tokens - 4 * row.returned
 
