@@ -119,6 +119,10 @@ def looks(folder: Path, name: str, zero: str | None, changes: dict[str, Any]) ->
     distributed_work.looks(folder, 2, name, WatchBeforeStep(), **common(zero, **changes))
 
 
+def text(folder: Path, name: str, zero: str | None, changes: dict[str, Any]) -> None:
+    distributed_work.text(folder, 2, name, WatchBeforeStep(), **common(zero, **changes))
+
+
 def sample_at_its_own_pace(trainer: Any) -> None:
     """The second process samples more tokens, for which the first one does not gather weights any more."""
     rank = int(os.environ["RANK"])

@@ -145,6 +145,21 @@ def sft(
     save(trainer, watch, folder / name, [])
 
 
+def text(folder: Path, processes: int, name: str, watch: Any = None, **settings: Any) -> None:
+    """T-GRPO, then SFT, a question a process: one about a clip, one of text alone."""
+    let_accelerate_shard_on_cpu()
+    watch, manifest = watch or Watch(), str(folder / "text.json")
+    settings = {**(settings or common(processes, steps=2)), "per_device_train_batch_size": 2 // processes}
+    trainer: Any = make_trainer(
+        folder / "model", manifest, folder / name, callbacks=[watch], evaluated=manifest, beta=0.1,
+        scale_rewards="batch", **settings,
+    )  # fmt: skip
+    trainer.train()
+    save(trainer, watch, folder / name, [g.sample.data_type for b in trainer.step.batches for g in b.groups])
+    args = SFTConfig(**training_arguments(folder / f"{name}-sft", **settings))
+    SFTTrainer(str(folder / "model"), args, manifest, manifest, callbacks=[]).train()
+
+
 def mixed(folder: Path, processes: int, name: str) -> None:
     """One T-GRPO step under bf16 mixed precision; its log-probs against a plain float32 model's."""
     let_accelerate_shard_on_cpu()

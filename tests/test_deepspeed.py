@@ -19,7 +19,7 @@ from accelerate.utils import DeepSpeedOptimizerWrapper
 from distributed_process import run_processes
 from resume_runs import comparable, same_figures
 from safetensors.torch import load_file
-from test_distributed import same_run
+from test_distributed import same_run, same_text_run, text_questions
 from test_safety import Bomb
 from tiny_models import tiny_checkpoint
 from tiny_questions import read_lines, write_manifest
@@ -87,6 +87,14 @@ def test_rl_equals_one_process(folder: Path, rl_alone: Path, stage: int, by: str
     same_run(rl_alone, run)
     kinds = [set(json.loads((run / f"kinds-{rank}.json").read_text())) for rank in (0, 1)]
     assert kinds[0] != kinds[1]  # what the processes see differs: a collective of one kind alone would hang
+
+
+@pytest.mark.slow
+def test_text_beside_clips_equals_one_process(tmp_path: Path) -> None:
+    text_questions(tmp_path)
+    run_processes(1, "distributed_work:text", tmp_path, 1, "text-1")
+    run = two_processes("text", tmp_path, "text-zero3", 3, "launch", eval_strategy="no", max_steps=2)
+    same_text_run(tmp_path / "text-1", run)
 
 
 @pytest.mark.slow

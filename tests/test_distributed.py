@@ -73,6 +73,34 @@ def test_episodes_equal_one_process(folder: Path, kind: str, environment: dict[s
     assert sorted(turns) == [["0", "0", "0", "0"], ["0", "0", "1", "2"]]
 
 
+def text_questions(folder: Path) -> None:
+    """Write a model with DeepStack, and a question about a clip beside one of text alone."""
+    tiny_checkpoint("qwen3_vl", folder / "model")
+    clip, *_, words = json.loads(write_manifest(folder, 1, 1).read_text())
+    words = {**words, "problem_id": "words", "data_type": "text", "path": None}
+    clip["process"] = words["process"] = "<think>It moves.</think>"
+    (folder / "text.json").write_text(json.dumps([clip, words]))
+
+
+def same_text_run(one: Path, two: Path) -> None:
+    """A rank without visuals takes part in every collective of the tower."""
+    same_run(one, two)
+    kinds = [json.loads((two / f"kinds-{rank}.json").read_text()) for rank in (0, 1)]
+    assert sorted(kinds) == [["text"], ["video"]]
+    one, two = (run.with_name(f"{run.name}-sft") for run in (one, two))
+    same_figures(one, two)
+    same_weights(one, two)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("kind", "environment"), [("ddp", {}), ("fsdp2", FSDP2)])
+def test_text_beside_clips_equals_one_process(tmp_path: Path, kind: str, environment: dict[str, str]) -> None:
+    text_questions(tmp_path)
+    run_processes(1, "distributed_work:text", tmp_path, 1, "text-1")
+    run_processes(2, "distributed_work:text", tmp_path, 2, f"text-{kind}", environment=environment)
+    same_text_run(tmp_path / "text-1", tmp_path / f"text-{kind}")
+
+
 @pytest.mark.slow
 def test_hybrid_rl_equals_one_process(tmp_path: Path) -> None:
     """Layers whose states are forked, within the hooks of FSDP2."""

@@ -133,8 +133,8 @@ def read_located(text: str, problem_type: str, last: bool = False) -> Located | 
 
 def truth_problems(text: str, problem_type: str, data_type: str, window: float | None) -> Iterator[str]:
     """Yield what is wrong with the true answer of a grounding row. window: length of its window in s."""
-    if data_type == "image" and problem_type in ON_VIDEOS:
-        yield f"{problem_type} is for videos, and this is an image"
+    if data_type == "text" or (data_type == "image" and problem_type in ON_VIDEOS):
+        yield f"{problem_type} is for videos, and this is {'a' if data_type == 'text' else 'an'} {data_type}"
     found = parse_located(text, problem_type)
     form = GROUNDING_FORMS[problem_type]
     if found is None:

@@ -193,8 +193,10 @@ class TextPrompts:
         if permutation is not None:
             shown = reordered(shown, permutation)
         counts = [min(1, len(clip.frames)) if self.takes_videos else len(clip.frames) for clip in shown]
-        kind = shown[0].kind if self.takes_videos else "image"
-        visuals = [[{"type": kind} for _ in range(count)] for count in counts]
+        visuals = [
+            [{"type": clip.kind if self.takes_videos else "image"}] * count
+            for clip, count in zip(shown, counts, strict=True)
+        ]
         nothing = torch.empty(0, dtype=torch.long)
         chat = self._chat(sample, visuals)
         if self.toolbox is not None and self.processor is None:
@@ -306,7 +308,7 @@ class PromptBuilder(TextPrompts):
             input_ids, features = self._encoded(text, plain.media)
         except ValueError as error:
             lengths = {len(shown.frames) for shown in plain.media}
-            if plain.media[0].kind == "image" or len(lengths) == 1:
+            if sample.data_type != "video" or len(lengths) == 1:
                 raise
             counts = " and ".join(str(len(shown.frames)) for shown in plain.media)
             raise PromptError(
@@ -477,7 +479,7 @@ def contrast_prompt(
     generator: Generator,
     unit: ContrastUnit = "frame",
 ) -> Prompt | None:
-    """Build the prompt with contrast clips; None for images and too short clips. Raises PromptError."""
+    """Build the prompt with contrast clips; None for too short clips, images and text. Raises PromptError."""
     shown = contrast_order(contrast, [len(clip.frames) for clip in clips_of(media)], generator, unit)
     return None if shown is None else builder.build(sample, media, shown, contrast)
 

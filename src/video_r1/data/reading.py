@@ -62,7 +62,7 @@ class Reader:
         """Read the media for each frame count."""
         read = self.frame_cache.read if self.frame_cache else read_media_at
         files = [read(file, self.budget, counts) for file in sample.files]
-        return list(zip(*files, strict=True))
+        return list(zip(*files, strict=True)) or [()] * len(counts)  # text alone
 
     def submit(self, work: Callable[..., Item], *arguments: Any) -> Future[Item]:
         """Run `work(*arguments)` in a reading thread, after earlier requests."""

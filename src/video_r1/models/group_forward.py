@@ -23,10 +23,11 @@ from torch.utils.checkpoint import checkpoint
 from video_r1.data.prompts import Prompt
 from video_r1.errors import ConfigError, PromptError
 from video_r1.models.attention import IMPLEMENTATION, RowLayout, row_layout
-from video_r1.models.families import check_kind, family_names, family_of, find_family, text_of
+from video_r1.models.families import check_kind, family_names, family_of, find_family, text_of, tower_of
 from video_r1.models.gated_delta import fork_states
 from video_r1.models.general_forward import Encoded, encode_prompts, general_scores
 from video_r1.models.vision import encode_visuals
+from video_r1.processes import process_count
 
 Result = TypeVar("Result")
 KINDS = (("pixel_values", "image_grid_thw"), ("pixel_values_videos", "video_grid_thw"))
@@ -171,12 +172,13 @@ def visual_features(model: Any, prompts: Sequence[Prompt]) -> list[VisionFeature
     """Do the work of `encode_vision` for an unwrapped transformers model of a known family.
 
     All visuals are one row, as each attends only to itself. All ranks of a sharded model have to make the
-    same calls, so there is one call, not one for each kind of visual in the batch.
+    same calls, so there is one call, not one for each kind of visual in the batch; a rank with text alone
+    encodes one patch, of which no feature is used.
     """
     kinds = [next((kind for kind in KINDS if kind[0] in prompt.features), None) for prompt in prompts]
     shown = [(prompt.features, kind) for prompt, kind in zip(prompts, kinds, strict=True) if kind]
     if not shown:
-        return [None] * len(prompts)
+        return [_nothing_seen(model) if process_count() > 1 else None, *[None] * (len(prompts) - 1)]
     pixels = torch.cat([features[name] for features, (name, _) in shown])
     grids = [features[name].cpu() for features, (_, name) in shown]
     output = encode_visuals(model, pixels, torch.cat(grids))
@@ -188,6 +190,18 @@ def visual_features(model: Any, prompts: Sequence[Prompt]) -> list[VisionFeature
         parts = [torch.cat(part) for part in zip(*found, strict=True)]
         encoded.append(VisionFeatures(parts[0], tuple(parts[1:])) if parts else None)
     return encoded
+
+
+def _nothing_seen(model: Any) -> VisionFeatures:
+    """Return the features [0, d] of no visuals, with a gradient of 0 for the tower's weights."""
+    vision = model.config.vision_config
+    side = vision.spatial_merge_size
+    numbers = vision.in_channels * vision.temporal_patch_size * vision.patch_size**2
+    weight = next(tower_of(model).parameters())
+    pixels = torch.zeros(side**2, numbers, device=weight.device, dtype=weight.dtype)
+    output = encode_visuals(model, pixels, torch.tensor([[1, side, side]]))
+    layers = getattr(output, "deepstack_features", None) or []
+    return VisionFeatures(output.pooler_output[0][:0], tuple(layer[0][:0] for layer in layers))
 
 
 def _is_visual(config: Any, ids: Tensor) -> Tensor:

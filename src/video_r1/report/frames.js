@@ -70,6 +70,7 @@ const clock = (time) => (time === null || time === undefined ? "" : `${time.toFi
 
 /** Frames cut from the strip, clip by clip. The bar below each grows stronger with the frame's place in its clip. */
 function tiles(group, order) {
+  if (group.media === "text") return make("p", { class: "quiet" }, "A question without pictures.");
   if (!group.strip) return make("p", { class: "quiet" }, "The frames of this question are not in the run folder.");
   const frames = order === "shuffled" && group.permutation ? group.permutation : Array.from({ length: group.count }, (_, i) => i);
   if (!frames.length) return make("p", { class: "quiet" }, "The question alone, without its clip.");

@@ -59,7 +59,7 @@ def record_group(run_dir: Path, step: int, group: RolloutGroup, tokenizer: Any =
     """Append a group to `run_dir`/rollouts.jsonl and save its frames in `run_dir`/frames. Raises OSError."""
     sample, shown = group.sample, group.prompt.media
     name = f"{run_dir / 'frames'}/{step}-{_file_name(sample.problem_id)}"
-    frames = save_shown(shown, Path(f"{name}.jpg"))
+    frames: dict[str, Any] = save_shown(shown, Path(f"{name}.jpg")) if shown else {"count": 0}
     frames["timestamps"] = [round(float(t), 3) for media in shown for t in media.timestamps]
     names = [_short(path) for path in sample.paths]
     contrast = group.shuffled_prompt
@@ -76,7 +76,7 @@ def record_group(run_dir: Path, step: int, group: RolloutGroup, tokenizer: Any =
     line = {
         "step": step,
         **{name: getattr(sample, name) for name in RECORDED},
-        "path": names if len(names) > 1 else names[0],
+        "path": names if len(names) > 1 else "".join(names),
         "frames": frames,
         "contrast": contrast.order if contrast else None,
         "permutation": None if permutation is None else [int(i) for i in permutation],

@@ -57,7 +57,7 @@ _SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 _LARGEST_FETCHED = 1 << 32  # bytes
 _DEEPEST = 100  # levels of lists and objects in a row
 _LETTER = re.compile(r"\s*\(?([A-Z])(?:[.):]|\s*$)")  # "A. text", "(A) text", "A: text", "A"
-DataType = Literal["image", "video"]
+DataType = Literal["image", "video", "text"]
 DATA_TYPES: tuple[str, ...] = get_args(DataType)
 PROBLEM_TYPES: tuple[str, ...] = get_args(ProblemType)
 
@@ -80,7 +80,7 @@ class Work(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """Question about an image or video, or several of one kind: a row that passed every check.
+    """Question about an image or video, several of one kind, or text alone: a row that passed every check.
 
     Example: `Sample(7, "Which way does the ball move?", "video", "multiple choice", "<answer>B</answer>",
     "/data/7.mp4", ("A. left", "B. right"))`.
@@ -92,7 +92,7 @@ class Sample:
     problem_type: ProblemType
     solution: str  # "<answer>…</answer>"; multiple choice: the letter inside
     path: str  # the first media file or folder of frames: absolute, links resolved, inside the media root;
-    # or a URL
+    # or a URL; "" for text alone
     options: tuple[str, ...] = ()  # "A. left", …; empty unless multiple choice
     process: str | None = None  # "<think>…</think>": a rationale for SFT
     data_source: str = ""  # where the sample is from
@@ -114,15 +114,13 @@ class Sample:
     @property
     def paths(self) -> tuple[str, ...]:
         """All files, in the order in which they are shown."""
-        return self.path, *self.more_paths
+        return () if self.data_type == "text" else (self.path, *self.more_paths)
 
     @property
     def files(self) -> tuple[ClipRef, ...]:
         """Files with the window to decode; samples with equal `files` have the same frames."""
-        fps = self.fps
-        return tuple(
-            ClipRef(path, self.data_type, self.start, self.end, fps, self.play) for path in self.paths
-        )
+        fps, kind = self.fps, cast(Literal["image", "video"], self.data_type)
+        return tuple(ClipRef(path, kind, self.start, self.end, fps, self.play) for path in self.paths)
 
     @property
     def looks(self) -> list[float]:
@@ -150,8 +148,9 @@ def manifest_row(sample: Sample, media_root: str) -> dict[str, Any]:
     }
     if sample.work:
         row["messages"] = [*sample.messages, *work_messages(sample.work)]
-    paths = [path_below(media_root, path) for path in sample.paths]
-    return {**row, "path": paths if len(paths) > 1 else paths[0], **sample.extra}
+    if paths := [path_below(media_root, path) for path in sample.paths]:
+        row["path"] = paths if len(paths) > 1 else paths[0]
+    return {**row, **sample.extra}
 
 
 def work_messages(work: Sequence[Work]) -> list[dict[str, Any]]:
@@ -414,12 +413,13 @@ def check_row(row: Any, places: MediaPaths, min_options: int) -> tuple[Sample | 
         return None, [f"is {quoted(row)}, not an object with fields"]
     found: list[str] = []
     given: dict[str, Any] = {}
+    optional = {"path": row.get("data_type") == "text", "problem": bool(row.get("messages"))}
     for name, (is_valid, wanted) in _FIELDS.items():
-        if (value := row.get(name)) is not None:
+        if (value := row.get(name)) is not None and not (name == "path" and optional[name] and not value):
             given[name] = value
             if not is_valid(value):
                 found.append(f"{name} is {quoted(value)}; {wanted}")
-        elif name in _REQUIRED and not (name == "problem" and row.get("messages")):
+        elif name in _REQUIRED and not optional.get(name):
             found.append(f"{name} is missing")
     if found:
         return None, found
@@ -431,8 +431,11 @@ def check_row(row: Any, places: MediaPaths, min_options: int) -> tuple[Sample | 
     solution = given["solution"]
     answer = cast("re.Match", _SOLUTION.fullmatch(solution))[1]
     start, end = (None if name not in given else float(given[name]) for name in ("start", "end"))
-    paths = []
-    for path in [given["path"]] if isinstance(given["path"], str) else given["path"]:
+    paths, named = [], given.get("path", ())
+    if data_type == "text":
+        of_media = ("path", "start", "end", "play", "subtitles")
+        found.extend(f"{name} is given, but data_type is text" for name in of_media if name in given)
+    for path in [named] if isinstance(named, str) else named:
         try:
             paths.append(str(path) if isinstance(path, OwnPlace) else places.find(path))
             if "\\" in path and not is_address(path) and not os.path.exists(paths[-1]):
@@ -492,8 +495,9 @@ def check_row(row: Any, places: MediaPaths, min_options: int) -> tuple[Sample | 
     }
     sample = Sample(
         given["problem_id"], problem, cast("DataType", data_type), cast("ProblemType", problem_type),
-        solution, paths[0], options, given.get("process") or None, sys.intern(given.get("data_source", "")),
-        start, end, extra or _NO_EXTRA, given.get("subtitles", "").strip() or None,
+        solution, paths[0] if paths else "", options, given.get("process") or None,
+        sys.intern(given.get("data_source", "")), start, end, extra or _NO_EXTRA,
+        given.get("subtitles", "").strip() or None,
         messages, tuple(paths[1:]), given.get("play", "forward"), work,
     )  # fmt: skip
     return sample, []

@@ -60,10 +60,10 @@ def _sample(number: int, row: Mapping[str, Any], folder: Path) -> Sample:
     return Sample(
         problem_id=row.get("problem_id", row.get("id", number)),
         problem=turns[-1]["content"],
-        data_type="image",
+        data_type="image" if pictures else "text",
         problem_type="free-form",
         solution=NO_ANSWER if answer is None else answer if tagged else f"<answer>{answer}</answer>",
-        path=str(pictures[0]),
+        path=str(pictures[0]) if pictures else "",
         more_paths=tuple(map(str, pictures[1:])),
         messages=turns,
         extra={name: value for name, value in row.items() if name not in PICTURES and value is not None},
@@ -92,10 +92,7 @@ def _turns(prompt: Any, pictures: int) -> tuple[Mapping[str, str], ...]:
 
 def _pictures(row: Mapping[str, Any]) -> list[Any]:
     found = [row[name] for name in PICTURES if row.get(name) is not None]
-    pictures = [one for value in found for one in (value if isinstance(value, (list, tuple)) else [value])]
-    if not pictures:
-        raise ValueError(f"it has no picture in {' or '.join(PICTURES)}")
-    return pictures
+    return [one for value in found for one in (value if isinstance(value, (list, tuple)) else [value])]
 
 
 def _file_of(picture: Any, folder: Path) -> Path:
