@@ -137,16 +137,17 @@ def test_rows_that_are_no_question_are_all_named(tmp_path: Path) -> None:
     rows = [
         {"prompt": "What?", "image": picture},
         {"prompt": [{"role": "assistant", "content": "Yes."}], "image": picture},
-        {"prompt": "What?", "images": []},
         {"prompt": 3, "image": picture},
         {"prompt": "What?", "image": 3},
     ]
     with pytest.raises(ManifestError) as caught:
         trl_samples(rows, tmp_path)
-    assert [problem.row for problem in caught.value.problems] == [2, 3, 4, 5]
+    assert [problem.row for problem in caught.value.problems] == [2, 3, 4]
     (sample, again) = trl_samples([rows[0], rows[0]], tmp_path)
     assert sample.path == again.path and Path(sample.path).exists()  # one file for one picture
     assert sample.messages == ({"role": "user", "content": "What?"},) and sample.answer == ""
+    (words,) = trl_samples([{"prompt": "What?", "images": []}], tmp_path)
+    assert words.data_type == "text" and words.paths == ()
 
 
 CHAT = [
