@@ -15,7 +15,7 @@ from tiny_models import tiny_processor
 
 from video_r1.files import append_line
 from video_r1.report.run_data import read_groups, read_run
-from video_r1.training.recording import record_group, save_strip, word_drops
+from video_r1.training.recording import by_word, record_group, save_strip
 
 
 @pytest.mark.parametrize(
@@ -101,15 +101,19 @@ def test_words_have_what_they_lose_with_the_contrast(tmp_path: Path) -> None:
     text = "Über 🙂 it goes right.\n<answer>B</answer>"
     ids = tokenizer(text)["input_ids"]
     end = tokenizer.convert_tokens_to_ids("<|im_end|>")
-    drops = [0.25] * len(ids) + [0.5]
-    words = word_drops(tokenizer, [*ids, end], drops)
-    assert "".join(word for word, _ in words) == text and words[2][0] == " it"
-    assert sum(drop for _, drop in words) == pytest.approx(sum(drops))
+    drops = torch.tensor([0.25] * len(ids) + [0.5])
+    words = by_word(tokenizer, torch.tensor([*ids, end]), drops, -drops)
+    assert "".join(word for word, *_ in words) == text and words[2][0] == " it"
+    assert sum(drop for _, drop, _ in words) == pytest.approx(float(drops.sum()))
+    assert all(drop == -other for _, drop, other in words)
     group = group_of()
+    group.teacher_logprobs = [torch.full((len(rollout.token_ids),), -1.0) for rollout in group.ordered]
     group.token_drops = [torch.full((len(rollout.token_ids),), 0.5) for rollout in group.ordered]
     record_group(tmp_path, 1, group, tokenizer=tokenizer)
     record_group(tmp_path, 2, replace(group, token_drops=None), tokenizer=tokenizer)
     told, plain = (json.loads(line) for line in (tmp_path / "rollouts.jsonl").read_text().splitlines())
     losses = [sum(drop for _, drop in item["word_drops"]) for item in told["ordered"]]
     assert losses == pytest.approx([0.5 * item["tokens"] for item in told["ordered"]])
+    taught = [sum(teacher for *_, teacher in item["word_logprobs"]) for item in told["ordered"]]
+    assert taught == pytest.approx([-1.0 * item["tokens"] for item in told["ordered"]])
     assert "word_drops" not in plain["ordered"][0] and "word_drops" not in told["shuffled"][0]

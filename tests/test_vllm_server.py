@@ -5,6 +5,7 @@ The tests share one server and stand in an order: the last one kills it and star
 
 from __future__ import annotations
 
+import json
 import logging
 import threading
 from collections.abc import Iterator, Sequence
@@ -12,11 +13,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from scripted_engine import Forced
 from server_process import ServerProcess
 from test_look import check_sampler, sampled
 from test_vllm_training import trained
+from tgrpo_trainers import first_step, make_trainer
 from tiny_models import moving_square, write_clip
-from tiny_questions import read_lines
+from tiny_questions import read_lines, write_manifest
 from vllm_prompts import (
     check_weight_sync,
     clip_prompts,
@@ -77,6 +80,29 @@ def test_logprobs_before_and_after_the_weight_sync(
 def test_episodes(engine: ServerEngine, model: Any, processor: Any, tmp_path: Path) -> None:
     clip = write_clip(tmp_path / "clip.mp4", moving_square(64))
     check_sampler(model, *sampled("qwen2_5_vl", clip, model, engine, processor))
+
+
+def test_a_served_teacher(engine: ServerEngine, server: ServerProcess, model: Any, tmp_path: Path) -> None:
+    """Its log-probs of clips, text and episodes are those of the model in this process."""
+    rows = json.loads(write_manifest(tmp_path, 2, 1).read_text())
+    rows[1] = {**rows[1], "data_type": "text", "path": None}
+    teachers: dict[str, Any] = {"local": str(base_folder()), "served": server.url}
+    trainers: dict[str, Any] = {
+        name: make_trainer(
+            base_folder(), rows, tmp_path / name, rewards=None, teacher_model_name_or_path=teacher,
+            teacher_frames=8, max_frames=4, fps=4.0, reward_funcs="none", temporal_rule="off", tools="look",
+            look_frames=4, media_root=str(tmp_path),
+        )
+        for name, teacher in teachers.items()
+    }  # fmt: skip
+    trainers["local"].engine.__class__ = Forced
+    batches, _ = first_step(trainers["local"])
+    groups = batches[0]["batch"].groups
+    assert any(rollout.turns for group in groups for rollout in group.ordered)
+    local, served = (trainer.teacher.scores(model, groups) for trainer in trainers.values())
+    difference = (local.logprobs - served.logprobs).abs()
+    assert float(difference.mean()) < 1e-5 and float(difference.max()) < 1e-4
+    assert float((local.likeliest == served.likeliest).float().mean()) > 0.99
 
 
 def test_training_goes_on_when_the_server_is_killed(

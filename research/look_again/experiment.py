@@ -5,8 +5,8 @@
 A clip lasts 64 seconds, four blocks of 16. An object is small, and large during one block: a slow sign, which
 an overview of eight frames shows. In that block it changes its colour for one second, between the frames of
 the overview. Half of the questions ask for that colour, half for the object's corner, which needs no look.
-The cold start lists the sizes and mostly calls `look`, at a random block: what it sees is described; what it
-misses is guessed.
+The cold start lists the sizes and mostly calls `look`, at a random block. It names the colour that it sees;
+where it sees none, it says so and guesses.
 
 OUT/base/              the lab's base, with tokens of their own for the words of a call
 OUT/SEED/data/         clips, sft.json, plain.json (without calls), rl.json, test.json
@@ -96,14 +96,17 @@ def write_question(folder: Path, seed: int, job: tuple[str, int]) -> dict[str, A
     timeline = [large if second // BLOCK == block else small for second in range(SECONDS)]
     timeline[event] = replace(timeline[event], colour=colour)
     path = f"./videos/{kind}-{index:05d}.mp4"
-    write_clip(folder / path, render(timeline, (np.arange(SECONDS * RATE) / RATE).tolist(), rng), RATE)
+    if not (folder / path).exists():
+        write_clip(folder / path, render(timeline, (np.arange(SECONDS * RATE) / RATE).tolist(), rng), RATE)
+    rng = np.random.default_rng((seed, ("sft", "rl", "test").index(kind), index, 1))  # of the question
     needs_look = bool(rng.random() < ASKED[kind])
     choices, answer = (colours, colour) if needs_look else (list(PLACES), place)
     problem = f"Which colour was the {shape} then?" if needs_look else f"Where is the {shape}?"
     listed = ", ".join(timeline[BLOCK * number].size for number in range(BLOCKS))
     looked = int(rng.integers(BLOCKS)) if rng.random() < CALLED else None
-    seen = answer if not needs_look or looked == block else str(rng.choice(choices))
-    concluded = f"it is {seen}. {seen} is {LETTERS[choices.index(seen)]}."
+    sees = not needs_look or looked == block
+    seen = answer if sees else str(rng.choice(choices))
+    concluded = f"it is {seen}. {seen} is {LETTERS[choices.index(seen)]}." if sees else "it is unknown."
     said = {"solution": f"<answer>{LETTERS[choices.index(seen)]}</answer>"}
     call = None
     if looked is not None:
@@ -153,21 +156,25 @@ def make_data(folder: Path, seed: int, workers: int) -> None:
 # ---- Training and tests
 
 
-def train(seed: int, folder: Path, base: Path, arm: str, steps: tuple[int, int]) -> None:
-    """Make the cold start of an arm, and its RL run."""
-    kind, settings = ARMS[arm]
+def begin(seed: int, folder: Path, base: Path, kind: str, steps: int) -> None:
+    """Make a cold start."""
     start, data = folder / kind, folder / "data"
     if not (start / "model.safetensors").exists():
         lessons = data / ("sft.json" if kind == "tool" else "plain.json")
         given = {**FRAMES, **TOOLS} if kind == "tool" else PLAIN
         video_r1(
             "sft", "lab-sft", model_name_or_path=base, train_manifest=lessons, output_dir=start, seed=seed,
-            max_steps=steps[0], **given,
+            max_steps=steps, **given,
         )  # fmt: skip
+
+
+def train(seed: int, folder: Path, arm: str, steps: int) -> None:
+    """Make the RL run of an arm."""
+    kind, settings = ARMS[arm]
     if not (folder / arm / "model.safetensors").exists():
         video_r1(
-            "rl", "lab-tgrpo", model_name_or_path=start, train_manifest=data / "rl.json",
-            output_dir=folder / arm, seed=seed, max_steps=steps[1], max_completion_length=96,
+            "rl", "lab-tgrpo", model_name_or_path=folder / kind, train_manifest=folder / "data/rl.json",
+            output_dir=folder / arm, seed=seed, max_steps=steps, max_completion_length=96,
             **settings,
         )  # fmt: skip
 
@@ -194,14 +201,16 @@ def test(folder: Path, name: str, model: str, settings: dict[str, Any]) -> dict[
         }
         own = [r for r in asked if r["order"] == "ordered"]
         stretches = [
-            (float(start) <= rows[r["problem_id"]]["event"] < float(end))
+            (float(start) <= rows[r["problem_id"]]["event"] < float(end), r["score"])
             for r in own
             for start, end in _LOOK.findall(r.get("transcript", ""))
         ]
+        hits = [score for hit, score in stretches if hit]
         found[source] = {
             "accuracy": fmean(scores["ordered"]),
             "calls": fmean(r.get("calls", 0) for r in own),
-            "hits": fmean(stretches) if stretches else None,
+            "hits": len(hits) / len(stretches) if stretches else None,
+            "right at a hit": fmean(hits) if hits else None,
             "look gap": fmean(scores["ordered"]) - fmean(scores["elsewhere"]) if tools else None,
         }
     replace_json(path, found)
@@ -210,12 +219,13 @@ def test(folder: Path, name: str, model: str, settings: dict[str, Any]) -> dict[
 
 def table(results: Sequence[dict[str, Any]]) -> str:
     """Return the means over seeds as a Markdown table, with the smallest and largest."""
-    lines = ["| | asked | accuracy | calls | calls that hit | look gap |", "|---|---|---|---|---|---|"]
+    figures = ("accuracy", "calls", "hits", "right at a hit", "look gap")
+    lines = [f"| | asked | {' | '.join(figures)} |", "|---|---|" + "---|" * len(figures)]
     for name in dict.fromkeys(result["name"] for result in results):
         for source in ("look/colour", "look/place"):
             runs = [result[source] for result in results if result["name"] == name]
             cells = []
-            for figure in ("accuracy", "calls", "hits", "look gap"):
+            for figure in figures:
                 values = [run[figure] for run in runs if run[figure] is not None]
                 shown = f"{fmean(values):.2f} ({min(values):.2f}–{max(values):.2f})" if values else "–"
                 cells.append(shown)
@@ -241,8 +251,11 @@ def main() -> None:
         make_data(folder / "data", seed, given.workers)
         for arm in given.arms.split(","):
             kind, settings = ARMS[arm]
-            train(seed, folder, given.out / "base", arm, (given.sft_steps, given.rl_steps))
             for name, model in ((f"{kind} after SFT", kind), (f"{arm} after RL", arm)):
+                if model == kind:
+                    begin(seed, folder, given.out / "base", kind, given.sft_steps)
+                else:
+                    train(seed, folder, arm, given.rl_steps)
                 found = {"name": name, "seed": seed, **test(folder, name, model, settings)}
                 if found not in results:
                     results.append(found)

@@ -155,6 +155,7 @@ class Question:
     ordered: Prompt
     shuffled: Prompt | None  # with the contrast clip; None without a contrast
     seed: int  # of its completions, independent of the other questions in the batch
+    teacher: Prompt | None = None  # with the teacher's clips
 
 
 def build_question(

@@ -111,6 +111,8 @@ class RolloutGroup:
     p: float = float("nan")             # share of correct ordered completions
     p_shuffled: float | None = None     # share of correct shuffled completions; None: not sampled
     token_drops: list[Tensor] | None = None  # G of [L] float32, nats that each token loses with the contrast
+    teacher_prompt: Prompt | None = None  # with the clips that the teacher sees
+    teacher_logprobs: list[Tensor] | None = None  # G of [L] float32, log π_teacher of each token
     base_reward: Tensor | None = None   # [G] float32; None as `base_advantages`: nothing was compared yet
     base_advantages: Tensor | None = None  # [G] float32
     # fmt: on

@@ -283,7 +283,7 @@ function card(completion, marks, spans = "") {
   const terms = Object.entries(completion.rewards).map(([name, value]) =>
     make("span", { class: value ? "term" : "term none" }, `${name.replaceAll("_", " ")} `, make("b", {}, show(value))));
   const long = completion.text.length > COLLAPSED_CHARACTERS;
-  const text = make("div", { class: long ? "text cut" : "text", dir: "auto" }, completion.words ? shaded(completion.words) : styled(completion.text));
+  const text = make("div", { class: long ? "text cut" : "text", dir: "auto" }, completion.scored ? taught(completion.scored) : completion.words ? shaded(completion.words) : styled(completion.text));
   const toggle = long ? make("button", { type: "button", class: "more", "aria-expanded": "false", click: () => {
     const cut = text.classList.toggle("cut");
     toggle.textContent = cut ? "Show all" : "Show less";
@@ -319,6 +319,16 @@ function shaded(words) {
     const share = Math.max(0, drop) / most;
     const node = make("span", { class: "shaded", title: `${show(drop)} nats less likely with the contrast` }, word);
     node.style.setProperty("--drop", `${Math.round(45 * share)}%`);
+    return node;
+  });
+}
+
+/** A completion whose words have the colour of the teacher's advantage: by how much it finds them more or less likely. */
+function taught(words) {
+  return words.map(([word, own, teacher]) => {
+    const gain = teacher - own;
+    const node = make("span", { class: gain > 0 ? "shaded wanted" : "shaded unwanted", title: `policy ${show(Math.exp(own))}, teacher ${show(Math.exp(teacher))}` }, word);
+    node.style.setProperty("--drop", `${Math.round(45 * Math.min(1, Math.abs(gain) / 2))}%`);
     return node;
   });
 }

@@ -285,8 +285,9 @@ def turn_of(turn: dict[str, Any], folder: Path) -> dict[str, Any]:
 def _completion(item: dict[str, Any], kind: str, folder: Path) -> dict[str, Any]:
     turns = [turn_of(turn, folder) for turn in turns_of(item)]
     rewards = as_table(item.get("rewards"))
-    pairs = [pair for pair in as_list(item.get("word_drops"))[:MAX_WORDS] if isinstance(pair, list)]
-    words = [[text(pair[0]), finite(pair[1]) or 0.0] for pair in pairs if len(pair) == 2]
+    words, scored = (
+        _words(item.get(name), count) for name, count in (("word_drops", 1), ("word_logprobs", 2))
+    )
     written, without = text(item.get("text", "")), finite(item.get("advantage_without_temporal"))
     return {
         "text": written[:MAX_TEXT] + (" … (cut here by the report)" if len(written) > MAX_TEXT else ""),
@@ -295,9 +296,16 @@ def _completion(item: dict[str, Any], kind: str, folder: Path) -> dict[str, Any]
         **{name: finite(item.get(name)) for name in ("tokens", "total", "advantage")},
         **({} if without is None else {"without": without}),
         **({} if not words or turns else {"words": words}),
+        **({} if not scored or turns else {"scored": scored}),
         **({} if not turns else {"turns": turns}),
         **place_of(written, kind),
     }
+
+
+def _words(value: Any, numbers: int) -> list[list[Any]]:
+    """Return [word, number, …] for each word of a record."""
+    rows = [row for row in as_list(value)[:MAX_WORDS] if isinstance(row, list) and len(row) == 1 + numbers]
+    return [[text(row[0]), *(finite(number) or 0.0 for number in row[1:])] for row in rows]
 
 
 def strip_of(folder: Path, record: dict[str, Any]) -> Path | None:

@@ -203,10 +203,10 @@ def reward_terms(
 ) -> RewardTerms:
     """Return the terms of a run.
 
-    reward_funcs: names of built-in terms and functions with TRL's signature. None: those that the settings
-    name, or accuracy and format, with the length, temporal and judge rewards that the settings ask for. The
-    temporal reward joins any list if `temporal_rule` adds a reward. Raises ConfigError for names and weights
-    that contradict each other or the settings.
+    reward_funcs: names of built-in terms and functions with TRL's signature; "none": no rewards. None: those
+    that the settings name, or accuracy and format, with the length, temporal and judge rewards that the
+    settings ask for. The temporal reward joins any list if `temporal_rule` adds a reward. Raises ConfigError
+    for names and weights that contradict each other or the settings.
     """
     if settings.reward_funcs is not None:
         if reward_funcs is not None:
@@ -217,6 +217,8 @@ def reward_terms(
         "temporal": rule_of(settings).reward is not None,
         "judge": settings.judge_endpoint is not None and settings.judge_as == "reward",
     }
+    if reward_funcs == "none":
+        return RewardTerms(())
     if reward_funcs is None:
         reward_funcs = ["accuracy", "format", *(name for name in asked_for if asked_for[name])]
     elif isinstance(reward_funcs, str) or callable(reward_funcs):
@@ -316,8 +318,9 @@ def score_groups(
         for group, values in zip(groups, judge(groups), strict=True):
             group.rewards["judge"] = values
     for group in groups:
-        group.total_reward = weighted_sum(group.rewards, terms.weights)
-        group.base_reward = weighted_sum(group.rewards, {**terms.weights, "temporal": 0.0})
+        count = len(group.ordered)
+        group.total_reward = weighted_sum(group.rewards, terms.weights).expand(count)
+        group.base_reward = weighted_sum(group.rewards, {**terms.weights, "temporal": 0.0}).expand(count)
     return groups
 
 
@@ -362,6 +365,7 @@ def score_group(
         p=int(correct.sum()) / len(correct),
         p_shuffled=int(correct_shuffled.sum()) / len(correct_shuffled) if shuffled else None,
         token_drops=drops,
+        teacher_prompt=question.teacher,
     )
     if (temporal_reward := rule_of(settings).reward) is not None:
         every["temporal"] = temporal_reward(group, accuracy, correct, settings)

@@ -62,6 +62,18 @@ def advance(steps: Steps, found: Answers | None = None) -> tuple[Asking | None, 
         return None, end.value
 
 
+def joined(prompt: Prompt, rollout: Rollout) -> Prompt:
+    """Return a question's prompt and a completion, with what tools returned, as one prompt."""
+    ids, parts, length = [], [], 0
+    for piece in [prompt, *rollout.pieces()]:
+        if isinstance(piece, Prompt):
+            parts.append((length, piece))
+        ids.append(piece.input_ids if isinstance(piece, Prompt) else piece)
+        length += len(ids[-1])
+    media = tuple(clip for _, part in parts for clip in part.media)
+    return replace(prompt, input_ids=torch.cat(ids), features={}, media=media, parts=tuple(parts))
+
+
 @dataclass(slots=True)
 class Episode:
     """An answer so far."""
@@ -75,25 +87,11 @@ class Episode:
 
     def so_far(self) -> Prompt:
         """Return everything before the policy's next turn as a prompt."""
-        ids, parts, length = [], [], 0
-        for piece in [self.prompt, *self.rollout.pieces()]:
-            if isinstance(piece, Prompt):
-                parts.append((length, piece))
-            ids.append(piece.input_ids if isinstance(piece, Prompt) else piece)
-            length += len(ids[-1])
-        media = tuple(clip for _, part in parts for clip in part.media)
         messages = list(self.prompt.messages)
         for turn in self.rollout.turns:
             said = {"role": "assistant", "content": [{"type": "text", "text": turn.text}]}
             messages += [said, *turn.prompt.messages]
-        return replace(
-            self.prompt,
-            input_ids=torch.cat(ids),
-            features={},
-            media=media,
-            messages=messages,
-            parts=tuple(parts),
-        )
+        return replace(joined(self.prompt, self.rollout), messages=messages)
 
 
 class ToolEngine(RolloutEngine):

@@ -116,8 +116,10 @@ class JudgeSettings(Settings):
 class TGRPOSettings(JudgeSettings, TrainingSettings):
     """GRPO and T-GRPO"""
 
-    reward_funcs: list[str] | None = setting(
-        None, "rewards: accuracy, format, length, temporal, judge (default: those that the settings need)"
+    reward_funcs: list[str] | Literal["none"] | None = setting(
+        None,
+        "rewards: accuracy, format, length, temporal, judge (default: those that the settings need); none: "
+        "a teacher alone",
     )
     num_generations: int = setting(8, "G: completions per question with its frames in order")
     num_shuffled_generations: int | None = setting(None, "completions with shuffled frames (default: G/2)")
@@ -184,6 +186,18 @@ class TGRPOSettings(JudgeSettings, TrainingSettings):
     self_reflection_phrases: list[str] = setting(
         list(SELF_REFLECTION_PHRASES), "their share of completions is logged"
     )
+    teacher_model_name_or_path: str | None = setting(
+        None,
+        "distillation: a checkpoint of the same tokenizer, self (the policy with the teacher's frames), or "
+        "addresses of `video-r1 serve`",
+    )
+    teacher_frames: int | None = setting(
+        None, "most frames that the teacher sees (default: max_frames)", at_least=2
+    )
+    teacher_pixels: int | None = setting(None, "area of its frames (default: frame_pixels)", above=0)
+    teacher_weight: float = setting(
+        1.0, "lambda: weight of log π_teacher − log π in each token's advantage", above=0
+    )
     log_rollouts: int = setting(2, "groups recorded in rollouts.jsonl at each logging step", at_least=0)
     preflight_questions: int = setting(4, "questions tried first: stops if no reward is in reach", at_least=0)
 
@@ -215,6 +229,7 @@ class TGRPOSettings(JudgeSettings, TrainingSettings):
                 f"starts at {lengths[0]} tokens, above max_completion_length ({self.max_completion_length})"
             )
             yield "length_range", f"{said}, so nothing can earn it; lower it or set length_reward 0"
+        yield from self.teacher_problems()
         if "judge" in (self.reward_funcs or ()) and not self.judge_endpoint:
             yield "judge_endpoint", "is missing while reward_funcs names judge; give the judge's address"
 
@@ -224,6 +239,25 @@ class TGRPOSettings(JudgeSettings, TrainingSettings):
             if (getattr(self, name) or 0) != off:
                 said = f"is {getattr(self, name)}; the sampled policy must be the one that is trained"
                 yield name, f"{said}: leave it at {off}, and change temperature or the rewards"
+
+    def teacher_problems(self) -> Iterator[Problem]:
+        teacher, more = self.teacher_model_name_or_path, (self.teacher_frames, self.teacher_pixels)
+        if teacher is None:
+            for name in ("teacher_frames", "teacher_pixels"):
+                if getattr(self, name) is not None:
+                    yield name, "is set while teacher_model_name_or_path is not; name a teacher"
+            if self.reward_funcs == "none":
+                yield "reward_funcs", "is none, so nothing is learnt; set teacher_model_name_or_path"
+        elif teacher == "self" and not any(more):
+            said = "is self, which sees no more than the policy; set teacher_frames or teacher_pixels"
+            yield "teacher_model_name_or_path", said
+        elif teacher.startswith(SCHEMES) and self.temperature != 1:
+            said = f"is {self.temperature}; a server as teacher has log-probs of temperature 1"
+            yield "temperature", f"{said}: set 1, or load the teacher here"
+        if self.reward_funcs == "none":
+            for name, off in (("temporal_rule", "off"), ("dynamic_sampling", 0)):
+                if getattr(self, name) != off:
+                    yield name, f"is {getattr(self, name)} while reward_funcs is none; set {off}"
 
     def loss_problems(self) -> Iterator[Problem]:
         if self.loss_type not in LOSS_TYPES and ":" not in self.loss_type:

@@ -145,6 +145,7 @@ def policy_loss(
     ref_logprobs: Tensor | None = None,
     token_weights: Tensor | None = None,
     counted: Tensor | None = None,
+    token_credits: Tensor | None = None,
 ) -> PolicyLoss:
     """Compute the loss of some of a step's R responses with N tokens.
 
@@ -152,8 +153,9 @@ def policy_loss(
     itself); advantages: [R]; lengths: [R] int. normaliser: `loss_normaliser` of the whole optimizer step (÷
     ranks if gradients are averaged over ranks). importance_sampling_level `sequence`: ρ is exp of the mean
     log-ratio of a response's tokens (GSPO, arXiv 2507.18071). beta: weight of the KL from ref_logprobs [N].
-    token_weights: [N], factors of the policy terms. counted: [R] bool, False excludes a response. Raises
-    ValueError for sizes that do not fit, ConfigError for an unknown loss type.
+    token_weights: [N], factors of the policy terms. token_credits: [N], added to the advantages. counted: [R]
+    bool, False excludes a response. Raises ValueError for sizes that do not fit, ConfigError for an unknown
+    loss type.
     """
     if len(advantages) != len(lengths):
         raise ValueError(f"{len(advantages)} advantages but {len(lengths)} responses")
@@ -162,6 +164,8 @@ def policy_loss(
     objective = objective_of(loss_type)
     old_logprobs = logprobs.detach() if old_logprobs is None else old_logprobs
     token_advantages = _by_token(advantages, lengths, len(logprobs))
+    if token_credits is not None:
+        token_advantages = token_advantages + token_credits.to(token_advantages)
 
     log_ratio = logprobs - old_logprobs
     if importance_sampling_level == "sequence":

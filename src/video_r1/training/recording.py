@@ -72,7 +72,10 @@ def record_group(run_dir: Path, step: int, group: RolloutGroup, tokenizer: Any =
             record["advantage_without_temporal"] = _number(advantage)
     if group.token_drops is not None and tokenizer is not None:
         for record, rollout, drops in zip(ordered, group.ordered, group.token_drops, strict=True):
-            record["word_drops"] = word_drops(tokenizer, rollout.token_ids.tolist(), drops.tolist())
+            record["word_drops"] = by_word(tokenizer, rollout.token_ids, drops)
+    if group.teacher_logprobs is not None and tokenizer is not None:
+        for record, rollout, taught in zip(ordered, group.ordered, group.teacher_logprobs, strict=True):
+            record["word_logprobs"] = by_word(tokenizer, rollout.token_ids, rollout.logprobs, taught)
     line = {
         "step": step,
         **{name: getattr(sample, name) for name in RECORDED},
@@ -105,17 +108,20 @@ def _short(path: str) -> str:
     return inside + joined + "/".join(PurePath(file).parts[-2:])
 
 
-def word_drops(tokenizer: Any, token_ids: Sequence[int], drops: Sequence[float]) -> list[list[Any]]:
-    """Sum the drops [L], in nats, of the tokens of each word; the words joined are the completion's text."""
-    words: list[tuple[list[int], float]] = []
-    for token, drop in zip(token_ids, drops, strict=True):
+def by_word(tokenizer: Any, token_ids: Tensor, *values: Tensor) -> list[list[Any]]:
+    """Return [word, sum of each of the `values`] for each word of tokens [L]; values: [L] each, in nats. The
+    words joined are the completion's text.
+    """
+    words: list[tuple[list[int], list[float]]] = []
+    for token, *own in zip(token_ids.tolist(), *(each.tolist() for each in values), strict=True):
         piece = tokenizer.decode([token], skip_special_tokens=True)
         if words and not piece[:1].isspace():
-            words[-1] = ([*words[-1][0], token], words[-1][1] + drop)
+            tokens, sums = words[-1]
+            words[-1] = [*tokens, token], [a + b for a, b in zip(sums, own, strict=True)]
         else:
-            words.append(([token], drop))
+            words.append(([token], own))
     texts = [tokenizer.decode(tokens, skip_special_tokens=True) for tokens, _ in words]
-    return [[text, round(drop, 3)] for text, (_, drop) in zip(texts, words, strict=True)]
+    return [[text, *(round(s, 3) for s in sums)] for text, (_, sums) in zip(texts, words, strict=True)]
 
 
 def _completions(

@@ -31,7 +31,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple, cast
@@ -102,6 +102,7 @@ from video_r1.training.questions import (
 from video_r1.training.recording import record_group
 from video_r1.training.reference import Reference
 from video_r1.training.runs import Questions, RunArguments, run_recipe
+from video_r1.training.teacher import Teacher, note_teacher, teacher_credits
 from video_r1.training.trainer import QuestionTrainer
 
 RewardFunctions = str | Callable[..., Any] | Sequence[str | Callable[..., Any]]
@@ -135,6 +136,7 @@ class PolicyBatch:
     old_logprobs: Tensor | None = None  # [N], of the policy that sampled
     ref_logprobs: Tensor | None = None  # [N]
     sampler_weights: Tensor | None = None  # [N], if vLLM sampled
+    teacher_credits: Tensor | None = None  # [N], if there is a teacher
     # of each question's prompt and tool turns, if the vision tower is frozen
     vision: list[list[VisualFeatures | None]] | None = None
 
@@ -256,6 +258,9 @@ class TGRPOTrainer(QuestionTrainer):
         self.add_callback(StartChecks(self.check_start))
         policy = cast(PreTrainedModel, self.model)
         self.reference = Reference(policy, self.accelerator) if args.beta != 0 else None
+        self.teacher: Teacher | None = None
+        if args.teacher_model_name_or_path is not None:
+            self.teacher = Teacher(args, self.builder, self.reader, policy, self.accelerator)
         self.vision_is_frozen = not any(
             weight.requires_grad for weight in vision_parameters(vision_language_model(policy))
         )
@@ -424,7 +429,7 @@ class TGRPOTrainer(QuestionTrainer):
         # log π(o_i,t) of the ordered completions only
         policy = self.logprobs(model, batch, with_entropy=True)
 
-        # log π_old, log π_ref and min(π_old ÷ π_vLLM, cap), which all updates on these rollouts share
+        # log π_old, log π_ref, log π_teacher and min(π_old ÷ π_vLLM, cap), which all updates on these share
         if batch.old_logprobs is None:
             self.set_references(batch, model, policy.logprobs.detach())
 
@@ -444,6 +449,7 @@ class TGRPOTrainer(QuestionTrainer):
             ref_logprobs=batch.ref_logprobs,
             token_weights=batch.token_weights(kept),
             counted=counted,
+            token_credits=batch.teacher_credits,
         )
         describe_update(self.meter, policy, result)
 
@@ -480,6 +486,11 @@ class TGRPOTrainer(QuestionTrainer):
         if self.reference is not None:
             with self.reference.in_place_of(model, self.accelerator) as reference:
                 batch.ref_logprobs = self.logprobs(reference, batch).logprobs
+        if self.teacher is not None:
+            with self.meter.seconds("teacher"):
+                scores = self.teacher.scores(model, batch.trained)
+            batch.teacher_credits = teacher_credits(scores, logprobs, self.settings.teacher_weight)
+            note_teacher(self.meter, batch.trained, scores, logprobs)
 
     # ---- Questions
 
@@ -487,13 +498,14 @@ class TGRPOTrainer(QuestionTrainer):
         return self.reader.media(sample)
 
     def build(self, sample: Sample, loaded: Clips, generator: torch.Generator) -> Question:
-        """Build a sample's ordered prompt, and that of its contrast clip if the temporal rule has one."""
+        """Build a sample's ordered prompt, and those of its contrast clip and the teacher, if any."""
         args = self.settings
         contrast = args.temporal_contrast if self.rule.contrast else None
         sample = with_shuffled_options(sample, generator) if args.shuffle_options else sample
         if args.overview_frames:
             loaded = tuple(overview(clip, args.overview_frames, generator) for clip in loaded)
-        return build_question(sample, loaded, self.builder, generator, contrast, args.contrast_unit)
+        question = build_question(sample, loaded, self.builder, generator, contrast, args.contrast_unit)
+        return question if self.teacher is None else replace(question, teacher=self.teacher.prompt(sample))
 
     def begin_reading(self, slots: list[Slot]) -> dict[str, Any]:
         """Start reading a batch; later updates on the same rollouts (`iteration` above 0) read nothing."""
@@ -530,7 +542,7 @@ class TGRPOTrainer(QuestionTrainer):
         args = self.settings
         if self.judge is not None:
             self.judge.open()
-        if self.state.global_step == 0 and args.preflight_questions > 0:
+        if self.state.global_step == 0 and args.preflight_questions > 0 and self.terms.names:
             questions = self.first_questions(args.preflight_questions)
             sampled = self.sample(questions)
             with self.stopping_before_the_step():
@@ -624,12 +636,12 @@ def step_of(
 
 
 def flat_groups_count(settings: TGRPOSettings) -> bool:
-    """Whether groups of equal rewards matter although their advantages are 0: for a KL or entropy term, for
-    the mean over a micro-batch (bnpo), or where entropies are ranked.
+    """Whether groups of equal rewards matter although their advantages are 0: for a KL or entropy term, a
+    teacher, the mean over a micro-batch (bnpo), or where entropies are ranked.
     """
-    own_terms = settings.beta != 0 or settings.entropy_coef != 0
+    own_terms = settings.beta != 0 or settings.entropy_coef != 0 or settings.teacher_model_name_or_path
     averaged = objective_of(settings.loss_type).average == "micro_batch"
-    return own_terms or averaged or settings.top_entropy_quantile < 1
+    return bool(own_terms) or averaged or settings.top_entropy_quantile < 1
 
 
 def kept_tokens(batch: PolicyBatch, policy: GroupLogprobs, settings: TGRPOSettings) -> Tensor | None:

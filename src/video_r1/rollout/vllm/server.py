@@ -22,12 +22,13 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
+from torch import Tensor
 from transformers import GenerationConfig
 
 from video_r1.chat_client import Failover, ServerFailure, ServerRefusal, get, post
 from video_r1.data.prompts import Prompt
 from video_r1.data.rollouts import Rollout
-from video_r1.errors import ConfigError, VideoR1Error
+from video_r1.errors import ConfigError, RequestError, VideoR1Error
 from video_r1.models.group_forward import vision_language_model
 from video_r1.processes import gather, process_count, process_index, wait_for_everyone
 from video_r1.rollout.engine import RolloutEngine, SamplingSettings, stop_token_ids
@@ -204,7 +205,7 @@ class ServerEngine(RolloutEngine):
         def answer(request: PromptRequest) -> list[Rollout]:
             dtype = getattr(torch, self.served["dtype"])
             body = server_request(prompts[request.index], request.parameters, dtype)
-            choices = self._completions(body, request.parameters["n"])
+            choices = self._answer(body, request.parameters["n"])["choices"]
             choices.sort(key=lambda choice: choice["index"])
             return request.filled([self._rollout(choice) for choice in choices])
 
@@ -218,7 +219,31 @@ class ServerEngine(RolloutEngine):
             pool.shutdown(wait=True, cancel_futures=True)
         return results
 
-    def _completions(self, body: dict[str, Any], count: int) -> list[dict[str, Any]]:
+    def score(self, answers: Sequence[tuple[Prompt, Tensor]]) -> list[list[tuple[float, int]]]:
+        """Return log-prob, nats at temperature 1, and rank (1: likeliest) of tokens of the server's model.
+
+        answers: all tokens and pixels of a sequence, and the indices [L] of the tokens that are scored.
+        Raises VideoR1Error as `generate`.
+        """
+        dtype = getattr(torch, self.served["dtype"])
+        parameters = {"n": 1, "max_tokens": 1, "prompt_logprobs": 0, "ignore_eos": True, "detokenize": False}
+
+        def scored(answer: tuple[Prompt, Tensor]) -> list[tuple[float, int]]:
+            prompt, places = answer
+            if len(prompt.input_ids) >= self.max_model_len:
+                raise RequestError(
+                    f"{self.url}: an answer and its prompt have {len(prompt.input_ids)} tokens, the limit is "
+                    f"{self.max_model_len}; serve with a larger --max_model_len, or lower teacher_frames"
+                )
+            found = self._answer(server_request(prompt, parameters, dtype), 1)["prompt_logprobs"]
+            entries = [found[place][str(int(prompt.input_ids[place]))] for place in places.tolist()]
+            return [(entry["logprob"], entry["rank"]) for entry in entries]
+
+        self._lost = None
+        with ThreadPoolExecutor(self.concurrency, thread_name_prefix="scores") as pool:
+            return list(pool.map(scored, answers))
+
+    def _answer(self, body: dict[str, Any], count: int) -> dict[str, Any]:
         """Return the answer to one request, complete and by the present weights, after retries."""
         failure: ServerFailure | None = None
         for _ in range(ATTEMPTS):
@@ -228,9 +253,9 @@ class ServerEngine(RolloutEngine):
                     if address.failed:
                         self._max_length(address.url)  # still the same model
                     url = f"{address.url}/inference/v1/generate"
-                    choices = post(url, self._key, body, self.timeout)["choices"]
-                    self._check(choices, count)
-                return choices
+                    reply = post(url, self._key, body, self.timeout)
+                    self._check(reply["choices"], count)
+                return reply
             except ServerFailure as error:
                 failure = error
                 if not self._failover.any_ready():

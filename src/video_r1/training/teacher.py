@@ -1,0 +1,138 @@
+"""The teacher of on-policy distillation: log-probs of the student's own tokens, behind clips of its own.
+
+    c_t = λ · clamp(log π_T(o_t | V_T) − log π_S(o_t | V), −5, 5),   A_t = A + c_t
+
+V_T may have more or larger frames than V. Without rewards the gradient is that of the reverse KL from student
+to teacher (arXiv 2306.13649, with samples of the student): −E Σ_t c_t ∇ log π_S(o_t). The bound keeps a
+token that the teacher rules out from outweighing its answer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any, NamedTuple, cast
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+
+from video_r1.data.manifests.records import Sample
+from video_r1.data.prompts import Prompt, PromptBuilder
+from video_r1.data.reading import Reader
+from video_r1.data.rollouts import RolloutGroup
+from video_r1.errors import ConfigError
+from video_r1.models.group_forward import group_logprobs, vision_language_model
+from video_r1.models.loading import load_model, load_processor, size_multiple
+from video_r1.rollout.episodes import joined
+from video_r1.rollout.vllm.server import ServerEngine
+from video_r1.settings.decoding import SCHEMES, addresses
+from video_r1.training.metrics import Meter
+from video_r1.training.reference import prepare_reference
+
+BOUND = 5.0  # nats
+ANY_LENGTH = 1 << 30
+
+
+class TeacherScores(NamedTuple):
+    """Of N tokens: log π_T [N] float32, nats; whether the token is the teacher's likeliest [N] bool."""
+
+    logprobs: Tensor
+    likeliest: Tensor
+
+
+class Teacher:
+    """A frozen model, the policy itself (`self`) or a vLLM server that scores the policy's tokens.
+
+    builder, reader, policy: the student's; the teacher's clips differ by `teacher_frames` and
+    `teacher_pixels`. Raises ConfigError for a teacher with another tokenizer, and what loading raises.
+    """
+
+    def __init__(
+        self, settings: Any, builder: PromptBuilder, reader: Reader, policy: Any, accelerator: Accelerator
+    ) -> None:
+        name, processor = settings.teacher_model_name_or_path, builder.processor
+        self.settings, self.accelerator = settings, accelerator
+        self.server: ServerEngine | None = None
+        self.model: nn.Module | None = None  # None: the policy
+        if name.startswith(SCHEMES):
+            urls, wait = addresses(name), settings.vllm_server_timeout
+            self.server = ServerEngine(urls, processor, policy.generation_config, wait=wait)
+            served, own = self.server.served["architecture"], type(vision_language_model(policy)).__name__
+            if served != own:
+                raise ConfigError(f"{name} serves a {served}, the policy is a {own}; serve one of its family")
+        elif name != "self":
+            processor = load_processor(name, settings.trust_remote_code)
+            if processor.tokenizer.get_vocab() != builder.tokenizer.get_vocab():
+                raise ConfigError(
+                    f"teacher_model_name_or_path {name}: its tokens are not those of the policy, so it "
+                    "cannot score them; name a model of the same tokenizer, or annotate with it for SFT"
+                )
+            dtype = "bfloat16" if settings.bf16 else "float32"
+            model: Any = load_model(name, dtype, settings.attn_implementation, settings.trust_remote_code)
+            self.model = prepare_reference(model.eval().requires_grad_(False), accelerator)
+        # max_prompt_length is the policy's; what the teacher reads is bounded by its frames.
+        self.builder = PromptBuilder(processor, settings.prompt_template, ANY_LENGTH, settings.subtitles)
+        self.builder.toolbox = builder.toolbox
+        budget = replace(
+            reader.budget,
+            max_frames=settings.teacher_frames or reader.budget.max_frames,
+            frame_pixels=settings.teacher_pixels or reader.budget.frame_pixels,
+            size_multiple=size_multiple(processor),
+        )
+        self.reader = Reader(budget, reader.frame_cache)
+
+    def prompt(self, sample: Sample) -> Prompt:
+        """Build a question's prompt with the teacher's clips. Raises MediaError and PromptError."""
+        return self.builder.build(sample, self.reader.media(sample))
+
+    @torch.no_grad()
+    def scores(self, policy: nn.Module, groups: Sequence[RolloutGroup]) -> TeacherScores:
+        """Score the groups' ordered completions, each group in one row. policy: as prepared for training."""
+        prompts = [cast(Prompt, group.teacher_prompt) for group in groups]
+        if self.server is not None:
+            return self._served(self.server, prompts, groups)
+        with self.accelerator.autocast():
+            found = group_logprobs(
+                policy if self.model is None else self.model,
+                prompts,
+                [[rollout.token_ids for rollout in group.ordered] for group in groups],
+                self.settings.temperature,
+                with_likeliest=True,
+                pieces=[[rollout.pieces() for rollout in group.ordered] for group in groups],
+            )
+        return TeacherScores(found.logprobs, cast(Tensor, found.likeliest))
+
+    def _served(
+        self, server: ServerEngine, prompts: Sequence[Prompt], groups: Sequence[RolloutGroup]
+    ) -> TeacherScores:
+        answers = []
+        for prompt, group in zip(prompts, groups, strict=True):
+            for rollout in group.ordered:
+                whole = joined(prompt, rollout)
+                own = torch.ones(len(whole.input_ids), dtype=torch.bool)
+                for first, part in whole.parts:
+                    own[first : first + len(part.input_ids)] = False
+                answers.append((whole, own.nonzero().view(-1)))
+        found = [entry for entries in server.score(answers) for entry in entries]
+        logprobs, ranks = torch.tensor(found).view(-1, 2).unbind(1)
+        return TeacherScores(logprobs, ranks == 1)
+
+
+def teacher_credits(scores: TeacherScores, logprobs: Tensor, weight: float) -> Tensor:
+    """Return λ · clamp(log π_T − log π_S, −5, 5), [N]. logprobs: log π_S [N] before the update."""
+    return weight * (scores.logprobs.to(logprobs) - logprobs).clamp(-BOUND, BOUND)
+
+
+def note_teacher(
+    meter: Meter, groups: Sequence[RolloutGroup], scores: TeacherScores, logprobs: Tensor
+) -> None:
+    """Add the series `teacher/…`, and log π_T to the groups for their records. logprobs: log π_S [N]."""
+    gaps, tokens = scores.logprobs.to(logprobs) - logprobs, len(logprobs)
+    meter.add("teacher/kl", -float(gaps.sum()), tokens)
+    meter.add("teacher/agreement", float(scores.likeliest.sum()), tokens)
+    meter.add("teacher/clipped", float((gaps.abs() > BOUND).sum()), tokens)
+    lengths = [len(rollout.token_ids) for group in groups for rollout in group.ordered]
+    parts = iter(scores.logprobs.float().cpu().split(lengths))
+    for group in groups:
+        group.teacher_logprobs = [next(parts) for _ in group.ordered]
