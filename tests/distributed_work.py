@@ -146,13 +146,14 @@ def sft(
 
 
 def text(folder: Path, processes: int, name: str, watch: Any = None, **settings: Any) -> None:
-    """T-GRPO, then SFT, a question a process: one about a clip, one of text alone."""
+    """T-GRPO with a teacher, then SFT, a question a process: one about a clip, one of text alone."""
     let_accelerate_shard_on_cpu()
     watch, manifest = watch or Watch(), str(folder / "text.json")
     settings = {**(settings or common(processes, steps=2)), "per_device_train_batch_size": 2 // processes}
     trainer: Any = make_trainer(
         folder / "model", manifest, folder / name, callbacks=[watch], evaluated=manifest, beta=0.1,
-        scale_rewards="batch", **settings,
+        scale_rewards="batch", teacher_model_name_or_path=str(folder / "teacher"), teacher_frames=8,
+        max_frames=4, fps=4.0, **settings,
     )  # fmt: skip
     trainer.train()
     save(trainer, watch, folder / name, [g.sample.data_type for b in trainer.step.batches for g in b.groups])

@@ -74,8 +74,9 @@ def test_episodes_equal_one_process(folder: Path, kind: str, environment: dict[s
 
 
 def text_questions(folder: Path) -> None:
-    """Write a model with DeepStack, and a question about a clip beside one of text alone."""
+    """Write a model with DeepStack, its teacher, and a question about a clip beside one of text alone."""
     tiny_checkpoint("qwen3_vl", folder / "model")
+    tiny_checkpoint("qwen3_vl", folder / "teacher", seed=1)
     clip, *_, words = json.loads(write_manifest(folder, 1, 1).read_text())
     words = {**words, "problem_id": "words", "data_type": "text", "path": None}
     clip["process"] = words["process"] = "<think>It moves.</think>"
@@ -83,8 +84,9 @@ def text_questions(folder: Path) -> None:
 
 
 def same_text_run(one: Path, two: Path) -> None:
-    """A rank without visuals takes part in every collective of the tower."""
+    """A rank without visuals takes part in every collective of the towers."""
     same_run(one, two)
+    assert all("teacher/kl" in line for line in read_lines(two / "metrics.jsonl") if "loss" in line)
     kinds = [json.loads((two / f"kinds-{rank}.json").read_text()) for rank in (0, 1)]
     assert sorted(kinds) == [["text"], ["video"]]
     one, two = (run.with_name(f"{run.name}-sft") for run in (one, two))
