@@ -300,6 +300,28 @@ def test_the_plan_agrees_with_a_measured_update(
     assert plan.phases["update"] == pytest.approx(weights + states + copied + passes, rel=TOLERANCE)
 
 
+def test_the_plan_agrees_with_a_measured_teacher(tmp_path: Path) -> None:
+    """A larger model that sees as many frames: weights, a scoring pass, and the plan's peak with it."""
+    student, teacher = model_of(128, 4, 2048), model_of(256, 6, 2048)
+    teacher.config.save_pretrained(tmp_path)
+    plain = planned(student, recipe_of())
+    plan = planned(student, recipe_of(teacher_model_name_or_path=str(tmp_path)))
+    assert plan.teacher is not None
+    assert plan.parts["teacher"] == tensor_bytes(teacher.parameters())
+    prompt = question()
+
+    @torch.no_grad()
+    def score() -> None:
+        group_logprobs(teacher, [prompt], COMPLETIONS, with_likeliest=True)
+
+    score()
+    assert plan.teacher.peak == pytest.approx(most_at_once(score), rel=2 * TOLERANCE)
+    assert plan.phases["rollout"] == plain.phases["rollout"] + plan.parts["teacher"]
+    more = planned(student, recipe_of(teacher_model_name_or_path="self", teacher_frames=16))
+    assert more.teacher is not None and more.teacher.row.visual == 2 * more.row.visual
+    assert more.parts["teacher"] == 0 and more.phases["update"] >= plain.phases["update"]
+
+
 def test_the_plan_agrees_with_a_measured_update_of_sft() -> None:
     """Two questions with a response each, in one row."""
     model = model_of(128, 4, 2048)

@@ -43,7 +43,8 @@ MACHINES = {
     "smolvlm2-500m-{}-lora": ("HuggingFaceTB/SmolVLM2-500M-Video-Instruct", LAPTOP),
 }
 LOOKS = [("qwen3-vl-8b-look", "qwen3-vl-8b-{}"), ("qwen3-vl-8b-look-lora", "qwen3-vl-8b-{}-lora")]
-RECIPES = [*LOOKS, *((form.format(stage), form) for form in MACHINES for stage in ("sft", "tgrpo"))]
+DISTILLED = ("video-r1-3b-distill", "video-r1-3b-{}")
+RECIPES = [*LOOKS, DISTILLED, *((form.format(stage), form) for form in MACHINES for stage in ("sft", "tgrpo"))]
 
 
 def command_of(name: str) -> str:
@@ -73,12 +74,13 @@ def test_a_recipe_trains_its_checkpoint_with_the_papers_settings(name: str, form
     if "look" in name:  # from a checkpoint that knows calls
         assert (values["tools"], values["overview_frames"], values["max_steps"]) == ("look", [4, 16], 1000)
     elif command == "rl":  # from what the cold start of the same size wrote
-        cold_start = load_recipe("sft", name.replace("tgrpo", "sft")).values()
+        cold_start = load_recipe("sft", re.sub("tgrpo|distill", "sft", name)).values()
         merged = "-merged" if values["use_peft"] else ""
         assert start == cold_start["output_dir"] + merged
         start = cold_start["model_name_or_path"]
-        assert (values["num_generations"], values["beta"], values["max_completion_length"]) == (8, 0.04, 768)
-        assert values["max_steps"] == 1000
+        sampled, beta = (4, 0.0) if name == DISTILLED[0] else (8, 0.04)
+        assert (values["num_generations"], values["beta"]) == (sampled, beta)
+        assert (values["max_completion_length"], values["max_steps"]) == (768, 1000)
     assert start == checkpoint
     side = 32 if "Qwen3" in checkpoint else 28
     wanted = (512**2, 512**2) if "SmolVLM2" in checkpoint else (128 * side**2, 256 * side**2)

@@ -179,16 +179,20 @@ def twin_row(row: dict[str, Any], split: int) -> dict[str, Any] | None:
     return {**twin, "solution": f"<answer>{said}</answer>", "timeline": question.timeline}
 
 
-def make_data(out: Path, seed: int, cues: Sequence[float], test: int) -> None:
-    """Make the RL questions of a seed for each accuracy of the cue, and the tests."""
-    folder = out / f"data-{seed}"
-    tests = folder / "test"
+def make_tests(out: Path, seed: int, test: int) -> None:
+    """Make the tests of a seed."""
+    tests = out / f"data-{seed}" / "test"
     made_lab(tests, seed, train=0, test=test, shortcut=1.0)
     if not (tests / "twins.json").exists():
         twins = [twin for row in read_rows(tests / "test.json") if (twin := twin_row(row, 1))]
         for twin in twins:
             del twin["timeline"]
         replace_json(tests / "twins.json", twins)
+
+
+def make_questions(out: Path, seed: int, cues: Sequence[float]) -> None:
+    """Make the RL questions of a seed for each accuracy of the cue."""
+    folder = out / f"data-{seed}"
     made_lab(folder / "clean", seed + RL_SEED, train=QUESTIONS, test=0)
     for cue in cues:
         lab = folder / f"cue-{cue:g}"
@@ -289,8 +293,12 @@ def reads_mark(record: dict[str, Any]) -> bool:
 
 def make_run(out: Path, cell: Cell) -> None:
     """Train one arm, test it and write result.json."""
-    make_locked_data(out, cell)
+    lock = out / f"data-{cell.seed}.lock"
+    with only_one(lock):
+        make_tests(out, cell.seed, cell.test)
     cold = make_cold_start(out, cell)
+    with only_one(lock):
+        make_questions(out, cell.seed, [cell.cue])
     folder, data = cell.folder(out), out / f"data-{cell.seed}"
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir()
@@ -330,11 +338,6 @@ def make_run(out: Path, cell: Cell) -> None:
         if file.suffix in (".safetensors", ".pt", ".bin", ".jsonl") and file.name != "metrics.jsonl":
             file.unlink()
     replace_json(folder / "result.json", result)
-
-
-def make_locked_data(out: Path, cell: Cell) -> None:
-    with only_one(out / f"data-{cell.seed}.lock"):
-        make_data(out, cell.seed, [cell.cue], 2000 if cell.part == "confirmation" else 600)
 
 
 def packed(records: Sequence[dict[str, Any]]) -> str:

@@ -77,6 +77,9 @@ def step_seconds(config: Any, plan: MemoryPlan, gpu: str) -> dict[str, float]:
     if recipe.command == "rl":
         parts = _rollout_seconds(config, plan, part, groups, length) | parts
         parts["reference"] = judged * part(groups * forward, launches=groups * launches / 4)
+        if plan.teacher is not None:  # two operations a weight and token; its attention is left out
+            flops = 2 * plan.teacher.parameters * plan.teacher.row.tokens / plan.teacher.row.questions
+            parts["teacher"] = part(groups * flops, launches=groups * launches / 4)
     if sharding.weights and sharding.processes > 1:
         # bf16 weights for rollouts, reference, forward and backward; float32 gradients once
         times = (recipe.command == "rl") + judged + 2 * training.gradient_accumulation_steps

@@ -122,16 +122,17 @@ class LiveBytes(TorchDispatchMode):
 def build_models(config: PreTrainedConfig, policy: Policy) -> tuple[Any, Any]:
     """Return the policy and its reference without storage; the policy itself if there is no copy."""
     with torch.device("meta"):
-        model = with_trained_parts(_untrained(config, policy), policy.settings)
+        model = with_trained_parts(untrained(config, policy), policy.settings)
         if policy.training.gradient_checkpointing:
             inner = vision_language_model(model)
             inner.gradient_checkpointing_enable({"use_reentrant": False})
             if policy.settings.use_peft:
                 inner.enable_input_require_grads()
-        return model, _untrained(config, policy).requires_grad_(False).eval() if policy.copied else model
+        return model, untrained(config, policy).requires_grad_(False).eval() if policy.copied else model
 
 
-def _untrained(config: PreTrainedConfig, policy: Policy) -> Any:
+def untrained(config: PreTrainedConfig, policy: Policy) -> Any:
+    """Return a model of this config in the policy's compute dtype, as it is on the current device."""
     model: Any = AutoModelForImageTextToText.from_config(copy.deepcopy(config), dtype=policy.dtype)
     model.config._attn_implementation = ATTENTION_NAME
     model.config._experts_implementation = EXPERTS_NAME

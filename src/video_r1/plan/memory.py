@@ -8,9 +8,9 @@ room), and the pixels of a batch.
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from transformers import PreTrainedConfig
@@ -18,13 +18,15 @@ from transformers import PreTrainedConfig
 from video_r1.errors import ConfigError, first_line
 from video_r1.models.families import find_family
 from video_r1.plan.fake_trace import Policy, Traced
-from video_r1.plan.trace import Row, longest_row, trace
+from video_r1.plan.shapes import model_config
+from video_r1.plan.trace import Row, longest_row, trace, trace_scoring
 from video_r1.recipe import Recipe
-from video_r1.recipe_files import RECIPES
+from video_r1.recipe_files import RECIPES, checkpoint_behind, model_folder
 from video_r1.rollout.engine import MAX_SEQUENCES
 from video_r1.rollout.shared_prefix import first_capacity
 from video_r1.rollout.transformers import MAX_PREFILL_TOKENS
 from video_r1.settings.commands import GPUSharding
+from video_r1.settings.decoding import SCHEMES
 from video_r1.settings.shared import ModelSettings, PromptSettings
 from video_r1.settings.tools import TrainingToolSettings
 from video_r1.settings.training import SFTSettings, TGRPOSettings
@@ -145,6 +147,7 @@ class MemoryPlan:
     gpu_memory: int | None = None
     vllm: VLLMShare | None = None
     processor: Any = None  # on the general path
+    teacher: "TeacherPlan | None" = None
 
     @property
     def peak(self) -> int:
@@ -200,6 +203,7 @@ def memory_plan(
         sequences = questions * (training.num_generations + training.shuffled_generations)
         sampled = max(1, min(prompts, MAX_PREFILL_TOKENS // row.prompt))
     traced = trace(config, policy, row, sampled)
+    teacher = _teacher(config, recipe, policy, text_tokens, processor) if rl else None
     weights = int(traced.weights * policy.stored * sharding.share(sharding.weights))
     optimizer = _optimizer_bytes(str(recipe.values().get("optim", "")), traced, policy.stored, sharding)
     update, left, whole = _gathered(traced, sharding, policy)
@@ -221,18 +225,21 @@ def memory_plan(
         "optimizer": 0 if sharding.offload else int(optimizer * sharding.share(sharding.optimizer)),
         # every rank has a whole copy of reference adapters
         "reference": policy.reference * _reference_bytes(policy, traced, weights, sharding),
+        "teacher": 0 if teacher is None else int(teacher.weights * sharding.share(sharding.weights)),
         "gathered": max(update, left, whole),
         "activations": traced.activations,
         "KV cache": cache,
         "vLLM": 0 if beside is None else beside.share,
     }
     # from the second step on, when the optimizer has its states
-    always = parts["weights"] + parts["reference"] + parts["optimizer"]
+    always = parts["weights"] + parts["reference"] + parts["teacher"] + parts["optimizer"]
     if sharding.processes > 1 and not (sharding.weights or sharding.gradients or sharding.optimizer):
         always += traced.gradients  # the second copy that DistributedDataParallel keeps
+    # The teacher reads while the policy's activations wait for their backward pass.
+    scoring = 0 if teacher is None else traced.activations + teacher.peak
     awake = 0 if vllm is None or vllm.vllm_enable_sleep_mode else parts["vLLM"]
     phases = {
-        "update": always + traced.update_peak + update + awake,
+        "update": always + max(traced.update_peak, scoring) + update + awake,
         "optimizer step": always + parts["gradients"] + left + awake,
     }
     if vllm is not None:
@@ -242,7 +249,38 @@ def memory_plan(
     unused = math.inf if gpu_memory is None else gpu_memory - always - whole
     if sampled and unused > 2 * traced.adapted:  # as `has_memory_for` asks
         phases["rollout"] += traced.adapted
-    return MemoryPlan(recipe, sharding, row, traced, parts, phases, gpu_memory, beside, processor)
+    return MemoryPlan(recipe, sharding, row, traced, parts, phases, gpu_memory, beside, processor, teacher)
+
+
+class TeacherPlan(NamedTuple):
+    """A teacher's longest row, its number of weights, their bytes (0: the policy's), and a pass's peak."""
+
+    row: Row
+    parameters: int
+    weights: int
+    peak: int
+
+
+def _teacher(
+    config: PreTrainedConfig, recipe: Recipe, policy: Policy, text_tokens: int, processor: Any
+) -> TeacherPlan | None:
+    training, tools = recipe.section(TGRPOSettings), recipe.section(TrainingToolSettings)
+    name = training.teacher_model_name_or_path
+    if name is None or name.startswith(SCHEMES):
+        return None
+    if name != "self":
+        config = model_config(model_folder(checkpoint_behind(name)))
+    frames = recipe.section(PromptSettings)
+    frames = replace(
+        frames,
+        max_frames=training.teacher_frames or frames.max_frames,
+        frame_pixels=training.teacher_pixels or frames.frame_pixels,
+        max_prompt_length=1 << 30,
+    )
+    row = longest_row(config, frames, training, text_tokens, processor, tools)
+    policy = replace(policy, dtype=policy.autocast or policy.dtype)
+    parameters, weights, peak = trace_scoring(config, policy, row)
+    return TeacherPlan(row, parameters, 0 if name == "self" else weights, peak)
 
 
 def _policy(

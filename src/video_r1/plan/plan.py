@@ -96,6 +96,8 @@ def memory_lines(plan: MemoryPlan) -> Iterator[str]:
     )
     if row.returned:
         yield f"tools return up to {row.returned:,} tokens to each completion, {row.looks} looks"
+    if plan.teacher is not None:
+        yield f"the teacher reads {plan.teacher.row.visual:,} visual tokens of a question"
     for title, sizes in (("\non each GPU", plan.parts), ("peak", plan.phases)):
         yield f"{title}, {name_of_unit}"
         yield from (f"  {name:<15}{size / unit:9.2f}" for name, size in sizes.items())

@@ -23,7 +23,7 @@ from video_r1.models.general_forward import micro_batches
 from video_r1.models.group_forward import CHUNK_LOGITS, token_logprobs, vision_language_model
 from video_r1.models.loading import size_multiple
 from video_r1.models.vision import tower_arguments
-from video_r1.plan.fake_trace import Policy, Traced, build_models, count_weights, without_storage
+from video_r1.plan.fake_trace import Policy, Traced, build_models, count_weights, untrained, without_storage
 from video_r1.plan.shapes import published_frame
 from video_r1.rollout.episodes import NOTICE_TOKENS
 from video_r1.settings.shared import PromptSettings
@@ -181,6 +181,20 @@ def trace(config: PreTrainedConfig, policy: Policy, row: Row, sampled: int) -> T
     return traced
 
 
+def trace_scoring(config: PreTrainedConfig, policy: Policy, row: Row) -> tuple[int, int, int]:
+    """Return a frozen model's number of weights, their bytes, and the peak of one forward pass besides."""
+    with torch.device("meta"):
+        model: Any = untrained(config, policy).requires_grad_(False)
+    count, size = (sum(map(of, model.parameters())) for of in (Tensor.numel, lambda weight: weight.nbytes))
+    inner, looks = vision_language_model(model), row.questions * row.completions * row.looks
+    visuals = _tower_inputs(inner, row, row.questions, looks)
+    with without_storage(model, gradients_kept=1.0) as (mode, live):
+        visuals |= {k: mode.from_tensor(v) for k, v in visuals.items() if isinstance(v, Tensor)}
+        with live, torch.no_grad():
+            _loss(inner, policy, row, visuals, None, with_entropy=False)
+    return count, size, live.peak
+
+
 def _tower_inputs(model: Any, row: Row, questions: int, looks: int) -> dict[str, Any]:
     if row.repeated or not questions:
         return {}
@@ -224,12 +238,18 @@ def _prefill(model: Any, row: Row, prompts: int, visuals: dict[str, Any]) -> tup
 
 
 def _loss(
-    model: Any, policy: Policy, row: Row, visuals: dict[str, Any], features: tuple[Tensor, ...] | None
+    model: Any,
+    policy: Policy,
+    row: Row,
+    visuals: dict[str, Any],
+    features: tuple[Tensor, ...] | None,
+    with_entropy: bool = True,
 ) -> Tensor:
     """Return a loss of all completions of a row: of separate rows in micro-batches on the general path."""
     head, vocabulary = model.get_output_embeddings(), model.config.get_text_config().vocab_size
     chunk = CHUNK_LOGITS.get(policy.device_type, CHUNK_LOGITS["cuda"])
-    rl = isinstance(policy.training, TGRPOSettings)  # with the entropy; SFT with the likeliest tokens
+    # T-GRPO's update has the entropy, SFT and teachers the likeliest tokens
+    rl = isinstance(policy.training, TGRPOSettings) and with_entropy
 
     def mean_of(head: nn.Module, hidden: Tensor, vocabulary: int) -> Tensor:
         targets = torch.zeros(len(hidden), dtype=torch.long)
