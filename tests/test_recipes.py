@@ -44,7 +44,8 @@ MACHINES = {
 }
 LOOKS = [("qwen3-vl-8b-look", "qwen3-vl-8b-{}"), ("qwen3-vl-8b-look-lora", "qwen3-vl-8b-{}-lora")]
 DISTILLED = ("video-r1-3b-distill", "video-r1-3b-{}")
-RECIPES = [*LOOKS, DISTILLED, *((form.format(stage), form) for form in MACHINES for stage in ("sft", "tgrpo"))]
+STAGES = [(form.format(stage), form) for form in MACHINES for stage in ("sft", "tgrpo")]
+RECIPES = [*LOOKS, DISTILLED, *STAGES]
 
 
 def command_of(name: str) -> str:
