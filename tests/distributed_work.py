@@ -156,6 +156,8 @@ def text(folder: Path, processes: int, name: str, watch: Any = None, **settings:
         max_frames=4, fps=4.0, **settings,
     )  # fmt: skip
     trainer.train()
+    if "fsdp" in settings:  # sharded as the policy is
+        assert all(isinstance(weight, DTensor) for weight in trainer.teacher.model.parameters())
     save(trainer, watch, folder / name, [g.sample.data_type for b in trainer.step.batches for g in b.groups])
     args = SFTConfig(**training_arguments(folder / f"{name}-sft", **settings))
     SFTTrainer(str(folder / "model"), args, manifest, manifest, callbacks=[]).train()

@@ -90,7 +90,7 @@ def test_rl_equals_one_process(folder: Path, rl_alone: Path, stage: int, by: str
 
 
 @pytest.mark.slow
-def test_text_beside_clips_equals_one_process(tmp_path: Path) -> None:
+def test_text_only_rows_and_a_teacher_equal_one_process(tmp_path: Path) -> None:
     text_questions(tmp_path)
     run_processes(1, "distributed_work:text", tmp_path, 1, "text-1")
     run = two_processes("text", tmp_path, "text-zero3", 3, "launch", eval_strategy="no", max_steps=2)

@@ -96,7 +96,9 @@ def same_text_run(one: Path, two: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("kind", "environment"), [("ddp", {}), ("fsdp2", FSDP2)])
-def test_text_beside_clips_equals_one_process(tmp_path: Path, kind: str, environment: dict[str, str]) -> None:
+def test_text_only_rows_and_a_teacher_equal_one_process(
+    tmp_path: Path, kind: str, environment: dict[str, str]
+) -> None:
     text_questions(tmp_path)
     run_processes(1, "distributed_work:text", tmp_path, 1, "text-1")
     run_processes(2, "distributed_work:text", tmp_path, 2, f"text-{kind}", environment=environment)

@@ -56,6 +56,7 @@ RUN = [
     ("qwen3-vl-4b-tgrpo-lora", "qwen3-vl-4b-{}-lora"),
     pytest.param("video-r1-7b-tgrpo", "video-r1-7b-{}", marks=pytest.mark.slow),
     pytest.param("qwen3.5-4b-tgrpo-lora", "qwen3.5-4b-{}-lora", marks=pytest.mark.slow),
+    pytest.param(*DISTILLED, marks=pytest.mark.slow),
     pytest.param("smolvlm2-500m-sft-lora", "smolvlm2-500m-{}-lora", marks=pytest.mark.slow),
 ]
 

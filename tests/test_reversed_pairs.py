@@ -100,7 +100,7 @@ def test_the_manifest_with_twins(tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert (tmp_path / "made.json").read_text() == written
 
 
-def test_twins_are_asked_in_one_step(tmp_path: Path) -> None:
+def test_twins_are_asked_in_one_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "made.json").write_text(
         json.dumps([{**rows(tmp_path)[0], "problem_id": number} for number in range(6)])
     )
@@ -118,6 +118,11 @@ def test_twins_are_asked_in_one_step(tmp_path: Path) -> None:
     meter = Meter()
     twins = [replace(group("1100"), sample=samples[0]), replace(group("1000"), sample=samples[1])]
     describe_groups(meter, [*twins, replace(group("1111"), sample=samples[2])], ())
+    assert meter.drain()["temporal/pair_accuracy"] == 0.125
+    key = pair_of(samples[0])  # its other half is asked on another rank
+    monkeypatch.setattr("video_r1.training.metrics.gather", lambda own: [own, {key: [0.5]}])
+    describe_groups(meter, twins[1:], ())
+    monkeypatch.undo()
     assert meter.drain()["temporal/pair_accuracy"] == 0.125
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from peft import LoraConfig
 from resume_runs import same_weights
 from tgrpo_trainers import first_step, make_trainer, policy_of, weights
 from tiny_models import tiny_checkpoint
@@ -16,9 +17,9 @@ from tiny_questions import read_lines, write_manifest
 from video_r1.errors import ConfigError
 from video_r1.models.loading import load_model
 from video_r1.report.page import build_report
-from video_r1.settings.training import TGRPOSettings
 from video_r1.training.objective import policy_loss
 from video_r1.training.teacher import TeacherScores, teacher_credits
+from video_r1.training.tgrpo import TGRPOConfig
 
 ALONE: dict[str, Any] = {"reward_funcs": "none", "temporal_rule": "off", "beta": 0.0}
 
@@ -138,15 +139,52 @@ def test_a_teacher_of_other_tokens_is_refused(checkpoint: Path, manifest: Path, 
         ({"reward_funcs": "none", "temporal_rule": "off"}, "reward_funcs is none, so nothing is learnt"),
         ({"teacher_model_name_or_path": "self"}, "is self, which sees no more than the policy"),
         (
+            {"teacher_model_name_or_path": "self", "teacher_frames": 8, "max_frames": 8},
+            "is self, which sees no more than the policy",
+        ),
+        (
+            {
+                "teacher_model_name_or_path": "http://a:8000/",
+                "use_vllm": True,
+                "vllm_mode": "server",
+                "vllm_server_base_url": "http://a:8000",
+            },
+            "samples for the policy, whose weights it gets",
+        ),
+        (
             {"teacher_model_name_or_path": "http://a:8000", "temperature": 0.7},
             "log-probs of temperature 1",
         ),
         ({"teacher_model_name_or_path": "t", "reward_funcs": "none"}, "temporal_rule is margin while"),
     ],
 )
-def test_settings_that_contradict_each_other(settings: dict[str, Any], problem: str) -> None:
+def test_settings_that_contradict_each_other(settings: dict[str, Any], problem: str, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=problem):
-        TGRPOSettings(**settings)
+        TGRPOConfig(output_dir=str(tmp_path), use_cpu=True, **settings)
+
+
+def test_a_teacher_has_no_dropout_and_computes_in_bf16(
+    checkpoint: Path, manifest: Path, tmp_path: Path
+) -> None:
+    """The policy with its adapters as its own teacher, and a loaded one under mixed precision."""
+    adapters = LoraConfig(r=4, lora_dropout=0.5, target_modules=["q_proj", "v_proj"])
+    trainer: Any = make_trainer(
+        checkpoint, str(manifest), tmp_path / "self", peft=adapters, teacher_model_name_or_path="self",
+        teacher_frames=8, max_frames=4, fps=4.0,
+    )  # fmt: skip
+    batches, _ = first_step(trainer)
+    policy = policy_of(trainer).train()
+    with torch.no_grad():
+        for name, weight in policy.named_parameters():
+            if "lora_B" in name:
+                weight.normal_()
+    one, two = (trainer.teacher.scores(policy, batches[0]["batch"].groups).logprobs for _ in range(2))
+    torch.testing.assert_close(one, two, atol=0, rtol=0)
+    assert policy.training
+    trainer = make_trainer(
+        checkpoint, str(manifest), tmp_path / "bf16", teacher_model_name_or_path=str(checkpoint), bf16=True
+    )
+    assert {weight.dtype for weight in trainer.teacher.model.parameters()} == {torch.bfloat16}
 
 
 @pytest.mark.parametrize("family", ["qwen3_vl", "qwen3_5"])

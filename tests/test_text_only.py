@@ -46,12 +46,16 @@ def mixture(tmp_path: Path) -> Path:
     return path
 
 
-@pytest.mark.parametrize("absent", [{}, {"path": None}, {"path": ""}, {"path": []}])
+@pytest.mark.parametrize(
+    "absent", [{}, {"path": None}, {"path": []}, {"path": "", "play": "forward", "subtitles": ""}]
+)
 def test_a_row_needs_no_path(tmp_path: Path, absent: dict[str, Any]) -> None:
     (sample,) = load_manifest([text_row(**absent)], tmp_path)
     assert sample.paths == sample.files == () and sample.path == ""
     written = manifest_row(sample, str(tmp_path))
     assert "path" not in written and load_manifest([written], tmp_path) == [sample]
+    (other,) = load_manifest([text_row(problem_id="more")], tmp_path)
+    assert sample.cluster != other.cluster  # intervals resample them apart
 
 
 @pytest.mark.parametrize(
@@ -122,12 +126,16 @@ def test_evaluation_annotation_and_check(
     lines = read_lines(tmp_path / "eval" / "predictions-4.jsonl")
     asked = [line["order"] for line in lines if line["problem_id"] == "words"]
     assert asked == ["ordered"] and len(lines) == 1 + 1 + 2 * 3
+    audit = ["data", "audit", str(mixture), "--model", str(checkpoint), "--out", str(tmp_path / "a.json")]
+    assert main([*audit, "--samples", "2", *small]) == 0
+    assert "1 questions without media; answered" in capsys.readouterr().out
+    *_, words = json.loads((tmp_path / "a.json").read_text())
+    assert words["problem_id"] == "words" and words["pass_rates"].keys() == {"ordered"}
     assert main(["data", "check", str(mixture)]) == 0
     assert "3 media files or windows opened" in capsys.readouterr().out
     with chat_endpoint() as served:
-        words = tmp_path / "words.json"
-        words.write_text(json.dumps([text_row()]))
-        counts = annotate_at(served.url, words, tmp_path / "cot.json")
+        (alone := tmp_path / "words.json").write_text(json.dumps([text_row()]))
+        counts = annotate_at(served.url, alone, tmp_path / "cot.json")
         assert counts.questions == {"kept": 1}
         (part,) = served.requests[0]["messages"][-1]["content"]
         assert part["type"] == "text" and "which is larger" in part["text"]

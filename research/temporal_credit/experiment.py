@@ -253,7 +253,7 @@ def make_cold_start(out: Path, cell: Cell) -> dict[str, Any]:
                 shutil.rmtree(run, ignore_errors=True)
                 video_r1(
                     "sft", "lab-sft", train_manifest=lab / "sft.json", output_dir=run, seed=cell.seed,
-                    max_steps=SFT_STEPS[cell.skill],
+                    max_steps=SFT_STEPS[cell.skill], media_cache_mb=2048,
                 )  # fmt: skip
             shutil.rmtree(lab, ignore_errors=True)
             replace_json(folder / "gates.json", gates(out, cell, run))

@@ -88,7 +88,7 @@ def load_recipe(
     trains = COMMANDS[command].plans_training
     imported = training_argument_types() if trains and values.keys() - types.keys() else {}
     settings, found = parse_values(command, values, {**imported, **types})
-    for name in ("model_name_or_path", "model", "model_config", "teacher"):
+    for name in ("model_name_or_path", "model", "model_config", "teacher", "teacher_model_name_or_path"):
         if name in settings:
             settings[name] = model_folder(settings[name])
     settings = PROTOCOLS.get(str(settings.get("protocol")), {}) | settings

@@ -133,9 +133,9 @@ class Audit(QuestionLoop):
     needed: ClassVar = frozenset(("problem_id", "order", "answers", "scores", "cut_off"))
 
     def orders_of(self, sample: Sample) -> list[Order]:
-        """Return the orders in which the sample is asked: images also blind."""
-        is_video = sample.data_type == "video"
-        return [order for order in self.orders if is_video or order in ("blind", "ordered")]
+        """Return the orders in which the sample is asked: images also blind, text only in order."""
+        asked = {"video": self.orders, "image": ("blind", "ordered")}.get(sample.data_type, ("ordered",))
+        return [order for order in self.orders if order in asked]
 
     def record(
         self, sample: Sample, prompt: Prompt, rollouts: Sequence[Rollout], frames: int
@@ -220,12 +220,12 @@ def _figures(audited: Audited, contrast: Contrast) -> dict[str, Any]:
         "views": {},
     }
     for view in VIEWS:
-        if asked := [(sample.files, rates[view]) for sample, rates in audited if view in rates]:
+        if asked := [(sample.cluster, rates[view]) for sample, rates in audited if view in rates]:
             clips, values = zip(*asked, strict=True)
             answered = mean_figure([value > ANSWERED for value in values], clips).as_json("share")
             figures["views"][view] = mean_figure(values, clips).as_json("rate") | {"answered": answered}
     if paired := [each for each in audited if {contrast, "ordered"} <= each[1].keys()]:
-        clips = [sample.files for sample, _ in paired]
+        clips = [sample.cluster for sample, _ in paired]
         both = [(rates["ordered"], rates[contrast]) for _, rates in paired]
         needs = mean_figure([ordered > ANSWERED >= other for ordered, other in both], clips).as_json("share")
         other_way = fmean(other > ANSWERED >= ordered for ordered, other in both)
@@ -261,17 +261,19 @@ def audit_table(summary: Mapping[str, Any]) -> str:
 def audit_sentences(summary: Mapping[str, Any]) -> list[str]:
     """Return the figures as sentences, videos first."""
     sentences, contrast = [], summary["contrast"]
-    for kind in ("video", "image"):
+    for kind in ("video", "image", "text"):
         if (figures := summary["by_modality"].get(kind)) is None:
             continue
         views = figures["views"]
+        about = "without media" if kind == "text" else f"on {kind}s"
         sentences.append(
-            f"{figures['questions']:,} questions on {kind}s; answered: most of {summary['samples']} "
+            f"{figures['questions']:,} questions {about}; answered: most of {summary['samples']} "
             f"answers are right; the best fixed guess is right in {percent(figures['chance'])}:"
         )
         told = {"blind": f"without the {kind}", "frozen": "from one frame"}
         told |= {contrast: told.get(contrast, f"with its frames {contrast}")}
-        told |= {"ordered": f"with the {kind}" + " in order" * (kind == "video")}
+        whole = {"video": "with the video in order", "image": "with the image", "text": "from their text"}
+        told |= {"ordered": whole[kind]}
         sentences += [
             f"  {_share(views[view]['answered'])} can be answered {words}"
             for view, words in told.items()

@@ -131,7 +131,7 @@ class _Evaluation(QuestionLoop):
 
     def figures(self, answered: Mapping[Answer, Answers], wanted: Sequence[Key]) -> dict[str, Any]:
         """Return the figures over the wanted answers, whichever run gave them."""
-        clips = {sample.problem_id: {"clip": sample.files} for sample in self.samples}
+        clips = {sample.problem_id: {"clip": sample.cluster} for sample in self.samples}
         records = {
             way: [found[key] | clips[key[0]] for key in wanted if key in found]
             for way, found in answered.items()

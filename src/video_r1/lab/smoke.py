@@ -63,6 +63,12 @@ def smoke_recipe(recipe: Recipe, lab: Path, output_dir: Path) -> tuple[Recipe, d
             "vllm_mode": "colocate",
             "async_rollouts": 0,
         }
+        if values["teacher_model_name_or_path"] is not None:
+            changes |= {
+                "teacher_model_name_or_path": str(base_folder()),
+                "teacher_frames": MOST_FRAMES,
+                "teacher_pixels": None,
+            }
     optimizer, missing = str(values.get("optim", "")), not availability.has_bitsandbytes()
     if optimizer.startswith("paged_") or (
         missing and availability.BITSANDBYTES_OPTIMIZERS.fullmatch(optimizer)

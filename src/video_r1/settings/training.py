@@ -241,15 +241,20 @@ class TGRPOSettings(JudgeSettings, TrainingSettings):
                 yield name, f"{said}: leave it at {off}, and change temperature or the rewards"
 
     def teacher_problems(self) -> Iterator[Problem]:
-        teacher, more = self.teacher_model_name_or_path, (self.teacher_frames, self.teacher_pixels)
+        teacher, frames = self.teacher_model_name_or_path, getattr(self, "max_frames", 0)
+        more = self.teacher_pixels or getattr(self, "overview_frames", None)
+        servers = getattr(self, "vllm_server_base_url", None) if getattr(self, "use_vllm", False) else None
         if teacher is None:
             for name in ("teacher_frames", "teacher_pixels"):
                 if getattr(self, name) is not None:
                     yield name, "is set while teacher_model_name_or_path is not; name a teacher"
             if self.reward_funcs == "none":
                 yield "reward_funcs", "is none, so nothing is learnt; set teacher_model_name_or_path"
-        elif teacher == "self" and not any(more):
-            said = "is self, which sees no more than the policy; set teacher_frames or teacher_pixels"
+        elif teacher == "self" and not more and (self.teacher_frames or 0) <= frames:
+            said = "is self, which sees no more than the policy; raise teacher_frames or teacher_pixels"
+            yield "teacher_model_name_or_path", said
+        elif set(addresses(teacher)) & set(addresses(servers or "")):
+            said = "samples for the policy, whose weights it gets; start another server for the teacher"
             yield "teacher_model_name_or_path", said
         elif teacher.startswith(SCHEMES) and self.temperature != 1:
             said = f"is {self.temperature}; a server as teacher has log-probs of temperature 1"

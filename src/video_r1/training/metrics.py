@@ -6,13 +6,14 @@ import time
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from itertools import chain
 
 from torch import Tensor
 
 from video_r1.data.answers import extract_answer, option_prefix
 from video_r1.data.rollouts import Rollout, RolloutGroup
 from video_r1.models.group_forward import GroupLogprobs
-from video_r1.processes import gather, process_count
+from video_r1.processes import gather, process_count, process_index
 from video_r1.training.objective import PolicyLoss, without_variance
 from video_r1.training.questions import pair_of
 
@@ -125,8 +126,11 @@ def describe_groups(
             meter.add("completion/truncated", rollout.finish_reason == "length")
             meter.add("completion/self_reflection", has_self_reflection(rollout.text, phrases))
         meter.add("groups/no_variance", bool(without_variance(group.total_reward[None])))
-    for (_, size), shares in pairs.items():
-        if len(shares) == size:  # all of them in this step, on this rank
+    everywhere: dict[tuple[str, int], list[float]] = defaultdict(list)
+    for pair, shares in chain(*(part.items() for part in gather(dict(pairs)))):
+        everywhere[pair] += shares
+    for (_, size), shares in everywhere.items():
+        if len(shares) == size and process_index() == 0:  # all of them in this step
             meter.add("temporal/pair_accuracy", math.prod(shares))
 
 

@@ -24,7 +24,8 @@ from video_r1.data.rollouts import RolloutGroup
 from video_r1.errors import ConfigError
 from video_r1.models.group_forward import group_logprobs, vision_language_model
 from video_r1.models.loading import load_model, load_processor, size_multiple
-from video_r1.rollout.episodes import joined
+from video_r1.rollout.engine import eval_mode
+from video_r1.rollout.episodes import joined, tool_tokens
 from video_r1.rollout.vllm.server import ServerEngine
 from video_r1.settings.decoding import SCHEMES, addresses
 from video_r1.training.metrics import Meter
@@ -32,6 +33,10 @@ from video_r1.training.reference import prepare_reference
 
 BOUND = 5.0  # nats
 ANY_LENGTH = 1 << 30
+OTHER_TOKENS = (
+    "{}: its tokens are not those of the policy, so it cannot score them; use a model of the same "
+    "tokenizer, or annotate with it for SFT"
+)
 
 
 class TeacherScores(NamedTuple):
@@ -53,26 +58,23 @@ class Teacher:
     ) -> None:
         name, processor = settings.teacher_model_name_or_path, builder.processor
         self.settings, self.accelerator = settings, accelerator
+        # max_prompt_length is the policy's; what a teacher here reads is bounded by its frames
+        longest = ANY_LENGTH
         self.server: ServerEngine | None = None
         self.model: nn.Module | None = None  # None: the policy
         if name.startswith(SCHEMES):
             urls, wait = addresses(name), settings.vllm_server_timeout
             self.server = ServerEngine(urls, processor, policy.generation_config, wait=wait)
-            served, own = self.server.served["architecture"], type(vision_language_model(policy)).__name__
-            if served != own:
-                raise ConfigError(f"{name} serves a {served}, the policy is a {own}; serve one of its family")
+            self._check_server(self.server, type(vision_language_model(policy)).__name__, builder.tokenizer)
+            longest = self.server.max_model_len - settings.max_completion_length - tool_tokens(settings) - 1
         elif name != "self":
             processor = load_processor(name, settings.trust_remote_code)
             if processor.tokenizer.get_vocab() != builder.tokenizer.get_vocab():
-                raise ConfigError(
-                    f"teacher_model_name_or_path {name}: its tokens are not those of the policy, so it "
-                    "cannot score them; name a model of the same tokenizer, or annotate with it for SFT"
-                )
+                raise ConfigError(OTHER_TOKENS.format(f"teacher_model_name_or_path {name}"))
             dtype = "bfloat16" if settings.bf16 else "float32"
             model: Any = load_model(name, dtype, settings.attn_implementation, settings.trust_remote_code)
             self.model = prepare_reference(model.eval().requires_grad_(False), accelerator)
-        # max_prompt_length is the policy's; what the teacher reads is bounded by its frames.
-        self.builder = PromptBuilder(processor, settings.prompt_template, ANY_LENGTH, settings.subtitles)
+        self.builder = PromptBuilder(processor, settings.prompt_template, longest, settings.subtitles)
         self.builder.toolbox = builder.toolbox
         budget = replace(
             reader.budget,
@@ -81,6 +83,17 @@ class Teacher:
             size_multiple=size_multiple(processor),
         )
         self.reader = Reader(budget, reader.frame_cache)
+
+    def _check_server(self, server: ServerEngine, own: str, tokenizer: Any) -> None:
+        """Raise ConfigError for a model of another family, or one that splits a text into other tokens."""
+        served = server.served["architecture"]
+        if served.replace("Moe", "") != own.replace("Moe", ""):
+            said = f"{server.url} serves a {served}, the policy is a {own}"
+            raise ConfigError(f"{said}; serve one of its family")
+        words = sorted(tokenizer.get_vocab(), key=tokenizer.get_vocab().get)
+        text = tokenizer.convert_tokens_to_string(words[:: max(1, len(words) // 500)])
+        if server.tokenize(text) != tokenizer(text, add_special_tokens=False)["input_ids"]:
+            raise ConfigError(OTHER_TOKENS.format(server.url))
 
     def prompt(self, sample: Sample) -> Prompt:
         """Build a question's prompt with the teacher's clips. Raises MediaError and PromptError."""
@@ -92,9 +105,10 @@ class Teacher:
         prompts = [cast(Prompt, group.teacher_prompt) for group in groups]
         if self.server is not None:
             return self._served(self.server, prompts, groups)
-        with self.accelerator.autocast():
+        model = policy if self.model is None else self.model
+        with self.accelerator.autocast(), eval_mode(model):
             found = group_logprobs(
-                policy if self.model is None else self.model,
+                model,
                 prompts,
                 [[rollout.token_ids for rollout in group.ordered] for group in groups],
                 self.settings.temperature,

@@ -36,6 +36,8 @@ from video_r1.data.reading import Reader
 from video_r1.data.tools import Toolbox
 from video_r1.errors import ConfigError, VideoR1Error
 from video_r1.files import follow_umask, is_finished
+from video_r1.models.families import find_family
+from video_r1.models.group_forward import vision_language_model
 from video_r1.models.loading import load_model, size_multiple
 from video_r1.models.lora import record_four_bits
 from video_r1.processes import (
@@ -137,6 +139,8 @@ class QuestionTrainer(Trainer, ABC):
             callbacks=[*(callbacks or []), self.guard, run_folder, StepSeconds(self.meter)],
         )
         sharded.check_sharding_of(trained, self.accelerator)
+        if args.ddp_find_unused_parameters is None and find_family(vision_language_model(trained)) is None:
+            args.ddp_find_unused_parameters = True  # a rank of text alone leaves the tower without gradient
         sharded.keep_figures_exact(self.accelerator)
         # The loss is normalised over the optimizer step, so the Trainer must not divide it again.
         self.model_accepts_loss_kwargs = True

@@ -123,6 +123,13 @@ class Sample:
         return tuple(ClipRef(path, kind, self.start, self.end, fps, self.play) for path in self.paths)
 
     @property
+    def cluster(self) -> tuple[object, ...]:
+        """Key of the questions that intervals resample together: of one clip, forward or reversed; text is
+        alone.
+        """
+        return (self.paths, self.start, self.end) if self.paths else (self.problem_id,)
+
+    @property
     def looks(self) -> list[float]:
         """Starts of the stretches that `work` looks at, in seconds of the clip."""
         return [arguments["start"] for turn in self.work for name, arguments in turn.calls if name == "look"]
@@ -434,7 +441,10 @@ def check_row(row: Any, places: MediaPaths, min_options: int) -> tuple[Sample | 
     paths, named = [], given.get("path", ())
     if data_type == "text":
         of_media = ("path", "start", "end", "play", "subtitles")
-        found.extend(f"{name} is given, but data_type is text" for name in of_media if name in given)
+        unset = (None, "", "forward")
+        found.extend(
+            f"{name} is given, but data_type is text" for name in of_media if given.get(name) not in unset
+        )
     for path in [named] if isinstance(named, str) else named:
         try:
             paths.append(str(path) if isinstance(path, OwnPlace) else places.find(path))

@@ -243,6 +243,10 @@ class ServerEngine(RolloutEngine):
         with ThreadPoolExecutor(self.concurrency, thread_name_prefix="scores") as pool:
             return list(pool.map(scored, answers))
 
+    def tokenize(self, text: str) -> list[int]:
+        """Return the token ids of a text by the served tokenizer."""
+        return self._post("/tokenize", {"prompt": text, "add_special_tokens": False})["tokens"]
+
     def _answer(self, body: dict[str, Any], count: int) -> dict[str, Any]:
         """Return the answer to one request, complete and by the present weights, after retries."""
         failure: ServerFailure | None = None
