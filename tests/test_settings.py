@@ -99,7 +99,7 @@ def test_settings_check_themselves_when_they_are_built(
     (TGRPOSettings, {
         "num_generations": 8, "beta": 0.04, "learning_rate": 1e-6, "max_grad_norm": 5.0, "weight_decay": 0.01,
         "lr_scheduler_type": "cosine", "max_completion_length": 768, "length_bounds": [320, 512],
-        "length_reward": 0.2, "temporal_alpha": 0.3, "correct_threshold": 0.5,
+        "length_reward": 0.2, "alpha": 0.3, "contrast": "shuffled", "correct_threshold": 0.5,
     }),
     (EvalSettings, {
         "temperature": 0.01, "top_p": 0.001, "max_new_tokens": 1024, "frame_pixels": 256 * 28 * 28,
@@ -108,6 +108,13 @@ def test_settings_check_themselves_when_they_are_built(
 ])  # fmt: skip
 def test_defaults_are_the_papers(kind: type[Settings], expected: dict[str, Any]) -> None:
     assert {name: getattr(kind(), name) for name in expected} == expected
+
+
+def test_gates_have_their_own_defaults() -> None:
+    gate = TGRPOSettings(temporal_rule="likelihood_gate")
+    assert (gate.alpha, gate.contrast) == (0.9, "frozen")
+    own = TGRPOSettings(temporal_rule="likelihood_gate", temporal_alpha=0.0, temporal_contrast="shuffled")
+    assert (own.alpha, own.contrast) == (0.0, "shuffled")
 
 
 @pytest.mark.parametrize("command", COMMANDS)

@@ -1,5 +1,6 @@
 """The study of temporal credit: its data against the oracle, its statistics against figures by hand."""
 
+import itertools
 import json
 import math
 from pathlib import Path
@@ -8,7 +9,7 @@ from typing import Any
 import pytest
 
 from research.temporal_credit import experiment
-from research.temporal_credit.analysis import accuracy, detectable, pooled, t_quantile
+from research.temporal_credit.analysis import accuracy, claims, detectable, picture, pooled, t_quantile
 from research.temporal_credit.experiment import add_twins, index_of, made_lab, packed, twin_row
 from video_r1.data.manifests.records import load_manifest
 from video_r1.lab.scenes import MARKS
@@ -51,6 +52,27 @@ def test_pooled_model_shares_the_deviation_and_takes_missing_runs() -> None:
         model.effects["gate"].high - model.effects["gate"].mean
     )
     assert detectable(0.02, 10, 80, 8) == pytest.approx(0.02 * math.sqrt(0.2) * (2.809 + 0.846), rel=2e-3)
+
+
+def test_claims_are_between_the_declared_arms(tmp_path: Path) -> None:
+    """The lying marks of each arm with a little noise; `likelihood` alone is worse in order."""
+    lying = {"grpo": 0.2, "placebo": 0.3, "margin": 0.2, "margin-batch": 0.2, "likelihood": 0.7,
+             "gate-frozen": 0.6, "pairs": 0.7, "pairs-gate": 0.8}  # fmt: skip
+    made = []
+    for seed, arm in itertools.product(range(3), lying):
+        noise = 0.001 * math.sin(7 * seed + len(made))
+        right = {"lying": lying[arm] - 0.1 * (seed == 1) + noise}
+        right["ordered"] = 0.8 - 0.05 * (arm == "likelihood") + noise
+        made.append({"part": "confirmation", "seed": seed, "arm": arm, "accuracy": right})
+    text = claims(made)
+    assert "| pairs − placebo | **+0.40" in text and "| pairs-gate − gate-frozen | **+0.20" in text
+    safe = text.partition("lies above -0.02): ")[2].partition("\n")[0].split(", ")
+    assert set(safe) == lying.keys() - {"grpo", "likelihood"}
+    assert "its cost aside: gate-frozen" in text
+    cold = {"accurate": 0.8, "lying": 0.4}
+    cell = {"part": "diagram", "skill": "skilled", "cue": 1.0, "arm": "gate-frozen", "cold_start": cold}
+    picture([{**cell, "accuracy": {"lying": 0.7}}], tmp_path / "d.webp")
+    assert (tmp_path / "d.webp").stat().st_size > 1000
 
 
 def test_twins_have_the_answers_of_the_reversed_clips(

@@ -34,9 +34,11 @@ def temporal_accuracy(
     shuffled frames and seeds.
     """
 
+    contrast = settings.temporal_contrast or "shuffled"
+
     def build(sample: Sample, media: Clips) -> tuple[Question, Prompt | None]:
         generator = derived_generator(settings.seed, "validation", sample.problem_id)
-        contrast, unit = settings.temporal_contrast, settings.contrast_unit
+        unit = settings.contrast_unit
         if bounds := settings.overview_frames:
             drawn = derived_generator(settings.seed, "overview", sample.problem_id)
             media = tuple(overview(clip, bounds, drawn) for clip in media)
@@ -54,7 +56,7 @@ def temporal_accuracy(
     if scored:
         figures["accuracy"] = fmean(accuracy for accuracy, *_ in scored)
         figures["format"] = fmean(formatted for _, formatted, *_ in scored)
-    controls = ((2, settings.temporal_contrast, "temporal_gap"), (3, "elsewhere", "look_gap"))
+    controls = ((2, contrast, "temporal_gap"), (3, "elsewhere", "look_gap"))
     for place, name, gap in controls:
         both = [(entry[0], entry[place]) for entry in scored if entry[place] is not None]
         if both:

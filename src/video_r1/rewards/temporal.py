@@ -53,7 +53,7 @@ def rule_of(settings: TGRPOSettings) -> TemporalRule:
 
 def margin(group: RolloutGroup, accuracy: Tensor, correct: Tensor, settings: TGRPOSettings) -> Tensor:
     """r_t = α·(p − p̃) if p > p̃, else 0, for each correct completion."""
-    return settings.temporal_alpha * max(0.0, group.margin or 0.0) * correct.float()
+    return settings.alpha * max(0.0, group.margin or 0.0) * correct.float()
 
 
 def threshold(group: RolloutGroup, accuracy: Tensor, correct: Tensor, settings: TGRPOSettings) -> Tensor:
@@ -62,7 +62,7 @@ def threshold(group: RolloutGroup, accuracy: Tensor, correct: Tensor, settings: 
         return torch.zeros(len(correct))
     # 0.8 × 3/4 is a rounding error above 3/5: compare shares with more tolerance than that.
     reached = group.p >= settings.temporal_threshold_mu * group.p_shuffled - 1e-9
-    return (settings.temporal_alpha if reached else 0.0) * correct.float()
+    return (settings.alpha if reached else 0.0) * correct.float()
 
 
 def likelihood(group: RolloutGroup, accuracy: Tensor, correct: Tensor, settings: TGRPOSettings) -> Tensor:
@@ -72,7 +72,7 @@ def likelihood(group: RolloutGroup, accuracy: Tensor, correct: Tensor, settings:
     drops = group.drops
     if drops is None:
         return torch.zeros(len(correct))
-    return settings.temporal_alpha * correct.float() * -torch.expm1(-drops.clamp(min=0.0)).float()
+    return settings.alpha * correct.float() * -torch.expm1(-drops.clamp(min=0.0)).float()
 
 
 def likelihood_gate(
@@ -85,7 +85,7 @@ def likelihood_gate(
     if group.token_drops is None:
         return torch.zeros(len(correct))
     kept = torch.exp(-key_drops(group.token_drops).clamp(min=0.0))
-    return -settings.temporal_alpha * (accuracy * kept).float()
+    return -settings.alpha * (accuracy * kept).float()
 
 
 def key_drops(token_drops: Sequence[Tensor]) -> Tensor:
@@ -122,7 +122,7 @@ def warn_of_cancelled_bonus(
     values, advantages divided by its deviation are the same for any bonus (docs/t-grpo.md).
     """
     shared = rule_of(settings).pays_all_alike and "temporal" in names
-    adds = shared and settings.temporal_alpha * weights.get("temporal", 1.0) != 0
+    adds = shared and settings.alpha * weights.get("temporal", 1.0) != 0
     telling = {name for name in names if weights.get(name, 1.0) != 0}
     two_values = telling <= {"accuracy", "format", "temporal"}
     if adds and two_values and settings.scale_rewards == "group" and process_index() == 0:

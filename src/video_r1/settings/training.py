@@ -161,14 +161,17 @@ class TGRPOSettings(JudgeSettings, TrainingSettings):
         "contrast clip (apart: added to advantages; gate: −alpha·accuracy·exp(−drop), of the fifth of its "
         "tokens that drop most)",
     )
-    temporal_contrast: Contrast = setting(
-        "shuffled",
-        "clip to compare with: frames shuffled, reversed, one repeated, one alone, half dropped, none",
+    temporal_contrast: Contrast | None = setting(
+        None,
+        "clip to compare with: frames shuffled, reversed, one repeated, one alone, half dropped, none "
+        "(default: shuffled; for the gates frozen, one repeated)",
     )
     contrast_unit: ContrastUnit = setting(
         "frame", "unit that is permuted; patch: pairs of frames, encoded once"
     )
-    temporal_alpha: float = setting(0.3, "size of the temporal reward", at_least=0)
+    temporal_alpha: float | None = setting(
+        None, "size of the temporal reward (default: 0.3; for the gates 0.9)", at_least=0
+    )
     temporal_threshold_mu: float = setting(1.0, "mu of the rule 'threshold'", at_least=0)
     correct_threshold: float = setting(0.5, "accuracy above this counts as correct", at_least=0, below=1)
     length_reward: float = setting(0.2, "added to a correct response of a length in length_range", at_least=0)
@@ -208,8 +211,8 @@ class TGRPOSettings(JudgeSettings, TrainingSettings):
         if self.temporal_rule in get_args(SampledRule) and self.shuffled_generations < 1:
             said = f"is {self.num_shuffled_generations} while temporal_rule is {self.temporal_rule}"
             yield "num_shuffled_generations", f"{said}; use at least 1, or temporal_rule off"
-        if self.contrast_unit == "patch" and self.temporal_contrast not in ("shuffled", "reversed"):
-            said = f"is patch while temporal_contrast is {self.temporal_contrast}, which permutes nothing"
+        if self.contrast_unit == "patch" and self.contrast not in ("shuffled", "reversed"):
+            said = f"is patch while temporal_contrast is {self.contrast}, which permutes nothing"
             yield "contrast_unit", f"{said}; leave it at frame"
         yield from self.sampling_problems()
         yield from self.loss_problems()
@@ -275,6 +278,17 @@ class TGRPOSettings(JudgeSettings, TrainingSettings):
             yield "epsilon_high", f"is {self.epsilon_high}, below epsilon ({self.epsilon}); raise it"
         if self.delta is not None and self.delta <= 1 + (self.epsilon_high or self.epsilon):
             yield "delta", f"is {self.delta}, not above 1 + epsilon_high, where the ratio is clipped already"
+
+    @property
+    def contrast(self) -> Contrast:
+        """The contrast clip of the temporal rule. A frozen clip keeps a shortcut that one frame shows."""
+        return self.temporal_contrast or ("frozen" if "gate" in self.temporal_rule else "shuffled")
+
+    @property
+    def alpha(self) -> float:
+        """Size of the temporal reward. A gate of 0.9 can outbid a shortcut that is always right."""
+        default = 0.9 if "gate" in self.temporal_rule else 0.3
+        return default if self.temporal_alpha is None else self.temporal_alpha
 
     @property
     def length_bounds(self) -> list[int]:

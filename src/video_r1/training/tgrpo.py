@@ -277,7 +277,7 @@ class TGRPOTrainer(QuestionTrainer):
             folder=str(args.output_dir),
         )
         if self.builder.toolbox is not None:
-            scored = args.temporal_contrast if self.rule.contrast == "scored" else None
+            scored = args.contrast if self.rule.contrast == "scored" else None
             self.engine = ToolEngine(self.engine, self.builder, scored, args.contrast_unit)
         self.judge: Judge | None = None
         if args.judge_endpoint is not None:
@@ -500,7 +500,7 @@ class TGRPOTrainer(QuestionTrainer):
     def build(self, sample: Sample, loaded: Clips, generator: torch.Generator) -> Question:
         """Build a sample's ordered prompt, and those of its contrast clip and the teacher, if any."""
         args = self.settings
-        contrast = args.temporal_contrast if self.rule.contrast else None
+        contrast = args.contrast if self.rule.contrast else None
         sample = with_shuffled_options(sample, generator) if args.shuffle_options else sample
         if args.overview_frames:
             loaded = tuple(overview(clip, args.overview_frames, generator) for clip in loaded)
