@@ -30,11 +30,11 @@ from video_r1.recipe import load_recipe
 from video_r1.training.runs import run_recipe
 from video_r1.training.tgrpo import PolicyBatch, TGRPOConfig, TGRPOTrainer
 
-LESSONS, TEST = 3000, 600
+LESSONS, QUESTIONS, TEST = 2500, 1500, 500
 RL_SEED, TEST_SEED = 1000, 2000  # added to the seed: other questions than those of the cold starts
 STUDENT_FRAMES, TEACHER_FRAMES = 4, 8
-STUDENT_STEPS, TEACHER_STEPS = 360, 960
-SECONDS = 150.0  # processor time of a run's training
+STUDENT_STEPS, TEACHER_STEPS = 360, 720
+SECONDS = 120.0  # processor time of a run's training
 _TAUGHT = {"teacher_frames": TEACHER_FRAMES, "beta": 0.0}
 ARMS: dict[str, dict[str, Any]] = {
     "rl": {},
@@ -113,7 +113,7 @@ def run_seed(out: Path, seed: int, arms: list[str]) -> list[dict[str, Any]]:
     """Make what is missing of a seed; return the results of its checkpoints."""
     folder = out / str(seed)
     made_lab(folder / "lab", seed, train=LESSONS, test=0)
-    made_lab(folder / "questions", seed + RL_SEED, train=LESSONS, test=0)
+    made_lab(folder / "questions", seed + RL_SEED, train=QUESTIONS, test=0)
     made_lab(folder / "test", seed + TEST_SEED, train=0, test=TEST)
     starts = {
         "teacher": cold_start(folder, "teacher", seed, TEACHER_FRAMES, TEACHER_STEPS),
