@@ -4,9 +4,9 @@
 
 A clip lasts 64 seconds, four blocks of 16. An object is small, and large during one block: a slow sign, which
 an overview of eight frames shows. In that block it changes its colour for one second, between the frames of
-the overview. Half of the questions ask for that colour, half for the object's corner, which needs no look.
-The cold start lists the sizes and mostly calls `look`, at a random block. It names the colour that it sees;
-where it sees none, it says so and guesses.
+the overview. Half of the questions ask for that colour, half for the block, which needs no look. The cold
+start lists the sizes and mostly calls `look`, at a random block. It names the colour that it sees; where it
+sees none, it says so and guesses.
 
 OUT/base/              the lab's base, with tokens of their own for the words of a call
 OUT/SEED/data/         clips, sft.json, plain.json (without calls), rl.json, test.json
@@ -38,13 +38,14 @@ from video_r1.lab.clips import write_clip
 from video_r1.lab.model import base_folder
 from video_r1.lab.scenes import COLOURS, PLACES, SHAPES, Look, render
 
-BLOCKS, BLOCK, RATE = 4, 16, 4  # blocks of a clip, seconds of a block, frames a second
+BLOCKS, BLOCK, RATE = 4, 16, 2  # blocks of a clip, seconds of a block, frames a second
 SECONDS = BLOCKS * BLOCK
 OVERVIEW, LOOKED = 8, 32  # frames
 BETWEEN = (3, 5, 7, 8, 10, 12)  # seconds of a block in which the overview has no frame, whichever block
-LESSONS, QUESTIONS, TESTS = 4000, 1200, 400
-SFT_STEPS, RL_STEPS = 480, 160
-ASKED = {"sft": 0.75, "rl": 0.5, "test": 0.5}  # share of the questions about the colour
+LESSONS, QUESTIONS, TESTS = 2500, 800, 300
+SFT_STEPS, RL_STEPS = 400, 120
+RL = {"learning_rate": 2e-4, "beta": 0.01}
+ASKED = {"sft": 0.8, "rl": 0.5, "test": 0.5}  # share of the questions about the colour
 TOOLS = {"tools": "look", "max_looks": 1, "look_frames": LOOKED, "look_fps": 2, "max_prompt_length": 1024}
 FRAMES = {"max_frames": OVERVIEW}
 PLAIN = {"max_frames": OVERVIEW + LOOKED}  # the same visual tokens
@@ -55,9 +56,20 @@ ARMS: dict[str, tuple[str, dict[str, Any]]] = {
     "no-tool": ("plain", {**PLAIN, **NONE}),
 }
 """Cold start and settings of each arm, besides those of the recipe lab-tgrpo."""
-CALLED = 0.75  # share of the lessons that call
+CALLED = 0.8  # share of the lessons that call
 _CALL = '<tool_call>\n{"name": "look", "arguments": {"start": '
-WORDS = (_CALL, ', "end": ', "}}\n</tool_call>", "<tool_response>", "</tool_response>", " s:")
+WORDS = (
+    _CALL,
+    ', "end": ',
+    "}}\n</tool_call>",
+    "<tool_response>",
+    "</tool_response>",
+    " s:",
+    "16",
+    "32",
+    "48",
+    "64",
+)
 """Texts that get a token of their own, as in Qwen's tokenizers: the base's spell them out."""
 _LOOK = re.compile(r"\[look\(start=([\d.]+), end=([\d.]+)")
 
@@ -100,8 +112,9 @@ def write_question(folder: Path, seed: int, job: tuple[str, int]) -> dict[str, A
         write_clip(folder / path, render(timeline, (np.arange(SECONDS * RATE) / RATE).tolist(), rng), RATE)
     rng = np.random.default_rng((seed, ("sft", "rl", "test").index(kind), index, 1))  # of the question
     needs_look = bool(rng.random() < ASKED[kind])
-    choices, answer = (colours, colour) if needs_look else (list(PLACES), place)
-    problem = f"Which colour was the {shape} then?" if needs_look else f"Where is the {shape}?"
+    starts = [f"{BLOCK * number} s" for number in range(BLOCKS)]
+    choices, answer = (colours, colour) if needs_look else (starts, starts[block])
+    problem = f"Which colour was the {shape} then?" if needs_look else f"When is the {shape} large?"
     listed = ", ".join(timeline[BLOCK * number].size for number in range(BLOCKS))
     looked = int(rng.integers(BLOCKS)) if rng.random() < CALLED else None
     sees = not needs_look or looked == block
@@ -131,7 +144,7 @@ def write_question(folder: Path, seed: int, job: tuple[str, int]) -> dict[str, A
         "options": lettered(choices),
         "solution": f"<answer>{true}</answer>",
         "path": path,
-        "data_source": "look/colour" if needs_look else "look/place",
+        "data_source": "look/colour" if needs_look else "look/time",
         "event": event,
         "taught": {"tool": tool, "plain": plain},
     }
@@ -164,7 +177,7 @@ def begin(seed: int, folder: Path, base: Path, kind: str, steps: int) -> None:
         given = {**FRAMES, **TOOLS} if kind == "tool" else PLAIN
         video_r1(
             "sft", "lab-sft", model_name_or_path=base, train_manifest=lessons, output_dir=start, seed=seed,
-            max_steps=steps, **given,
+            max_steps=steps, media_cache_mb=2048, **given,
         )  # fmt: skip
 
 
@@ -175,7 +188,7 @@ def train(seed: int, folder: Path, arm: str, steps: int) -> None:
         video_r1(
             "rl", "lab-tgrpo", model_name_or_path=folder / kind, train_manifest=folder / "data/rl.json",
             output_dir=folder / arm, seed=seed, max_steps=steps, max_completion_length=96,
-            **settings,
+            media_cache_mb=2048, **RL, **settings,
         )  # fmt: skip
 
 
@@ -194,7 +207,7 @@ def test(folder: Path, name: str, model: str, settings: dict[str, Any]) -> dict[
     rows = {row["problem_id"]: row for row in read_rows(folder / "data/test.json")}
     records = [json.loads(line) for line in file.read_text().splitlines()]
     found: dict[str, Any] = {}
-    for source in ("look/colour", "look/place"):
+    for source in ("look/colour", "look/time"):
         asked = [r for r in records if rows[r["problem_id"]]["data_source"] == source]
         scores = {
             order: [r["score"] for r in asked if r["order"] == order] for order in ("ordered", "elsewhere")
@@ -222,7 +235,7 @@ def table(results: Sequence[dict[str, Any]]) -> str:
     figures = ("accuracy", "calls", "hits", "right at a hit", "look gap")
     lines = [f"| | asked | {' | '.join(figures)} |", "|---|---|" + "---|" * len(figures)]
     for name in dict.fromkeys(result["name"] for result in results):
-        for source in ("look/colour", "look/place"):
+        for source in ("look/colour", "look/time"):
             runs = [result[source] for result in results if result["name"] == name]
             cells = []
             for figure in figures:
