@@ -64,6 +64,11 @@ def test_what_makes_a_step_longer(config: Any) -> None:
     again = seconds(gradient_checkpointing=True)
     assert again["update"] >= usual["update"] and "exchange" in seconds(sharding="fsdp2")
     assert seconds(beta=0.0)["reference"] == 0 < usual["reference"]
+    gate = seconds(
+        temporal_rule="likelihood_gate"
+    )  # the clip and its contrast are scored, nothing is sampled
+    assert gate["contrast"] >= 1.99 * gate["reference"] and "contrast" not in usual
+    assert gate["decoding"] < usual["decoding"]
     vllm: dict[str, Any] = {"use_vllm": True, "bf16": True}
     asleep = seconds(**vllm, vllm_enable_sleep_mode=True)
     assert asleep["sleeping"] > 0 and "sleeping" not in seconds(**vllm)

@@ -13,6 +13,7 @@ from typing import Any
 from video_r1.models.general_forward import micro_batches
 from video_r1.plan.memory import MemoryPlan, head_size
 from video_r1.plan.trace import tower_depth
+from video_r1.rewards.temporal import rule_of
 from video_r1.settings.commands import GPUS
 from video_r1.settings.shared import ModelSettings
 from video_r1.settings.training import SFTSettings, TGRPOSettings
@@ -77,6 +78,8 @@ def step_seconds(config: Any, plan: MemoryPlan, gpu: str) -> dict[str, float]:
     if recipe.command == "rl":
         parts = _rollout_seconds(config, plan, part, groups, length) | parts
         parts["reference"] = judged * part(groups * forward, launches=groups * launches / 4)
+        if rule_of(training).contrast == "scored":  # the clip and its contrast: decoding in bf16 rounds
+            parts["contrast"] = part(2 * groups * forward, launches=2 * groups * launches / 4)
         if plan.teacher is not None:  # two operations a weight and token; its attention is left out
             flops = 2 * plan.teacher.parameters * plan.teacher.row.tokens / plan.teacher.row.questions
             parts["teacher"] = part(groups * flops, launches=groups * launches / 4)
