@@ -75,17 +75,18 @@ def step_seconds(config: Any, plan: MemoryPlan, gpu: str) -> dict[str, float]:
         "optimizer": part(moved=16.0 * traced.trainable * sharding.share(sharding.optimizer)),
     }
     judged = recipe.command == "rl" and training.beta != 0
+    scored = recipe.command == "rl" and rule_of(training).contrast == "scored"
     if recipe.command == "rl":
         parts = _rollout_seconds(config, plan, part, groups, length) | parts
         parts["reference"] = judged * part(groups * forward, launches=groups * launches / 4)
-        if rule_of(training).contrast == "scored":  # the clip and its contrast: decoding in bf16 rounds
+        if scored:  # the clip and its contrast: decoding in bf16 rounds
             parts["contrast"] = part(2 * groups * forward, launches=2 * groups * launches / 4)
         if plan.teacher is not None:  # two operations a weight and token; its attention is left out
             flops = 2 * plan.teacher.parameters * plan.teacher.row.tokens / plan.teacher.row.questions
             parts["teacher"] = part(groups * flops, launches=groups * launches / 4)
     if sharding.weights and sharding.processes > 1:
         # bf16 weights for rollouts, reference, forward and backward; float32 gradients once
-        times = (recipe.command == "rl") + judged + 2 * training.gradient_accumulation_steps
+        times = (recipe.command == "rl") + judged + 2 * scored + 2 * training.gradient_accumulation_steps
         parts["exchange"] = (2 * times + 4) * traced.parameters / (1e9 * card.link)
     return parts
 
