@@ -1,5 +1,7 @@
 """Distillation on the lab: a student with 4 frames, a teacher that was trained longer and sees 8.
 
+Both have a cold start that mostly guesses after one look (docs/demo.md). RL has taught the teacher to look.
+
     python -m research.distillation.experiment runs/distil --seeds 0,1,2
 
 Each arm trains the same student for the same processor time of one thread. `weighted` is `distil` with each
@@ -33,7 +35,8 @@ from video_r1.training.tgrpo import PolicyBatch, TGRPOConfig, TGRPOTrainer
 LESSONS, QUESTIONS, TEST = 2500, 1500, 500
 RL_SEED, TEST_SEED = 1000, 2000  # added to the seed: other questions than those of the cold starts
 STUDENT_FRAMES, TEACHER_FRAMES = 4, 8
-STUDENT_STEPS, TEACHER_STEPS = 240, 480
+SFT_STEPS, TEACHER_STEPS = 480, 60  # of RL, for the teacher
+HASTY = 0.6  # share of the rationales that guess
 SECONDS = 100.0  # processor time of a run's training
 _TAUGHT = {"teacher_frames": TEACHER_FRAMES, "beta": 0.0}
 ARMS: dict[str, dict[str, Any]] = {
@@ -86,13 +89,26 @@ class WeightedTrainer(TimedTrainer):
         batch.teacher_credits = batch.teacher_credits * torch.cat(weights).to(logprobs)
 
 
-def cold_start(folder: Path, kind: str, seed: int, frames: int, steps: int) -> Path:
-    run = folder / kind
+def cold_start(folder: Path, name: str, seed: int, frames: int) -> Path:
+    run = folder / name
     if not (run / "model.safetensors").exists():
         shutil.rmtree(run, ignore_errors=True)
         video_r1(
             "sft", "lab-sft", train_manifest=folder / "lab/sft.json", output_dir=run, seed=seed,
-            max_steps=steps, max_frames=frames, media_cache_mb=2048,
+            max_steps=SFT_STEPS, max_frames=frames, media_cache_mb=2048,
+        )  # fmt: skip
+    return run
+
+
+def make_teacher(folder: Path, seed: int) -> Path:
+    """Train a cold start with the teacher's frames, then RL."""
+    run, start = folder / "teacher", cold_start(folder, "teacher-sft", seed, TEACHER_FRAMES)
+    if not (run / "model.safetensors").exists():
+        shutil.rmtree(run, ignore_errors=True)
+        video_r1(
+            "rl", "lab-tgrpo", model_name_or_path=start, train_manifest=folder / "lab/rl.json",
+            output_dir=run, seed=seed, max_steps=TEACHER_STEPS, max_frames=TEACHER_FRAMES,
+            temporal_rule="off",
         )  # fmt: skip
     return run
 
@@ -112,12 +128,12 @@ def tested(model: Path, manifest: Path, out: Path, frames: int) -> dict[str, flo
 def run_seed(out: Path, seed: int, arms: list[str]) -> list[dict[str, Any]]:
     """Make what is missing of a seed; return the results of its checkpoints."""
     folder = out / str(seed)
-    made_lab(folder / "lab", seed, train=LESSONS, test=0)
+    made_lab(folder / "lab", seed, train=LESSONS, test=0, hasty=HASTY)
     made_lab(folder / "questions", seed + RL_SEED, train=QUESTIONS, test=0)
     made_lab(folder / "test", seed + TEST_SEED, train=0, test=TEST)
     starts = {
-        "teacher": cold_start(folder, "teacher", seed, TEACHER_FRAMES, TEACHER_STEPS),
-        "student": cold_start(folder, "student", seed, STUDENT_FRAMES, STUDENT_STEPS),
+        "teacher": make_teacher(folder, seed),
+        "student": cold_start(folder, "student", seed, STUDENT_FRAMES),
     }
     results = []
     for name in (*starts, *arms):
