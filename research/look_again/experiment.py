@@ -2,11 +2,12 @@
 
     python -m research.look_again.experiment runs/look --seeds 0,1,2
 
-A clip lasts 64 seconds, four blocks of 16. An object is small, and large during one block: a slow sign, which
-an overview of eight frames shows. In that block it changes its colour for one second, between the frames of
-the overview. Half of the questions ask for that colour, half for the block, which needs no look. The cold
-start lists the sizes and mostly calls `look`, at a random block. It names the colour that it sees; where it
-sees none, it says so and guesses.
+A clip lasts 64 seconds and shows an object in one of four corners, a sign that lasts: the corner says in
+which of four windows of four seconds something happens (top left 0 to 4 s, top right 16 to 20 s, and so on;
+nobody tells the model). There the object has another colour for one second, between the frames of the
+overview. Half of the questions ask for that colour, half for the corner, which needs no look. The cold start
+names the corner and mostly calls `look`, at a random window. It lists the colours that it sees; where none
+but white is there, it says so and guesses.
 
 OUT/base/              the lab's base, with tokens of their own for the words of a call
 OUT/SEED/data/         clips, sft.json, plain.json (without calls), rl.json, test.json
@@ -36,13 +37,13 @@ from video_r1.data.tools import look
 from video_r1.files import replace_json
 from video_r1.lab.clips import write_clip
 from video_r1.lab.model import base_folder
-from video_r1.lab.scenes import COLOURS, PLACES, SHAPES, Look, render
+from video_r1.lab.scenes import COLOURS, PLACES, SHAPES, Look, listing, render
 
-BLOCKS, BLOCK, RATE = 4, 16, 2  # blocks of a clip, seconds of a block, frames a second
-SECONDS = BLOCKS * BLOCK
-OVERVIEW, LOOKED = 8, 32  # frames
-BETWEEN = (3, 5, 7, 8, 10, 12)  # seconds of a block in which the overview has no frame, whichever block
-LESSONS, QUESTIONS, TESTS = 2500, 800, 300
+EVERY, WINDOW, RATE = 16, 4, 2  # seconds from window to window, of a window, frames a second
+SECONDS = len(PLACES) * EVERY
+OVERVIEW, LOOKED = 8, 8  # frames
+BETWEEN = (1, 3)  # seconds of a window in which the overview has no frame, whichever window
+LESSONS, QUESTIONS, TESTS = 1800, 600, 300
 SFT_STEPS, RL_STEPS = 400, 120
 RL = {"learning_rate": 2e-4, "beta": 0.01}
 ASKED = {"sft": 0.8, "rl": 0.5, "test": 0.5}  # share of the questions about the colour
@@ -58,18 +59,8 @@ ARMS: dict[str, tuple[str, dict[str, Any]]] = {
 """Cold start and settings of each arm, besides those of the recipe lab-tgrpo."""
 CALLED = 0.8  # share of the lessons that call
 _CALL = '<tool_call>\n{"name": "look", "arguments": {"start": '
-WORDS = (
-    _CALL,
-    ', "end": ',
-    "}}\n</tool_call>",
-    "<tool_response>",
-    "</tool_response>",
-    " s:",
-    "16",
-    "32",
-    "48",
-    "64",
-)
+WORDS = (_CALL, ', "end": ', "}}\n</tool_call>", "<tool_response>", "</tool_response>", " s:")
+NUMBERS = ("16", "20", "32", "36", "48", "52")
 """Texts that get a token of their own, as in Qwen's tokenizers: the base's spell them out."""
 _LOOK = re.compile(r"\[look\(start=([\d.]+), end=([\d.]+)")
 
@@ -85,7 +76,7 @@ def make_base(folder: Path) -> None:
     processor = load_processor(str(base_folder()))
     model: Any = load_model(str(base_folder()), "float32")
     described = TOOLS_MESSAGE.format(json.dumps(get_json_schema(look)))
-    processor.tokenizer.add_tokens([*WORDS, described])
+    processor.tokenizer.add_tokens([*WORDS, *NUMBERS, described])
     torch.manual_seed(0)
     model.resize_token_embeddings(len(processor.tokenizer), mean_resizing=False)
     model.save_pretrained(folder)
@@ -101,36 +92,33 @@ def write_question(folder: Path, seed: int, job: tuple[str, int]) -> dict[str, A
     rng = np.random.default_rng((seed, ("sft", "rl", "test").index(kind), index))
     place = str(rng.choice(PLACES))
     shape, colours = str(rng.choice(SHAPES)), [colour for colour in COLOURS if colour != "white"]
-    colour, block = str(rng.choice(colours)), int(rng.integers(BLOCKS))
-    event = block * BLOCK + int(rng.choice(BETWEEN))
-    small = Look("white", shape, "small").at(place)
-    large = replace(small, size="large")
-    timeline = [large if second // BLOCK == block else small for second in range(SECONDS)]
+    colour, start = str(rng.choice(colours)), EVERY * PLACES.index(place)
+    event = start + int(rng.choice(BETWEEN))
+    timeline = [Look("white", shape, "large").at(place)] * SECONDS
     timeline[event] = replace(timeline[event], colour=colour)
     path = f"./videos/{kind}-{index:05d}.mp4"
     if not (folder / path).exists():
         write_clip(folder / path, render(timeline, (np.arange(SECONDS * RATE) / RATE).tolist(), rng), RATE)
     rng = np.random.default_rng((seed, ("sft", "rl", "test").index(kind), index, 1))  # of the question
     needs_look = bool(rng.random() < ASKED[kind])
-    starts = [f"{BLOCK * number} s" for number in range(BLOCKS)]
-    choices, answer = (colours, colour) if needs_look else (starts, starts[block])
-    problem = f"Which colour was the {shape} then?" if needs_look else f"When is the {shape} large?"
-    listed = ", ".join(timeline[BLOCK * number].size for number in range(BLOCKS))
-    looked = int(rng.integers(BLOCKS)) if rng.random() < CALLED else None
-    sees = not needs_look or looked == block
+    choices, answer = (colours, colour) if needs_look else (list(PLACES), place)
+    problem = f"Which colour was the {shape} then?" if needs_look else f"Where is the {shape}?"
+    looked = EVERY * int(rng.integers(len(PLACES))) if rng.random() < CALLED else None
+    sees = not needs_look or looked == start
     seen = answer if sees else str(rng.choice(choices))
     concluded = f"it is {seen}. {seen} is {LETTERS[choices.index(seen)]}." if sees else "it is unknown."
     said = {"solution": f"<answer>{LETTERS[choices.index(seen)]}</answer>"}
     call = None
     if looked is not None:
-        arguments = {"start": looked * BLOCK, "end": looked * BLOCK + BLOCK}
+        concluded = f"{listing(timeline[looked : looked + WINDOW], 'colours')}. {concluded}"
         call = [
-            {"role": "assistant", "content": f"<think>sizes: {listed}.</think>",
-             "tool_calls": [{"type": "function", "function": {"name": "look", "arguments": arguments}}]},
+            {"role": "assistant", "content": f"<think>place: {place}.</think>",
+             "tool_calls": [{"type": "function", "function":
+                             {"name": "look", "arguments": {"start": looked, "end": looked + WINDOW}}}]},
             {"role": "tool", "content": ""},
         ]  # fmt: skip
     tool = {
-        "process": f"<think>{concluded}</think>" if call else f"<think>sizes: {listed}. {concluded}</think>",
+        "process": f"<think>{concluded}</think>" if call else f"<think>place: {place}. {concluded}</think>",
         **({"messages": call} if call else {}),
         **said,
     }
@@ -144,7 +132,7 @@ def write_question(folder: Path, seed: int, job: tuple[str, int]) -> dict[str, A
         "options": lettered(choices),
         "solution": f"<answer>{true}</answer>",
         "path": path,
-        "data_source": "look/colour" if needs_look else "look/time",
+        "data_source": "look/colour" if needs_look else "look/place",
         "event": event,
         "taught": {"tool": tool, "plain": plain},
     }
@@ -207,7 +195,7 @@ def test(folder: Path, name: str, model: str, settings: dict[str, Any]) -> dict[
     rows = {row["problem_id"]: row for row in read_rows(folder / "data/test.json")}
     records = [json.loads(line) for line in file.read_text().splitlines()]
     found: dict[str, Any] = {}
-    for source in ("look/colour", "look/time"):
+    for source in ("look/colour", "look/place"):
         asked = [r for r in records if rows[r["problem_id"]]["data_source"] == source]
         scores = {
             order: [r["score"] for r in asked if r["order"] == order] for order in ("ordered", "elsewhere")
@@ -235,7 +223,7 @@ def table(results: Sequence[dict[str, Any]]) -> str:
     figures = ("accuracy", "calls", "hits", "right at a hit", "look gap")
     lines = [f"| | asked | {' | '.join(figures)} |", "|---|---|" + "---|" * len(figures)]
     for name in dict.fromkeys(result["name"] for result in results):
-        for source in ("look/colour", "look/time"):
+        for source in ("look/colour", "look/place"):
             runs = [result[source] for result in results if result["name"] == name]
             cells = []
             for figure in figures:
