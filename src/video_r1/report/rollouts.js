@@ -206,7 +206,7 @@ function groupView(group, state, refresh) {
   sorts.select.value = state.completions;
   const keeps = choice("pick-kept", "Show", optionEntries(COMPLETION_FILTERS), (value) => { state.kept = value; refresh(); });
   keeps.select.value = state.kept;
-  const facts = [`step ${show(group.step)}`, `question ${group.id}`, group.type, group.media, group.source, group.path].filter(Boolean);
+  const facts = [`step ${show(group.step)}`, `question ${group.id}`, group.type, group.media, group.source, group.path, playedHow(group)].filter(Boolean);
   const columns = make("div", { class: group.shuffled.length ? "columns" : "columns alone" },
     column(group, "ordered", state), group.shuffled.length ? column(group, "shuffled", state) : "");
   const view = make("article", { class: "group", "aria-label": `Question ${group.id} at step ${group.step}` },

@@ -231,6 +231,7 @@ def group_of(record: dict[str, Any], strip: str | None, folder: Path) -> dict[st
         "problem": text(record.get("problem", "")),
         "type": kind,
         "media": text(record.get("data_type", "")),
+        "play": text(record.get("play", "")),
         "options": [text(option) for option in as_list(record.get("options"))],
         "answer": answer,
         **place_of(f"<answer>{answer}</answer>", kind),

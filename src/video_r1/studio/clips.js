@@ -7,6 +7,7 @@ function clipAddress(clip) {
   return address.href;
 }
 
+const BACKWARDS_FPS = 4; // frames a second of a file that is played backwards
 const BEGINNING = 0.001; // seconds: some browsers draw no frame of a clip before it plays unless they are sent to one
 
 const unplayable = () => make("p", { class: "quiet" }, "This browser does not play the file. The model may still read it.");
@@ -24,12 +25,16 @@ function player(clip, isImage, row = {}, group = null) {
 const besideEachOther = (name, players) => (players.length === 1 ? players[0]
   : make("div", { class: "players" }, players.map((node, i) => make("figure", {}, node, make("figcaption", { class: "quiet" }, `${name} ${i + 1} of ${players.length}`)))));
 
-/** One file. frames: of a folder of them, which is shown frame by frame. */
+/** One file. frames: of a folder of them. Folders, and clips that are played backwards, are shown frame by frame. */
 function filePlayer(clip, isImage, row, frames, group) {
-  if (frames) {
-    const { count, fps } = frames;
-    const times = Array.from({ length: count }, (_, i) => i / fps).filter((time) => time >= (row.start ?? 0) && time < (row.end ?? Infinity));
-    return framePlayer(clip, times, 1000 / fps, frames, group);
+  const backwards = row.play === "reversed";
+  if (frames || backwards) {
+    const fps = frames?.fps ?? BACKWARDS_FPS;
+    const times = (count) => {
+      const all = Array.from({ length: count }, (_, i) => i / fps).filter((time) => time >= (row.start ?? 0) && time < (row.end ?? Infinity));
+      return backwards ? all.reverse() : all;
+    };
+    return framePlayer(clip, frames ? times(frames.count) : (seconds) => times(Math.ceil(seconds * fps)), 1000 / fps, frames, group, playedHow(row));
   }
   const times = `#t=${row.start || BEGINNING}${row.end ? `,${row.end}` : ""}`;
   const failed = () => node.replaceChildren(unplayable());
@@ -46,30 +51,37 @@ function holdPlace(screen, group) {
   if (group?.count) screen.style.aspectRatio = `${group.width} / ${group.height}`;
 }
 
-/** Frames of a clip at their times, one after the other: of a file that seeks, or the pictures of a folder (`frames`). */
-function framePlayer(clip, times, pace, frames, group) {
+/**
+ * Frames of a clip at their times, one after the other: of a file that seeks, or the pictures of a folder (`frames`).
+ * times: or a function of a file's seconds; how: a word on the direction.
+ */
+function framePlayer(clip, times, pace, frames, group, how = "") {
   const failed = () => node.replaceChildren(unplayable());
   const picture = (time) => clipAddress({ ...clip, frame: Math.max(0, Math.min(frames.count - 1, Math.round(time * frames.fps))) });
   const screen = frames
     ? make("img", { src: picture(times[0] ?? 0), alt: "a frame", error: failed })
     // An address of its own: a browser lets one request for a file wait for the other.
     : make("video", { src: clipAddress({ ...clip, shown: "frames" }), muted: true, playsinline: true, preload: "auto", error: failed });
-  const said = make("output", { class: "quiet" });
-  const name = frames ? "Play the frames" : "Play in this order";
+  const said = make("output", { class: "quiet" }, how && ` ${how}`);
+  const name = how ? "Play backwards" : frames ? "Play the frames" : "Play in this order";
   let at = -1;
   let timer = 0;
   const step = () => {
     if (!node.isConnected) { clearInterval(timer); return; }
     at = (at + 1) % times.length;
     if (frames) screen.src = picture(times[at]); else screen.currentTime = times[at];
-    said.textContent = ` ${show(at + 1)} of ${show(times.length)}: ${clock(times[at])}`;
+    said.textContent = ` ${show(at + 1)} of ${show(times.length)}: ${[clock(times[at]), how].filter(Boolean).join(", ")}`;
   };
-  const play = make("button", { type: "button", click: () => {
+  const play = make("button", { type: "button", disabled: typeof times === "function", click: () => {
     if (timer) { clearInterval(timer); timer = 0; } else { step(); timer = setInterval(step, pace); }
     play.textContent = timer ? "Pause" : name;
   } }, name);
   const node = make("div", { class: "player" }, screen, make("p", { class: "control" }, play, said));
-  screen.addEventListener("loadedmetadata", () => { if (at < 0) screen.currentTime = times[0]; });
+  screen.addEventListener("loadedmetadata", () => {
+    if (typeof times === "function") times = times(screen.duration);
+    play.disabled = !times.length;
+    if (at < 0 && times.length) screen.currentTime = times[0];
+  });
   holdPlace(screen, group);
   return node;
 }
@@ -89,8 +101,10 @@ function groupClip(group, order) {
   return besideEachOther("Clip", clip.files.map((frames, i) => {
     const isOf = (frame) => partOf(group, frame).clip === i;
     const shown = group.permutation.filter(isOf);
-    const times = shown.map((frame) => (clip.start ?? 0) + group.timestamps[frame]);
-    const pace = paceOf(group.timestamps.filter((_, frame) => isOf(frame)));
+    const own = group.timestamps.filter((_, frame) => isOf(frame));
+    const inFile = (time) => (clip.play === "reversed" ? own[0] + own[own.length - 1] - time : time); // the model was told times that count on
+    const times = shown.map((frame) => (clip.start ?? 0) + inFile(group.timestamps[frame]));
+    const pace = paceOf(own);
     return framePlayer({ ...place, ...(i ? { file: i } : {}) }, times, pace, frames, group);
   }));
 }

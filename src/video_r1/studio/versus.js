@@ -144,7 +144,7 @@ function questionNode(item, left, right, tints) {
       " ", make("a", { href: `#/ask/${encodeURIComponent(row.manifest)}/${row.row}` }, "Ask a model about it"));
   }
   return make("article", { class: "group versus-question", "aria-label": `Question ${item.id}` },
-    make("p", { class: "facts", dir: "auto" }, [`question ${item.id}`, item.type, item.task, row ? row.manifest : "in no manifest below these folders"].filter(Boolean).join(" · ")),
+    make("p", { class: "facts", dir: "auto" }, [`question ${item.id}`, item.type, item.task, row ? row.manifest : "in no manifest below these folders", row ? playedHow(row) : ""].filter(Boolean).join(" · ")),
     row ? make("h3", { class: "question", dir: "auto" }, row.problem) : "",
     row && row.options.length ? make("ul", { class: "options" }, row.options.map((option) => make("li", { class: isRight(option, item.answer) ? "right" : null, dir: "auto" }, option))) : "",
     make("p", { class: "answer", dir: "auto" }, make("span", {}, "Right answer "), item.answer), row ? oneOfSeveral(row) : "", clip,

@@ -15,7 +15,9 @@ from video_r1.data.rollouts import Rollout, RolloutGroup
 from video_r1.files import append_line, draft_of
 
 JPEG_SIDE_LIMIT = 65_500  # the format stores a side in 16 bits
-RECORDED = ("problem_id", "problem", "problem_type", "data_type", "options", "answer", "data_source")
+RECORDED = (
+    "problem_id", "problem", "problem_type", "data_type", "options", "answer", "data_source", "play"
+)  # fmt: skip
 PROBLEM = 300  # characters kept of the question of a skipped group
 FRAME_SIDE, IMAGE_SIDE = 224, 672  # longest side of a saved frame of a clip, and of an image
 
@@ -94,7 +96,7 @@ def record_group(run_dir: Path, step: int, group: RolloutGroup, tokenizer: Any =
 def group_facts(group: RolloutGroup) -> dict[str, Any]:
     """Record of a group that a step learns nothing from; `reward` is that of all its ordered completions."""
     return {
-        **{name: getattr(group.sample, name) for name in RECORDED if name not in ("options", "answer")},
+        **{name: getattr(group.sample, name) for name in RECORDED if name not in ("options", "answer", "play")},
         "problem": group.sample.problem[:PROBLEM],
         "accuracy": _number(group.p),
         "p_shuffled": group.p_shuffled,
