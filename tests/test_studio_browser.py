@@ -367,7 +367,7 @@ def test_a_reversed_clip_is_shown_backwards(page: Page, address: str) -> None:
     for view in ("#/data/lab%2Fback.json", "#/ask/lab%2Fback.json/0", "#/run/back"):
         page.goto(f"{address}{view}")
         shown = page.locator(".column.ordered .player" if "run" in view else ".player").first
-        expect(shown).to_contain_text("played backwards")
+        expect(page.locator("main")).to_contain_text("played backwards")
         shown.get_by_role("button", name="Play backwards").click()
         time.sleep(1.5)
         shown.get_by_role("button", name="Pause").click()
@@ -380,6 +380,26 @@ def test_a_reversed_clip_is_shown_backwards(page: Page, address: str) -> None:
     page.wait_for_function("v => v.readyState > 1 && !v.seeking", arg=video.element_handle())
     assert abs(video.evaluate("video => video.currentTime") - 2.0) < 0.1  # 0.5 + 2.5 - 1.0
     fits_at(page, 390, 1280)
+
+
+@pytest.mark.slow
+def test_a_question_of_text_alone_is_shown_and_asked_without_pictures(page: Page, address: str) -> None:
+    page.goto(f"{address}#/data/lab%2Fback.json")
+    page.locator(".rows button").nth(1).click()
+    expect(page.locator(".question")).to_have_text("How much is 2 + 2?")
+    assert page.locator(".stage .player, .stage .players").count() == 0
+    page.get_by_role("link", name="Ask a model about it").click()
+    expect(page.get_by_label("Question", exact=True)).to_have_value("How much is 2 + 2?")
+    assert page.locator(".panel .player, .panel .players").count() == 0
+    expect(page.get_by_label("shuffled")).to_be_hidden()
+    expect(page.get_by_label("the model may look")).to_be_hidden()
+    page.get_by_label("Checkpoint").select_option("the lab's base")
+    page.get_by_label("Answers to each").fill("2")
+    page.get_by_role("button", name="Ask", exact=True).click()
+    expect(page.locator(".views .column")).to_have_count(1, timeout=SLOW)
+    expect(page.locator(".views .column")).to_contain_text("A question without pictures.")
+    expect(page.locator(".views h4")).to_have_text("Text alone")
+    expect(page.locator(".tally b")).to_have_count(1, timeout=SLOW)
 
 
 @pytest.mark.slow

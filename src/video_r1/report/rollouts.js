@@ -34,6 +34,7 @@ const CONTRASTS = {
   dropped: "Half of the frames",
   blind: "No frames",
 };
+const MEDIA_TITLES = { image: "Image", text: "Text alone" }; // what has no order of frames
 const COLLAPSED_CHARACTERS = 900;
 
 const mean = (values) => (values.length ? values.reduce((a, b) => a + b, 0) / values.length : 0);
@@ -240,7 +241,7 @@ function column(group, order, state) {
   const cards = completions.map((completion, i) => ({ completion, i })).sort((a, b) => COMPLETION_SORTS[state.completions][1](a.completion, b.completion))
     .filter(({ completion }) => COMPLETION_FILTERS[state.kept][1](completion))
     .map(({ completion, i }) => card(completion, marks[i] || [], spanBars(group, completion)));
-  const title = group.media === "image" ? "Image" : order === "ordered" ? "Frames in order" : CONTRASTS[group.contrast];
+  const title = Object.hasOwn(MEDIA_TITLES, group.media) ? MEDIA_TITLES[group.media] : order === "ordered" ? "Frames in order" : CONTRASTS[group.contrast];
   const hint = order === "shuffled" && group.contrast !== "blind" ? "the bar under a frame is stronger the later it comes in the clip" : "";
   return make("section", { class: `column ${order}`, "aria-label": alone ? "Completions" : title },
     make("h4", {}, title, make("small", {}, hint)), state.live.clip ? state.live.clip(group, order) : "", tiles(group, order),

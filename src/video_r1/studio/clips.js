@@ -17,6 +17,7 @@ const unplayable = () => make("p", { class: "quiet" }, "This browser does not pl
  * recorded one, whose shape the clip has before it has come.
  */
 function player(clip, isImage, row = {}, group = null) {
+  if (row.media === "text") return "";
   const files = row.files ?? [null];
   return besideEachOther(isImage ? "Image" : "Clip", files.map((frames, i) =>
     filePlayer({ ...clip, ...(i ? { file: i } : {}) }, isImage, row, frames, group)));
@@ -53,7 +54,7 @@ function holdPlace(screen, group) {
 
 /**
  * Frames of a clip at their times, one after the other: of a file that seeks, or the pictures of a folder (`frames`).
- * times: or a function of a file's seconds; how: a word on the direction.
+ * times: or a function of a file's seconds; how: `playedHow`.
  */
 function framePlayer(clip, times, pace, frames, group, how = "") {
   const failed = () => node.replaceChildren(unplayable());
@@ -62,7 +63,7 @@ function framePlayer(clip, times, pace, frames, group, how = "") {
     ? make("img", { src: picture(times[0] ?? 0), alt: "a frame", error: failed })
     // An address of its own: a browser lets one request for a file wait for the other.
     : make("video", { src: clipAddress({ ...clip, shown: "frames" }), muted: true, playsinline: true, preload: "auto", error: failed });
-  const said = make("output", { class: "quiet" }, how && ` ${how}`);
+  const said = make("output", { class: "quiet" }, group ? "" : how && ` ${how}`); // a group's facts say it
   const name = how ? "Play backwards" : frames ? "Play the frames" : "Play in this order";
   let at = -1;
   let timer = 0;
@@ -70,7 +71,7 @@ function framePlayer(clip, times, pace, frames, group, how = "") {
     if (!node.isConnected) { clearInterval(timer); return; }
     at = (at + 1) % times.length;
     if (frames) screen.src = picture(times[at]); else screen.currentTime = times[at];
-    said.textContent = ` ${show(at + 1)} of ${show(times.length)}: ${[clock(times[at]), how].filter(Boolean).join(", ")}`;
+    said.textContent = ` ${show(at + 1)} of ${show(times.length)}: ${clock(times[at])}`;
   };
   const play = make("button", { type: "button", disabled: typeof times === "function", click: () => {
     if (timer) { clearInterval(timer); timer = 0; } else { step(); timer = setInterval(step, pace); }
@@ -93,7 +94,7 @@ const oneOfSeveral = (row) => (row.others
 /** The clips of a recorded group above their frames, in order or as the contrast shows them. */
 function groupClip(group, order) {
   const { clip } = group;
-  if (!clip || group.media === "image") return "";
+  if (!clip || clip.media !== "video") return "";
   const place = { manifest: clip.manifest, row: clip.row };
   if (order === "ordered") return [oneOfSeveral(clip), player(place, false, clip, group)];
   const told = group.timestamps.filter((time) => time !== null).length === group.count;

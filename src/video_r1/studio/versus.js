@@ -140,7 +140,7 @@ function questionNode(item, left, right, tints) {
   // Twenty players at once would read twenty files: a clip comes when somebody wants to see it.
   if (row) {
     const shown = { manifest: row.manifest, row: row.row };
-    clip.append(make("button", { type: "button", click: () => clip.replaceChildren(player(shown, row.media === "image", row)) }, row.media === "image" ? "Show the image" : "Show the clip"),
+    clip.append(row.media === "text" ? "" : make("button", { type: "button", click: () => clip.replaceChildren(player(shown, row.media === "image", row)) }, row.media === "image" ? "Show the image" : "Show the clip"),
       " ", make("a", { href: `#/ask/${encodeURIComponent(row.manifest)}/${row.row}` }, "Ask a model about it"));
   }
   return make("article", { class: "group versus-question", "aria-label": `Question ${item.id}` },
