@@ -16,6 +16,7 @@ from report_runs import (
     write_evaluation,
     write_hostile_run,
     write_lines,
+    write_looks,
     write_rl_run,
 )
 
@@ -213,6 +214,20 @@ def test_runs_are_laid_over_each_other(page: Page, tmp_path: Path, width: int) -
     )
     assert page.evaluate(f"{head}.querySelector('output').textContent.trim()") == "step 60"
     assert texts(page, "#comparison th")[:4] == ["series", *names, "cold"][:4]
+
+
+def test_gaps_have_intervals(page: Page, tmp_path: Path) -> None:
+    """The look gap is a column of the scores; bounds of a validation's gap are lines of its chart."""
+    names = ("eval_temporal_gap", "eval_temporal_gap_low", "eval_temporal_gap_high")
+    lines = [{"step": s} | {name: 0.1 * n for n, name in enumerate(names)} for s in range(1, 9)]
+    write_lines(tmp_path / "rl" / "metrics.jsonl", lines)
+    write_looks(tmp_path / "eval-rl", 0.8, 0.5, 0.6)
+    show(page, build_report(tmp_path))
+    fits(page)
+    assert texts(page, ".scores thead th")[-4:] == ["temporal gap", "look gap", "format", "questions"]
+    assert re.match(r"[+−].* to ", texts(page, ".scores tbody td")[4])
+    assert texts(page, ".title") == ["temporal gap"]
+    assert sorted(texts(page, ".headline .label")) == ["all 0.00", "high 0.20", "low 0.10"]
 
 
 def test_page_is_accessible(page: Page, demo_page: Path) -> None:

@@ -249,7 +249,10 @@ def _demo_figures(scores: list[dict[str, Any]]) -> list[dict[str, str]]:
         return []
     before, last = (rows[-2] if len(rows) > 1 else None), rows[-1]
     figures = []
-    captions = {"ordered": "accuracy, in order", "shuffled": "accuracy, shuffled", "gap": "temporal gap"}
+    captions = {
+        "ordered": "accuracy, in order", "shuffled": "accuracy, shuffled", "gap": "temporal gap",
+        "look": "look gap",
+    }  # fmt: skip
     for key, caption in captions.items():
         if last[key]:
             note = f"{before['name']} {before[key]['mean']:.2f}" if before and before[key] else ""

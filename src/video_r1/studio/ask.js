@@ -261,7 +261,7 @@ function answerView(asked) {
           rest.length ? make("details", {}, make("summary", {}, plural(rest.length, "more answer")), rest) : "");
         part.tally.replaceChildren(shareBar(item.share), make("b", {}, `${item.counted} of ${item.completions.length}`), ` ${word}`,
           make("span", { class: "quiet" }, `, ${percent(item.share.low)} to ${percent(item.share.high)} % · answers: ${counted(item.completions)}`),
-          item.gap ? make("span", { class: "gap" }, `order gains ${signed(item.gap.mean)} (${signed(item.gap.low)} to ${signed(item.gap.high)})`) : "");
+          item.gap ? make("span", { class: "gap" }, gainWords(item.gap, "order gains")) : "");
       });
       verdict.textContent = event.verdict;
     },
