@@ -71,9 +71,7 @@ def write_question_about_two(folder: Path) -> None:
 
 def write_question_backwards(folder: Path) -> None:
     """A row whose clip is played backwards, a row of text alone, and a run that has recorded the first."""
-    row = next(
-        r for r in json.loads((folder / "lab" / "test.json").read_text()) if r["data_type"] == "video"
-    )
+    row = next(r for r in json.loads((folder / "lab" / "test.json").read_text()) if r["data_type"] == "video")
     back = row | {"problem_id": "back", "play": "reversed"}
     words = {"problem_id": "words", "problem": "How much is 2 + 2?", "data_type": "text"}
     words |= {"problem_type": "numerical", "solution": "<answer>4</answer>"}

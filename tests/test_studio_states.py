@@ -100,6 +100,12 @@ def test_alerts(before: dict[str, float], now: dict[str, float], name: str) -> N
     assert alerts_of([now]) == [] or name in ("media", "collapse")
 
 
+def test_groups_without_variance_teach_where_there_is_a_teacher() -> None:
+    lines = [{"groups/no_variance": 1.0, "reward/total": 0.0}] * 20
+    assert [alert.name for alert in alerts_of(lines)] == ["no variance"]
+    assert alerts_of([line | {"teacher/kl": 0.2} for line in lines]) == []
+
+
 def test_alerts_of_updates_and_of_silence() -> None:
     lines = [{"updates/skipped": max(0, step - 55)} for step in range(60)]
     assert [alert.name for alert in alerts_of(lines)] == ["updates"]

@@ -5,6 +5,8 @@ const INTRODUCTION = "T-GRPO asks every question about a video twice: with its f
   + "same frames shuffled unless the settings name another one. p is the share of right answers in order, p\u0303 the share with the "
   + "contrast clip, and p − p\u0303 the temporal gap: what the model gains from the order of the frames. Training rewards the right "
   + "answers that need it, so that a model should not get by on single frames.";
+const DISTILLATION = "A teacher scores every token that the model samples, perhaps with more frames of the clip than the model sees. Training makes "
+  + "tokens likelier that the teacher finds likelier than the model does, and others less likely.";
 const GLOSSARY = {
   "T-GRPO": "GRPO with the temporal reward. GRPO samples a group of answers to each question, and makes those that earn more than their group's mean likelier.",
   "p, p\u0303": "shares of right answers to one question: with the frames in order, and with the contrast clip. Curves show their means over the questions.",
@@ -16,7 +18,7 @@ const GLOSSARY = {
   advantage: "how much better an answer is than the others of its group: what the update weighs its tokens by. Positive ones become likelier.",
   credit: "how much the temporal reward changes the advantages. Near 0 it cancels, and the run is plain GRPO.",
   "KL to the reference": "how far the model has moved from the one that training started with.",
-  "without variance": "groups whose answers all earn the same: nothing is learnt from them.",
+  "without variance": "groups whose answers all earn the same: their rewards teach nothing.",
 };
 
 const drawn = (data.overlay ? overlaid(data.runs) : data.runs).filter((run) => chartSpecs(run).length);
@@ -36,13 +38,14 @@ function header() {
     make("p", { class: "over" }, "video-r1", single ? ` · ${KINDS[single.kind]}` : ""),
     make("h1", { dir: "auto" }, data.title),
     single && single.about.length ? make("p", { class: "about" }, single.about.join(" · ")) : "",
-    ...(data.runs.some((run) => run.kind === "rl") ? introduction() : []),
+    ...introduction(data.runs.filter((run) => run.kind === "rl")),
     figures.length ? make("dl", { class: "figures" }, figures) : "",
     data.notes.length ? make("ul", { class: "notes" }, data.notes.map((note) => make("li", {}, note))) : "");
 }
 
-const introduction = () => [
-  make("p", { class: "intro" }, INTRODUCTION),
+const introduction = (runs) => !runs.length ? [] : [
+  runs.some((run) => run.config.temporal_rule !== "off" || !run.series["teacher/kl"]) ? make("p", { class: "intro" }, INTRODUCTION) : "",
+  runs.some((run) => run.series["teacher/kl"]) ? make("p", { class: "intro" }, DISTILLATION) : "",
   make("details", { class: "glossary" }, make("summary", {}, "Glossary"),
     make("dl", {}, Object.entries(GLOSSARY).flatMap(([word, meaning]) => [make("dt", {}, word), make("dd", {}, meaning)]))),
 ];

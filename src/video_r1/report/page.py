@@ -37,6 +37,7 @@ KEY_SETTINGS = {
     "manifest": "data",
     "temporal_rule": "temporal rule",
     "temporal_contrast": "contrast",
+    "teacher_model_name_or_path": "teacher",
     "num_generations": "G",
     "learning_rate": "learning rate",
     "beta": "β",
@@ -46,6 +47,7 @@ KEY_SETTINGS = {
 KEY_SERIES = {
     "reward/accuracy": ("accuracy reward", "", 2),
     "temporal/gap": ("temporal gap", "", 2),
+    "teacher/kl": ("KL to the teacher", "nats", 3),
     "reward/format": ("format reward", "", 2),
     "completion/length": ("response length", "tokens", 0),
     "loss": ("loss", "", 3),

@@ -7,7 +7,7 @@ const OUTCOMES = {
   some: ["some right", (group) => share(group) > 0 && share(group) < 1],
   none: ["none right", (group) => share(group) === 0],
   gap: ["more right in order than with the contrast", (group) => gap(group) > 0],
-  flat: ["no variance: nothing is learnt", (group) => group.flat ?? new Set(group.ordered.map((c) => c.total)).size <= 1],
+  flat: ["no variance: rewards teach nothing", (group) => group.flat ?? new Set(group.ordered.map((c) => c.total)).size <= 1],
 };
 const SORTS = {
   step: ["by step", (a, b) => a.step - b.step],
@@ -235,6 +235,7 @@ function highlight(view, tile) {
 function column(group, order, state) {
   const completions = group[order];
   const right = completions.filter((c) => accuracy(c) > 0.5).length;
+  const isJudged = completions.some((c) => "accuracy" in c.rewards); // not without the accuracy reward
   const p = order === "ordered" ? group.p : group.pShuffled;
   const alone = order === "ordered" && !group.shuffled.length;
   const marks = markers(order === "ordered" ? completions : []);
@@ -246,10 +247,11 @@ function column(group, order, state) {
   return make("section", { class: `column ${order}`, "aria-label": alone ? "Completions" : title },
     make("h4", {}, title, make("small", {}, hint)), state.live.clip ? state.live.clip(group, order) : "", tiles(group, order),
     make("p", { class: "tally" },
-      make("span", { class: "pips", "aria-hidden": "true" }, completions.map((c) => make("span", { class: accuracy(c) > 0.5 ? "pip full" : "pip" }))),
-      ` ${right} of ${completions.length} right`,
-      p === null ? "" : make("span", { class: "quiet" }, `, ${order === "ordered" ? "p" : "p\u0303"} = ${show(p)}`),
+      isJudged ? make("span", { class: "pips", "aria-hidden": "true" }, completions.map((c) => make("span", { class: accuracy(c) > 0.5 ? "pip full" : "pip" }))) : "",
+      isJudged ? ` ${right} of ${completions.length} right` : "",
+      p === null ? "" : make("span", { class: "quiet" }, `${isJudged ? ", " : ""}${order === "ordered" ? "p" : "p\u0303"} = ${show(p)}`),
       make("span", { class: "quiet" }, ` · answers: ${answersGiven(completions)}`)),
+    legend(completions),
     make("div", { class: "cards" }, cards));
 }
 
@@ -284,7 +286,7 @@ function card(completion, marks, spans = "") {
   const terms = Object.entries(completion.rewards).map(([name, value]) =>
     make("span", { class: value ? "term" : "term none" }, `${name.replaceAll("_", " ")} `, make("b", {}, show(value))));
   const long = completion.text.length > COLLAPSED_CHARACTERS;
-  const text = make("div", { class: long ? "text cut" : "text", dir: "auto" }, completion.scored ? taught(completion.scored) : completion.words ? shaded(completion.words) : styled(completion.text));
+  const text = make("div", { class: long ? "text cut" : "text", dir: "auto" }, worded(completion));
   const toggle = long ? make("button", { type: "button", class: "more", "aria-expanded": "false", click: () => {
     const cut = text.classList.toggle("cut");
     toggle.textContent = cut ? "Show all" : "Show less";
@@ -308,9 +310,20 @@ function card(completion, marks, spans = "") {
 function lookTurn(turn) {
   const times = turn.times ? `${plural(turn.count, "frame")}, ${clock(turn.times[0])} to ${clock(turn.times[1])}` : "";
   return make("div", { class: "turn" },
-    make("div", { class: "text", dir: "auto" }, styled(turn.text)),
+    make("div", { class: "text", dir: "auto" }, worded(turn)),
     make("p", { class: turn.failed ? "result bad" : "result" }, turn.results.join(" ")),
     turn.strip ? make("img", { src: turn.strip, alt: `The look: ${times}`, title: times, loading: "lazy" }) : "");
+}
+
+/** The text of a turn, with the colours of its words if they were scored. */
+const worded = (turn) => (turn.scored ? taught(turn.scored) : turn.words ? shaded(turn.words) : styled(turn.text));
+
+/** What the colours of the words mean. */
+function legend(completions) {
+  const has = (field) => completions.some((completion) => completion[field]);
+  const sample = (style, words) => make("span", { class: `shaded ${style}` }, words);
+  if (has("scored")) return make("p", { class: "quiet legend" }, "Words that the teacher finds ", sample("wanted", "likelier"), " or ", sample("unwanted", "less likely"), " than the policy");
+  return has("words") ? make("p", { class: "quiet legend" }, "Words that are ", sample("", "less likely"), " with the contrast clip") : "";
 }
 
 /** A completion whose words are the darker the more their log-probability drops with the contrast clip. */

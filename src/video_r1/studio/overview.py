@@ -26,9 +26,9 @@ LAST_STEPS = 20  # for the mean seconds of a step
 DEMO_MARK = ".demo"  # lab.demo.MARK
 READ_FILES = ("metrics.jsonl", "config.yaml", "evaluation.json", "summary.json", "rollouts.jsonl")
 SPARK_POINTS = 60
-SPARKS = ("reward/accuracy", "reward/total", "loss")
+SPARKS = ("reward/accuracy", "teacher/kl", "reward/total", "loss")
 SHOWN = {
-    "rl": ("reward/accuracy", "temporal/gap", "reward/format", "completion/length"),
+    "rl": ("reward/accuracy", "temporal/gap", "teacher/kl", "reward/format", "completion/length"),
     "sft": ("loss", "accuracy/token", "eval_loss"),
 }
 SUMMARY_BYTES = 4 << 20
