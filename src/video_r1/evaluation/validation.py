@@ -62,9 +62,9 @@ def temporal_accuracy(
         both = [(entry[0], entry[place], entry[4]) for entry in scored if entry[place] is not None]
         if both:
             ordered, others, clips = zip(*both, strict=True)
-            video, contrast = fmean(ordered), fmean(others)
+            video, other = fmean(ordered), fmean(others)
             figures.setdefault("accuracy_video", video)
-            figures |= {f"accuracy_{name}": contrast, gap: video - contrast}
+            figures |= {f"accuracy_{name}": other, gap: video - other}
             _, low, high, _ = paired_difference(ordered, others, clips)
             figures |= {f"{gap}_low": low, f"{gap}_high": high}
     return figures
