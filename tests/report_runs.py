@@ -238,6 +238,20 @@ def write_evaluation(folder: Path, ordered: float, shuffled: float, questions: i
     return summary
 
 
+def write_looks(folder: Path, ordered: float, elsewhere: float, shuffled: float | None = None) -> None:
+    """120 questions about videos in order and with looks elsewhere in the clip; the summary beside them."""
+    random_, rates = random.Random(folder.name), {"ordered": ordered, "elsewhere": elsewhere}
+    rates |= {} if shuffled is None else {"shuffled": shuffled}
+    lines = [
+        prediction(i, order, random_.random() < rate, frames=8, problem_type="free-form")
+        for order, rate in rates.items()
+        for i in range(120)
+    ]
+    write_lines(folder / "predictions-8.jsonl", lines)
+    summary = {"questions": 120, "settings": {"seed": 0}, "frames": {"8": summarise(lines)}}
+    (folder / "summary.json").write_text(json.dumps(summary), "utf-8")
+
+
 def write_controls(folder: Path, rate: float, direct: float) -> None:
     """120 questions in order and with five controls, with reasoning and directly."""
     random_ = random.Random(folder.name)

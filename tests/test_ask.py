@@ -56,6 +56,17 @@ def test_question_sample(tmp_path: Path, name: str, options: tuple, given: Any, 
     assert (sample.data_type, sample.problem_type, sample.options) == expected
 
 
+@pytest.mark.parametrize("files", [{"path": ""}, {"path": "a.mp4", "more_paths": [""]}])
+def test_an_empty_path_is_refused(
+    tmp_path: Path, files: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is no name of the current folder."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a.mp4").touch()
+    with pytest.raises(RequestError, match="a path is empty"):
+        run_ask(AskSettings(model="m", question=["What?"], **files))
+
+
 def test_stream_waits_for_whole_characters() -> None:
     tokenizer = tiny_processor("qwen2_5_vl").tokenizer
     text = "Über 🙂 naïve <think>x</think>"

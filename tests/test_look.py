@@ -489,6 +489,7 @@ def test_the_look_gap(clip: Path, tmp_path: Path) -> None:
     )  # fmt: skip
     found = temporal_accuracy(engine, [sample], Reader(budget_of("qwen2_5_vl")), builder, validated)
     assert (found["look_gap"], found["accuracy_elsewhere"], found["accuracy_video"]) == (1.0, 0.0, 1.0)
+    assert found["look_gap_low"] == found["look_gap_high"] == 1.0
     assert [media.frames.shape[0] for media in looker.prompts[-1].media] == [4, 4]
     lines = [json.loads(line) for line in (tmp_path / "predictions-16.jsonl").read_text().splitlines()]
     assert {line["order"]: line["score"] for line in lines} == {"ordered": 1.0, "elsewhere": 0.0}
@@ -550,11 +551,19 @@ def test_a_step_trains_on_episodes(checkpoint: Path, manifest: Path, tmp_path: P
     own = torch.cat([rollout.logprobs for group in groups for rollout in group.ordered])
     torch.testing.assert_close(found["policy"].logprobs, own, atol=1e-5, rtol=0)
     loss.backward()
-    record_group(tmp_path, 1, groups[0])
+    groups[0].teacher_logprobs = [rollout.logprobs - 1 for rollout in groups[0].ordered]
+    record_group(tmp_path, 1, groups[0], trainer.builder.tokenizer)
     (line,) = map(json.loads, (tmp_path / "rollouts.jsonl").read_text().splitlines())
     recorded = [completion.get("turns", []) for completion in line["ordered"]]
     assert [len(turns) for turns in recorded] == [0, 1, 2, 0]
     shown = group_of(line, None, tmp_path)["ordered"][2]["turns"]
+    for completion in line["ordered"]:  # the words of each turn are its own
+        turns = [*completion.get("turns", []), completion]
+        for turn in turns:
+            assert "".join(word for word, *_ in turn["word_logprobs"]) == turn["text"]
+        lost = sum(own - taught for turn in turns for _, own, taught in turn["word_logprobs"])
+        assert lost == pytest.approx(completion["tokens"], abs=0.05)
+    assert all(turn["scored"] for turn in shown)
     is_video = groups[0].sample.data_type == "video"
     for turn in recorded[2]:
         assert turn["calls"][0]["failed"] == (not is_video)

@@ -20,6 +20,7 @@ from report_runs import (
     write_evaluation,
     write_hostile_run,
     write_lines,
+    write_looks,
     write_rl_run,
 )
 
@@ -136,6 +137,21 @@ def test_scores_of_an_unfinished_evaluation(tmp_path: Path) -> None:
     data = page_data(tmp_path)
     assert data["scores"][0]["ordered"]["mean"] == finished["ordered"]["accuracy"]
     assert any("not finished" in note for note in data["notes"])
+
+
+def test_the_look_gap_stands_beside_the_temporal_gap(tmp_path: Path) -> None:
+    """With its interval, finished or not."""
+    write_looks(tmp_path, 0.8, 0.5)
+    gap = json.loads((tmp_path / "summary.json").read_text())["frames"]["8"]["look_gap"]
+    low, high = gap["interval95"]
+    for name in ("summary.json", None):
+        (row,) = page_data(tmp_path)["scores"]
+        assert row["look"] == {"mean": gap["gap"], "low": low, "high": high, "n": 120} and low < high
+        assert row["gap"] is row["shuffled"] is None
+        if name:
+            (tmp_path / name).unlink()
+    write_evaluation(tmp_path / "eval-rl", 0.7, 0.3)
+    assert page_data(tmp_path / "eval-rl")["scores"][0]["look"] is None
 
 
 def test_scores_of_several_frame_counts(tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ from report_runs import (
     write_evaluation,
     write_hostile_run,
     write_lines,
+    write_looks,
     write_rl_run,
 )
 
@@ -213,6 +214,51 @@ def test_runs_are_laid_over_each_other(page: Page, tmp_path: Path, width: int) -
     )
     assert page.evaluate(f"{head}.querySelector('output').textContent.trim()") == "step 60"
     assert texts(page, "#comparison th")[:4] == ["series", *names, "cold"][:4]
+
+
+def test_words_have_the_teachers_colours_and_a_legend(page: Page, tmp_path: Path) -> None:
+    """Those of earlier turns too; words that the teacher finds likelier look unlike the others."""
+    record_group(tmp_path, 1, group_of())
+    line = json.loads((tmp_path / "rollouts.jsonl").read_text())
+    words = {"word_logprobs": [["More", -3.0, -0.5], [" less", -0.5, -3.0], [" same", -1.0, -1.0]]}
+    look = {"text": "More less same", "calls": [{"name": "look", "result": "1 to 2 s:"}]}
+    line["ordered"][0] |= words | {"turns": [look | words]}
+    write_lines(tmp_path / "rollouts.jsonl", [line])
+    show(page, build_report(tmp_path))
+    fits(page)
+    shades = "[...document.querySelectorAll('.card .shaded')].map(e => getComputedStyle(e).backgroundColor)"
+    colours = page.evaluate(shades)
+    assert len(colours) == 6 and colours[:3] == colours[3:] and len(set(colours)) == 3
+    assert texts(page, ".legend") == ["Words that the teacher finds likelier or less likely than the policy"]
+    assert "1 of 2 right" in texts(page, ".tally")[0]
+    for completion in line["ordered"]:
+        completion["rewards"] = {}
+    write_lines(tmp_path / "rollouts.jsonl", [line])
+    kl = [{"step": s, "teacher/kl": 1 / s, "completion/length": 9.0} for s in (1, 2)]
+    write_lines(tmp_path / "metrics.jsonl", kl)
+    (tmp_path / "config.yaml").write_text('temporal_rule: "off"\nteacher_model_name_or_path: big\n')
+    show(page, build_report(tmp_path))
+    assert texts(page, ".headline .title") == ["KL to the teacher", "Response length, tokens"]
+    assert texts(page, ".intro")[0].startswith("A teacher scores") and len(texts(page, ".intro")) == 1
+    assert texts(page, ".tally")[0].strip().startswith("p = 0.5 ·")  # no reward says which are right
+    line["ordered"][0] = {"word_drops": [["x", 0.5]], "text": "x", "rewards": {}}
+    write_lines(tmp_path / "rollouts.jsonl", [line])
+    show(page, build_report(tmp_path))
+    assert texts(page, ".legend") == ["Words that are less likely with the contrast clip"]
+
+
+def test_gaps_have_intervals(page: Page, tmp_path: Path) -> None:
+    """The look gap is a column of the scores; bounds of a validation's gap are lines of its chart."""
+    names = ("eval_temporal_gap", "eval_temporal_gap_low", "eval_temporal_gap_high")
+    lines = [{"step": s} | {name: 0.1 * n for n, name in enumerate(names)} for s in range(1, 9)]
+    write_lines(tmp_path / "rl" / "metrics.jsonl", lines)
+    write_looks(tmp_path / "eval-rl", 0.8, 0.5, 0.6)
+    show(page, build_report(tmp_path))
+    fits(page)
+    assert texts(page, ".scores thead th")[-4:] == ["temporal gap", "look gap", "format", "questions"]
+    assert re.match(r"[+−].* to ", texts(page, ".scores tbody td")[4])
+    assert texts(page, ".title") == ["temporal gap"]
+    assert sorted(texts(page, ".headline .label")) == ["all 0.00", "high 0.20", "low 0.10"]
 
 
 def test_page_is_accessible(page: Page, demo_page: Path) -> None:

@@ -15,7 +15,7 @@ from tiny_models import tiny_processor
 
 from video_r1.files import append_line
 from video_r1.report.run_data import read_groups, read_run
-from video_r1.training.recording import by_word, record_group, save_strip
+from video_r1.training.recording import by_word, group_facts, record_group, save_strip
 
 
 @pytest.mark.parametrize(
@@ -75,6 +75,15 @@ def test_a_contrast_has_its_name(tmp_path: Path) -> None:
     (tmp_path / "rollouts.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     groups, _ = read_groups(read_run(tmp_path, tmp_path), 1_000_000)
     assert [shown["contrast"] for shown in groups] == ["blind", "shuffled", "shuffled"]
+
+
+def test_a_clip_played_backwards_says_so(tmp_path: Path) -> None:
+    group = group_of()
+    record_group(tmp_path, 1, replace(group, sample=replace(group.sample, play="reversed")))
+    record_group(tmp_path, 2, group)
+    groups, _ = read_groups(read_run(tmp_path, tmp_path), 1_000_000)
+    assert [shown["play"] for shown in groups] == ["reversed", "forward"]
+    assert "play" not in group_facts(group)
 
 
 def test_recording_survives_a_killed_run_and_bad_values(tmp_path: Path) -> None:

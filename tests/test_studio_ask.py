@@ -252,6 +252,25 @@ def test_a_question_becomes_a_row(client: TestClient, folder: Path) -> None:
     assert not (folder.parent / "elsewhere.jsonl").exists()
 
 
+def test_a_question_of_text_alone(client: TestClient, folder: Path) -> None:
+    """It is asked without a file, looks or contrasts, and becomes a row without a path."""
+    words = {"problem_id": 1, "problem": "2 + 2?", "data_type": "text", "problem_type": "numerical"}
+    words["solution"] = "<answer>4</answer>"
+    (folder / "words.json").write_text(json.dumps([words, words | {"problem_id": 2, "path": ""}]))
+    for row in (0, 1):
+        clip = {"clip": {"manifest": "words.json", "row": row}, "type": "numerical"}
+        told = events(client, **clip, contrasts=["shuffled", "blind"], tools=True)[1]["asked"]
+        assert told["orders"] == ["ordered"]
+        assert told["settings"]["path"] == "" and "tools" not in told["settings"]
+        added = client.post("/api/add", json=asked(**clip, question=f"{row} + 1?", answer=str(row + 1)))
+        assert added.status_code == 200, added.text
+    lines = [json.loads(line) for line in (folder / "asked.jsonl").read_text().splitlines()]
+    assert [(line["data_type"], line["solution"]) for line in lines] == [
+        ("text", "<answer>1</answer>"), ("text", "<answer>2</answer>"),
+    ]  # fmt: skip
+    assert len({line["problem_id"] for line in lines}) == 2
+
+
 def said_by(
     answerer: Answerer, out: io.StringIO, orders: Sequence[str] = (), stopped: bool = False, **settings: Any
 ) -> list[dict[str, Any]]:
@@ -325,6 +344,22 @@ def test_the_process_answers_with_the_lab_base(folder: Path) -> None:
     assert "gone.mp4: no such file" in error["error"] and end["event"] == "end"
     stopped = ask(question=["Why?"], stopped=True)
     assert [event["event"] for event in stopped[-2:]] == ["state", "end"]
+
+
+def test_the_process_answers_about_text_alone() -> None:
+    out = io.StringIO()
+    answerer = Answerer(out)
+    answerer.answer({
+        "settings": {
+            "model": str(base_folder()), "engine": "transformers", "path": "", "question": ["2 + 2?"],
+            "samples": 2, "max_new_tokens": 4, "device": "cpu",
+        },
+        "orders": ["ordered"],
+    }, threading.Event())  # fmt: skip
+    said = [json.loads(line) for line in out.getvalue().splitlines()]
+    (frames,) = (event for event in said if event["event"] == "frames")
+    assert (frames["media"], frames["count"], frames["decoded"]) == ("text", 0, False)
+    assert len(said[-2]["views"][0]["completions"]) == 2 and said[-1] == {"event": "end"}
 
 
 def test_turns_with_calls_are_shown(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

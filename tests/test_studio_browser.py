@@ -69,6 +69,23 @@ def write_question_about_two(folder: Path) -> None:
     write_lines(folder / "two" / "rollouts.jsonl", [line | {"permutation": [2, 0, 3, 1, 5, 4, 7, 6]}])
 
 
+def write_question_backwards(folder: Path) -> None:
+    """A row whose clip is played backwards, a row of text alone, and a run that has recorded the first."""
+    row = next(r for r in json.loads((folder / "lab" / "test.json").read_text()) if r["data_type"] == "video")
+    back = row | {"problem_id": "back", "play": "reversed"}
+    words = {"problem_id": "words", "problem": "How much is 2 + 2?", "data_type": "text"}
+    words |= {"problem_type": "numerical", "solution": "<answer>4</answer>"}
+    (folder / "lab" / "back.json").write_text(json.dumps([back, words]))
+    shutil.copytree(folder / "rl", folder / "back")
+    line = json.loads((folder / "back" / "rollouts.jsonl").read_text().splitlines()[0])
+    line |= back | {"answer": back["solution"].removeprefix("<answer>").removesuffix("</answer>")}
+    line["frames"] |= {"timestamps": [0.5, 0.75, 1.0, 1.25, 1.5, 1.75, 2.0, 2.5]}
+    write_lines(
+        folder / "back" / "rollouts.jsonl",
+        [line | {"options": back.get("options", []), "permutation": [2, 0, 3, 1, 5, 4, 7, 6]}],
+    )
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The lab's clips, a run that was asked about them and others, two evaluations, a broken checkpoint."""
@@ -79,6 +96,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_rl_run(folder / "rl", steps=10, every=5)
     ask_lab_questions(folder / "rl", [sample for sample in samples if sample.data_type == "video"])
     write_question_about_two(folder)
+    write_question_backwards(folder)
     write_demo(folder / "demo")
     write_rl_run(folder / "live", steps=20, every=5)
     write_rl_run(folder / "other", steps=40, every=5)
@@ -339,6 +357,47 @@ def test_all_clips_of_a_row_are_shown(page: Page, address: str) -> None:
             page.wait_for_function("v => v.readyState > 1 && !v.seeking", arg=video.element_handle())
             assert drawn(video) and abs(video.evaluate("video => video.currentTime") - begin) < 0.1
     fits_at(page, 390, 1280)
+
+
+@pytest.mark.slow
+def test_a_reversed_clip_is_shown_backwards(page: Page, address: str) -> None:
+    """From its end to its beginning; in the contrast's order each frame is the one that the model saw."""
+    for view in ("#/data/lab%2Fback.json", "#/ask/lab%2Fback.json/0", "#/run/back"):
+        page.goto(f"{address}{view}")
+        shown = page.locator(".column.ordered .player" if "run" in view else ".player").first
+        expect(page.locator("main")).to_contain_text("played backwards")
+        shown.get_by_role("button", name="Play backwards").click()
+        time.sleep(1.5)
+        shown.get_by_role("button", name="Pause").click()
+        video = shown.locator("video")
+        length, at = video.evaluate("video => [video.duration, video.currentTime]")
+        assert length - 2.5 < at < length - 0.5
+        assert drawn(video)
+    expect(page.locator(".facts")).to_contain_text("played backwards")
+    video = page.locator(".column.shuffled .player video")
+    page.wait_for_function("v => v.readyState > 1 && !v.seeking", arg=video.element_handle())
+    assert abs(video.evaluate("video => video.currentTime") - 2.0) < 0.1  # 0.5 + 2.5 - 1.0
+    fits_at(page, 390, 1280)
+
+
+@pytest.mark.slow
+def test_a_question_of_text_alone_is_shown_and_asked_without_pictures(page: Page, address: str) -> None:
+    page.goto(f"{address}#/data/lab%2Fback.json")
+    page.locator(".rows button").nth(1).click()
+    expect(page.locator(".question")).to_have_text("How much is 2 + 2?")
+    assert page.locator(".stage .player, .stage .players").count() == 0
+    page.get_by_role("link", name="Ask a model about it").click()
+    expect(page.get_by_label("Question", exact=True)).to_have_value("How much is 2 + 2?")
+    assert page.locator(".panel .player, .panel .players").count() == 0
+    expect(page.get_by_label("shuffled")).to_be_hidden()
+    expect(page.get_by_label("the model may look")).to_be_hidden()
+    page.get_by_label("Checkpoint").select_option("the lab's base")
+    page.get_by_label("Answers to each").fill("2")
+    page.get_by_role("button", name="Ask", exact=True).click()
+    expect(page.locator(".views .column")).to_have_count(1, timeout=SLOW)
+    expect(page.locator(".views .column")).to_contain_text("A question without pictures.")
+    expect(page.locator(".views h4")).to_have_text("Text alone")
+    expect(page.locator(".tally b")).to_have_count(1, timeout=SLOW)
 
 
 @pytest.mark.slow

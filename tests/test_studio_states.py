@@ -8,7 +8,7 @@ import socket
 from pathlib import Path
 
 import pytest
-from report_runs import HOSTILE, write_demo, write_hostile_run, write_lines, write_rl_run
+from report_runs import HOSTILE, write_demo, write_hostile_run, write_lines, write_looks, write_rl_run
 
 from video_r1.errors import VideoR1Error
 from video_r1.files import Claim, claimed, parse_claim
@@ -100,6 +100,12 @@ def test_alerts(before: dict[str, float], now: dict[str, float], name: str) -> N
     assert alerts_of([now]) == [] or name in ("media", "collapse")
 
 
+def test_groups_without_variance_teach_where_there_is_a_teacher() -> None:
+    lines = [{"groups/no_variance": 1.0, "reward/total": 0.0}] * 20
+    assert [alert.name for alert in alerts_of(lines)] == ["no variance"]
+    assert alerts_of([line | {"teacher/kl": 0.2} for line in lines]) == []
+
+
 def test_alerts_of_updates_and_of_silence() -> None:
     lines = [{"updates/skipped": max(0, step - 55)} for step in range(60)]
     assert [alert.name for alert in alerts_of(lines)] == ["updates"]
@@ -125,6 +131,12 @@ def test_all_runs_of_a_demo_are_listed(tmp_path: Path) -> None:
     assert rows["demo/eval-rl"]["figures"][0]["caption"] == "accuracy on videos and images"
     assert rows["demo/eval-rl"]["figures"][1] == {"caption": "temporal gap", "value": f"{gap['gap']:.2f}"}
     assert rows["demo/sft"]["spark"]["name"] == "loss" and len(rows["demo/sft"]["spark"]["values"]) == 40
+
+
+def test_an_evaluation_with_looks_has_its_gap_in_the_list(tmp_path: Path) -> None:
+    write_looks(tmp_path / "eval-look", 0.8, 0.5)
+    (row,) = listing(Library([tmp_path]).runs())
+    assert [figure["caption"] for figure in row["figures"]] == ["accuracy on videos", "look gap"]
 
 
 def test_a_long_run_is_told_by_its_end(tmp_path: Path) -> None:

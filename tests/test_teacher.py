@@ -16,7 +16,7 @@ from tiny_questions import read_lines, write_manifest
 
 from video_r1.errors import ConfigError
 from video_r1.models.loading import load_model
-from video_r1.report.page import build_report
+from video_r1.report.page import build_report, page_data
 from video_r1.training.objective import policy_loss
 from video_r1.training.teacher import TeacherScores, teacher_credits
 from video_r1.training.tgrpo import TGRPOConfig
@@ -85,7 +85,12 @@ def test_distillation_follows_the_reverse_kl(
     assert line["teacher/kl"] > 0 and 0 <= line["teacher/agreement"] < 1 and 0 < line["teacher/clipped"] < 0.5
     recorded = read_lines(tmp_path / "run" / "rollouts.jsonl")[0]["ordered"][0]
     assert "".join(word for word, *_ in recorded["word_logprobs"]) == recorded["text"]
+    assert "advantage_without_temporal" not in recorded  # no contrast clip was sampled
     assert '"scored"' in build_report(tmp_path / "run").read_text()
+    assert page_data(tmp_path / "run")["figures"][0]["caption"] == "KL to the teacher"
+    assert not (tmp_path / "run" / "left_out.jsonl").exists()  # the teacher teaches them all
+    assert trainer.progress_series["KL to the teacher"] == "teacher/kl"
+    assert "reward" not in trainer.progress_series
 
 
 def alone(model: Any, prompt: Any, tokens: torch.Tensor) -> torch.Tensor:

@@ -138,6 +138,8 @@ def test_validation_finds_the_best_checkpoint(checkpoint: Path, manifest: Path, 
     assert (
         lines[0]["eval_temporal_gap"] == lines[0]["eval_accuracy_video"] - lines[0]["eval_accuracy_shuffled"]
     )
+    low, high = lines[0]["eval_temporal_gap_low"], lines[0]["eval_temporal_gap_high"]
+    assert low <= lines[0]["eval_temporal_gap"] <= high
     assert trainer.state.best_model_checkpoint is not None
 
 

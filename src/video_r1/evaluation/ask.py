@@ -89,22 +89,23 @@ def views_table(sample: Sample, views: Sequence[View]) -> str:
     return table(("frames", what, "95 %", "ordered minus this", "answers"), rows)
 
 
-def question_sample(settings: AskSettings, question: str) -> Sample:
+def question_sample(settings: AskSettings, question: str, is_text: bool = False) -> Sample:
     """Return a sample for a question that is in no manifest; its solution is the settings' answer or "".
 
-    The default type is multiple choice with options, else free-form. Raises RequestError for a missing file.
+    is_text: the question is about no file. The default type is multiple choice with options, else free-form.
+    Raises RequestError for a missing file.
     """
     from video_r1.data.manifests.records import Sample
     from video_r1.data.sources.media_paths import data_type_of
 
     assert settings.path is not None  # settings without it are refused
-    path, *others = map(found_file, [settings.path, *settings.more_paths])
+    path, *others = [""] if is_text else map(found_file, [settings.path, *settings.more_paths])
     options = labelled(settings.options)
     kind = settings.problem_type or ("multiple choice" if settings.options else "free-form")
     return Sample(
         problem_id=shorten(question, 60, placeholder=" …"),  # its name in errors
         problem=question,
-        data_type=data_type_of(path),
+        data_type="text" if is_text else data_type_of(path),
         problem_type=kind,
         solution=solution_of(settings.answer, kind, options),
         path=path,
@@ -119,6 +120,8 @@ def question_sample(settings: AskSettings, question: str) -> Sample:
 
 def found_file(said: str) -> str:
     """Return the absolute path of a local file, or an address. Raises RequestError for a missing file."""
+    if not said:
+        raise RequestError("a path is empty; name a video, an image or a folder of frames")
     from video_r1.data.sources.archives import split_member
     from video_r1.data.sources.remote import local_file, on_this_machine
 

@@ -14,6 +14,7 @@ from video_r1.data.manifests.records import Sample
 from video_r1.data.prompts import Prompt, PromptBuilder
 from video_r1.data.reading import Batch, Clips, Question, Reader, build_question, derived_generator
 from video_r1.data.tools import overview
+from video_r1.evaluation.metrics import paired_difference
 from video_r1.evaluation.question_loop import read_batches
 from video_r1.processes import gather, process_count, process_index
 from video_r1.rewards.scoring import answer_scores, format_scores
@@ -27,7 +28,7 @@ def temporal_accuracy(
 ) -> dict[str, float]:
     """Return means over all ranks: `accuracy`, `format`, and over the videos `accuracy_video`,
     `accuracy_shuffled` and `temporal_gap` (accuracy_video − accuracy_shuffled); with looks
-    `accuracy_elsewhere` and `look_gap`.
+    `accuracy_elsewhere` and `look_gap`. Each gap has the ends of its 95 % interval (`…_low`, `…_high`).
 
     settings: a TGRPOConfig. With another `temporal_contrast`, its name replaces `shuffled`. `questions` is
     the number of answered questions, `skipped` that of others. Every validation of a run uses the same
@@ -58,19 +59,22 @@ def temporal_accuracy(
         figures["format"] = fmean(formatted for _, formatted, *_ in scored)
     controls = ((2, contrast, "temporal_gap"), (3, "elsewhere", "look_gap"))
     for place, name, gap in controls:
-        both = [(entry[0], entry[place]) for entry in scored if entry[place] is not None]
+        both = [(entry[0], entry[place], entry[4]) for entry in scored if entry[place] is not None]
         if both:
-            video, contrast = map(fmean, zip(*both, strict=True))
+            ordered, others, clips = zip(*both, strict=True)
+            video, other = fmean(ordered), fmean(others)
             figures.setdefault("accuracy_video", video)
-            figures |= {f"accuracy_{name}": contrast, gap: video - contrast}
+            figures |= {f"accuracy_{name}": other, gap: video - other}
+            _, low, high, _ = paired_difference(ordered, others, clips)
+            figures |= {f"{gap}_low": low, f"{gap}_high": high}
     return figures
 
 
 def _scores(
     engine: RolloutEngine, questions: Sequence[tuple[Question, Prompt | None]], settings: Any
 ) -> Iterator[tuple[Any, ...]]:
-    """Yield accuracy and format with ordered frames, and accuracy with shuffled frames and with looks
-    elsewhere (None where not asked).
+    """Yield accuracy and format with ordered frames, accuracy with shuffled frames and with looks elsewhere
+    (None where not asked), and the question's cluster.
 
     Scores one greedy answer, or the mean of `num_generations_eval` answers sampled as in training.
     """
@@ -90,7 +94,7 @@ def _scores(
             None if prompt is None else answer_scores(sample, next(rollouts)).mean().item()
             for prompt in (question.shuffled, elsewhere)
         )
-        yield accuracy.item(), formatted.item(), *controls
+        yield accuracy.item(), formatted.item(), *controls, sample.cluster
 
 
 def held_out(

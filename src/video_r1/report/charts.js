@@ -119,7 +119,8 @@ function charted(run, axis = "steps") {
 
 /**
  * Which series share a chart: `group/name` with its `group/name/part` lines, and `x` with `x_shuffled` or another
- * contrast (or `x_video` with it, where `x` is over images, too). Validation is logged as `eval_x`.
+ * contrast (or `x_video` with it, where `x` is over images, too). Validation is logged as `eval_x`; a gap has the ends of
+ * its interval in `x_low` and `x_high`.
  */
 function chartSpecs(run) {
   if (run.specs) return run.specs;
@@ -136,6 +137,8 @@ function chartSpecs(run) {
     const compared = contrasts.some((ending) => names.includes(`${stem}_${ending}`));
     const paired = compared && (contrast !== undefined || base === orderedTwin(stem));
     if (paired && !label) label = contrast || "ordered";
+    const [, gap, end] = /^(eval_.*_gap)_(low|high)$/.exec(name) || [];
+    if (gap) [base, label] = [gap, end];
     if (parts[0] === "answers") [base, label] = ["answers/letters", parts[1]];
     if (base === "temporal/p_shuffled") label = run.config?.temporal_contrast || label; // the name stays, whatever the clip
     if (paired) base = orderedTwin(stem) || base;
@@ -156,7 +159,7 @@ function overlaySpecs(runs) {
   const specs = new Map();
   runs.forEach((run, i) => {
     for (const [base, data] of Object.entries(run.series)) {
-      if (data.y.length < 2 || base.split("/").length > 2) continue;
+      if (data.y.length < 2 || base.split("/").length > 2 || /_gap_(low|high)$/.test(base)) continue;
       if (!specs.has(base)) specs.set(base, { base, group: groupOf(base), overlay: true, lines: [] });
       specs.get(base).lines.push({ label: run.name, colour: `var(--line${i % 8})`, main: true, x: data.x, y: data.y, bad: data.bad, averaged: data.averaged });
     }

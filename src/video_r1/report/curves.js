@@ -2,7 +2,7 @@
 
 // Names of groups of series and of series, where the logged name is not the best one.
 const GROUP_TITLES = {
-  reward: "Rewards", reward_std: "Deviation of rewards in a group", temporal: "Frame order", completion: "Completions", answers: "Answers", policy: "Policy", tools: "Tools", groups: "Groups",
+  reward: "Rewards", reward_std: "Deviation of rewards in a group", temporal: "Frame order", teacher: "Teacher", completion: "Completions", answers: "Answers", policy: "Policy", tools: "Tools", groups: "Groups",
   "": "Optimisation", eval: "Validation", speed: "Speed", seconds: "Seconds of each phase", media: "Media", updates: "Updates",
   memory: "Memory", sampler: "Sampler against trainer",
 };
@@ -11,14 +11,14 @@ const SERIES_TITLES = {
   "reward/accuracy": "Accuracy reward", "reward/temporal": "Temporal reward", "completion/length": "Response length, tokens", "answers/letters": "letters answered",
   loss: "Loss", "accuracy/token": "Token accuracy", learning_rate: "Learning rate", grad_norm: "Gradient norm",
   "temporal/p": "share right, p and p\u0303", "temporal/p_shuffled": "share right with the contrast, p\u0303", "temporal/gap": "temporal gap", "temporal/credit": "credit, of advantages",
-  "temporal/credit_groups": "credit, share of groups", "policy/kl": "KL to the reference", "policy/clip_ratio": "share clipped",
+  "temporal/credit_groups": "credit, share of groups", "policy/kl": "KL to the reference", "policy/clip_ratio": "share clipped", "teacher/kl": "KL to the teacher", "teacher/agreement": "tokens likeliest to it, share", "teacher/clipped": "share clipped",
   "groups/no_variance": "share without variance", "media/skipped": "questions skipped", "updates/skipped": "updates skipped",
   "memory/peak_gib": "peak, GiB", "sampler/logprob_difference": "log-prob difference", "sampler/share_capped": "share capped",
 };
-const HEADLINE = { rl: ["reward/accuracy", "reward/temporal", "completion/length"], sft: ["loss", "accuracy/token", "completion/length"] };
+const HEADLINE = { rl: ["reward/accuracy", "reward/temporal", "teacher/kl", "completion/length"], sft: ["loss", "accuracy/token", "completion/length"] };
 const KINDS = { rl: "reinforcement learning", sft: "supervised fine-tuning", evaluation: "evaluation", data: "data" };
 
-const OVERLAY_HEADLINE = { ...HEADLINE, rl: ["reward/accuracy", "temporal/gap", "completion/length"] };
+const OVERLAY_HEADLINE = { ...HEADLINE, rl: ["reward/accuracy", "temporal/gap", "teacher/kl", "completion/length"] };
 
 function seriesTitle({ base, overlay }) {
   if (overlay && base === "temporal/p") return "share right in order, p";
@@ -51,7 +51,7 @@ function curves(run, { overlay = false, several = false, radius = null, axis = A
     return drawn.node;
   };
   const wanted = (overlay ? OVERLAY_HEADLINE : HEADLINE)[run.kind] || [];
-  const found = wanted.map((base) => specs.find((spec) => spec.base === base)).filter(Boolean);
+  const found = wanted.map((base) => specs.find((spec) => spec.base === base)).filter(Boolean).slice(0, 3);
   const head = found.length ? found : specs.slice(0, 1);
   const longest = Math.max(...specs.map((spec) => spec.lines[0].x.length));
   const usual = longest < 40 ? 0 : Math.min(40, Math.round(longest / 30));

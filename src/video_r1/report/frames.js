@@ -2,6 +2,8 @@
 
 const SMALL_FRAME = 84; // pixels across
 
+const playedHow = ({ play }) => (play === "reversed" ? "played backwards" : "");
+
 /** Which of a question's clips a frame is of (`clip`), the place that it has there, and how many they are. */
 function partOf(group, frame) {
   const clips = group.clips?.length ? group.clips : [group.count];

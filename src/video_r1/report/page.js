@@ -5,17 +5,20 @@ const INTRODUCTION = "T-GRPO asks every question about a video twice: with its f
   + "same frames shuffled unless the settings name another one. p is the share of right answers in order, p\u0303 the share with the "
   + "contrast clip, and p − p\u0303 the temporal gap: what the model gains from the order of the frames. Training rewards the right "
   + "answers that need it, so that a model should not get by on single frames.";
+const DISTILLATION = "A teacher scores every token that the model samples, perhaps with more frames of the clip than the model sees. Training makes "
+  + "tokens likelier that the teacher finds likelier than the model does, and others less likely.";
 const GLOSSARY = {
   "T-GRPO": "GRPO with the temporal reward. GRPO samples a group of answers to each question, and makes those that earn more than their group's mean likelier.",
   "p, p\u0303": "shares of right answers to one question: with the frames in order, and with the contrast clip. Curves show their means over the questions.",
   "temporal gap": "p − p\u0303; in an evaluation accuracy in order minus accuracy shuffled, on the same questions. Near 0, the model answers without the order of the frames.",
+  "look gap": "accuracy in order minus accuracy when each look shows another stretch of the clip. Near 0, the model does not use what it asks to see.",
   "temporal reward": "the bonus of right answers in order, by temporal_rule: α·(p − p\u0303) where that is above 0 (margin), or α wherever p ≥ μ·p\u0303 (threshold).",
   "contrast clip": "the same clip with its frames shuffled, reversed, frozen, half of them dropped, one alone (single), or none (blind).",
   "accuracy, format, length reward": "1 for a right answer; 1 for <think>…</think><answer>…</answer> and nothing else; a little for right answers of a wanted length.",
   advantage: "how much better an answer is than the others of its group: what the update weighs its tokens by. Positive ones become likelier.",
   credit: "how much the temporal reward changes the advantages. Near 0 it cancels, and the run is plain GRPO.",
   "KL to the reference": "how far the model has moved from the one that training started with.",
-  "without variance": "groups whose answers all earn the same: nothing is learnt from them.",
+  "without variance": "groups whose answers all earn the same: their rewards teach nothing.",
 };
 
 const drawn = (data.overlay ? overlaid(data.runs) : data.runs).filter((run) => chartSpecs(run).length);
@@ -35,13 +38,14 @@ function header() {
     make("p", { class: "over" }, "video-r1", single ? ` · ${KINDS[single.kind]}` : ""),
     make("h1", { dir: "auto" }, data.title),
     single && single.about.length ? make("p", { class: "about" }, single.about.join(" · ")) : "",
-    ...(data.runs.some((run) => run.kind === "rl") ? introduction() : []),
+    ...introduction(data.runs.filter((run) => run.kind === "rl")),
     figures.length ? make("dl", { class: "figures" }, figures) : "",
     data.notes.length ? make("ul", { class: "notes" }, data.notes.map((note) => make("li", {}, note))) : "");
 }
 
-const introduction = () => [
-  make("p", { class: "intro" }, INTRODUCTION),
+const introduction = (runs) => !runs.length ? [] : [
+  runs.some((run) => run.config.temporal_rule !== "off" || !run.series["teacher/kl"]) ? make("p", { class: "intro" }, INTRODUCTION) : "",
+  runs.some((run) => run.series["teacher/kl"]) ? make("p", { class: "intro" }, DISTILLATION) : "",
   make("details", { class: "glossary" }, make("summary", {}, "Glossary"),
     make("dl", {}, Object.entries(GLOSSARY).flatMap(([word, meaning]) => [make("dt", {}, word), make("dd", {}, meaning)]))),
 ];
@@ -71,6 +75,8 @@ function dotPlot(row) {
   return draw("svg", { class: "dotplot", viewBox: `0 0 ${width} ${height}`, "aria-hidden": "true" }, ...marks);
 }
 
+const withLooks = data.scores.some((row) => row.look);
+
 function scoreCell(score, isGap) {
   if (!score) return make("td", {}, "–");
   const range = score.low === null ? "" : make("small", {}, ` ${show(score.low, 2)} to ${show(score.high, 2)}`);
@@ -78,7 +84,7 @@ function scoreCell(score, isGap) {
 }
 
 const scoreCells = (row) => [
-  make("td", { class: "picture" }, dotPlot(row)), scoreCell(row.ordered), scoreCell(row.shuffled), scoreCell(row.gap, true),
+  make("td", { class: "picture" }, dotPlot(row)), scoreCell(row.ordered), scoreCell(row.shuffled), scoreCell(row.gap, true), withLooks ? scoreCell(row.look, true) : "",
 ];
 
 function scoreTable(caption, first, bodies, withFormat) {
@@ -87,7 +93,7 @@ function scoreTable(caption, first, bodies, withFormat) {
     make("caption", {}, caption),
     make("thead", {}, make("tr", {}, make("th", { scope: "col" }, first),
       make("th", { scope: "col", class: "picture" }, make("span", { class: "ends" }, make("span", {}, "0"), make("span", {}, "0.5"), make("span", {}, "1"))),
-      heads, make("th", { scope: "col" }, "temporal gap"),
+      heads, make("th", { scope: "col" }, "temporal gap"), withLooks ? make("th", { scope: "col" }, "look gap") : "",
       withFormat ? make("th", { scope: "col" }, "format") : "", make("th", { scope: "col" }, "questions"))),
     bodies)));
 }
@@ -101,7 +107,7 @@ function evaluation() {
     const names = [...new Set(data.scores.flatMap((row) => ((row.by || {})[field] || []).map((part) => part.name)))];
     if (names.length < 2) return "";
     const bodies = names.map((name) => make("tbody", {},
-      make("tr", { class: "part" }, make("th", { scope: "rowgroup", colspan: 6, dir: "auto" }, name)),
+      make("tr", { class: "part" }, make("th", { scope: "rowgroup", colspan: withLooks ? 7 : 6, dir: "auto" }, name)),
       data.scores.map((row) => {
         const part = ((row.by || {})[field] || []).find((item) => item.name === name);
         return part ? make("tr", {}, make("th", { scope: "row", dir: "auto" }, row.name), scoreCells(part),
@@ -112,7 +118,8 @@ function evaluation() {
   return section("evaluation", "Evaluation",
     make("p", { class: "lead" }, "Mean scores with the frames ",
       make("span", { class: "ordered" }, "● in order"), " and ", make("span", { class: "shuffled" }, "○ shuffled"),
-      ", with 95 % bootstrap intervals. The temporal gap is the difference of the two on the same questions."),
+      ", with 95 % bootstrap intervals. The temporal gap is the difference of the two on the same questions.",
+      withLooks ? " The look gap is accuracy in order minus that with looks elsewhere in the clip." : ""),
     scoreTable(`Scores of each checkpoint${about ? ` on ${about}` : ""}`, "checkpoint", make("tbody", {}, rows), true), overlapTable(data.scores), parts);
 }
 

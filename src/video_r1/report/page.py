@@ -37,6 +37,7 @@ KEY_SETTINGS = {
     "manifest": "data",
     "temporal_rule": "temporal rule",
     "temporal_contrast": "contrast",
+    "teacher_model_name_or_path": "teacher",
     "num_generations": "G",
     "learning_rate": "learning rate",
     "beta": "β",
@@ -46,6 +47,7 @@ KEY_SETTINGS = {
 KEY_SERIES = {
     "reward/accuracy": ("accuracy reward", "", 2),
     "temporal/gap": ("temporal gap", "", 2),
+    "teacher/kl": ("KL to the teacher", "nats", 3),
     "reward/format": ("format reward", "", 2),
     "completion/length": ("response length", "tokens", 0),
     "loss": ("loss", "", 3),
@@ -249,7 +251,10 @@ def _demo_figures(scores: list[dict[str, Any]]) -> list[dict[str, str]]:
         return []
     before, last = (rows[-2] if len(rows) > 1 else None), rows[-1]
     figures = []
-    captions = {"ordered": "accuracy, in order", "shuffled": "accuracy, shuffled", "gap": "temporal gap"}
+    captions = {
+        "ordered": "accuracy, in order", "shuffled": "accuracy, shuffled", "gap": "temporal gap",
+        "look": "look gap",
+    }  # fmt: skip
     for key, caption in captions.items():
         if last[key]:
             note = f"{before['name']} {before[key]['mean']:.2f}" if before and before[key] else ""

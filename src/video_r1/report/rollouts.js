@@ -7,7 +7,7 @@ const OUTCOMES = {
   some: ["some right", (group) => share(group) > 0 && share(group) < 1],
   none: ["none right", (group) => share(group) === 0],
   gap: ["more right in order than with the contrast", (group) => gap(group) > 0],
-  flat: ["no variance: nothing is learnt", (group) => group.flat ?? new Set(group.ordered.map((c) => c.total)).size <= 1],
+  flat: ["no variance: rewards teach nothing", (group) => group.flat ?? new Set(group.ordered.map((c) => c.total)).size <= 1],
 };
 const SORTS = {
   step: ["by step", (a, b) => a.step - b.step],
@@ -34,6 +34,7 @@ const CONTRASTS = {
   dropped: "Half of the frames",
   blind: "No frames",
 };
+const MEDIA_TITLES = { image: "Image", text: "Text alone" }; // what has no order of frames
 const COLLAPSED_CHARACTERS = 900;
 
 const mean = (values) => (values.length ? values.reduce((a, b) => a + b, 0) / values.length : 0);
@@ -206,7 +207,7 @@ function groupView(group, state, refresh) {
   sorts.select.value = state.completions;
   const keeps = choice("pick-kept", "Show", optionEntries(COMPLETION_FILTERS), (value) => { state.kept = value; refresh(); });
   keeps.select.value = state.kept;
-  const facts = [`step ${show(group.step)}`, `question ${group.id}`, group.type, group.media, group.source, group.path].filter(Boolean);
+  const facts = [`step ${show(group.step)}`, `question ${group.id}`, group.type, group.media, group.source, group.path, playedHow(group)].filter(Boolean);
   const columns = make("div", { class: group.shuffled.length ? "columns" : "columns alone" },
     column(group, "ordered", state), group.shuffled.length ? column(group, "shuffled", state) : "");
   const view = make("article", { class: "group", "aria-label": `Question ${group.id} at step ${group.step}` },
@@ -234,21 +235,23 @@ function highlight(view, tile) {
 function column(group, order, state) {
   const completions = group[order];
   const right = completions.filter((c) => accuracy(c) > 0.5).length;
+  const isJudged = completions.some((c) => "accuracy" in c.rewards); // not without the accuracy reward
   const p = order === "ordered" ? group.p : group.pShuffled;
   const alone = order === "ordered" && !group.shuffled.length;
   const marks = markers(order === "ordered" ? completions : []);
   const cards = completions.map((completion, i) => ({ completion, i })).sort((a, b) => COMPLETION_SORTS[state.completions][1](a.completion, b.completion))
     .filter(({ completion }) => COMPLETION_FILTERS[state.kept][1](completion))
     .map(({ completion, i }) => card(completion, marks[i] || [], spanBars(group, completion)));
-  const title = group.media === "image" ? "Image" : order === "ordered" ? "Frames in order" : CONTRASTS[group.contrast];
+  const title = Object.hasOwn(MEDIA_TITLES, group.media) ? MEDIA_TITLES[group.media] : order === "ordered" ? "Frames in order" : CONTRASTS[group.contrast];
   const hint = order === "shuffled" && group.contrast !== "blind" ? "the bar under a frame is stronger the later it comes in the clip" : "";
   return make("section", { class: `column ${order}`, "aria-label": alone ? "Completions" : title },
     make("h4", {}, title, make("small", {}, hint)), state.live.clip ? state.live.clip(group, order) : "", tiles(group, order),
     make("p", { class: "tally" },
-      make("span", { class: "pips", "aria-hidden": "true" }, completions.map((c) => make("span", { class: accuracy(c) > 0.5 ? "pip full" : "pip" }))),
-      ` ${right} of ${completions.length} right`,
-      p === null ? "" : make("span", { class: "quiet" }, `, ${order === "ordered" ? "p" : "p\u0303"} = ${show(p)}`),
+      isJudged ? make("span", { class: "pips", "aria-hidden": "true" }, completions.map((c) => make("span", { class: accuracy(c) > 0.5 ? "pip full" : "pip" }))) : "",
+      isJudged ? ` ${right} of ${completions.length} right` : "",
+      p === null ? "" : make("span", { class: "quiet" }, `${isJudged ? ", " : ""}${order === "ordered" ? "p" : "p\u0303"} = ${show(p)}`),
       make("span", { class: "quiet" }, ` · answers: ${answersGiven(completions)}`)),
+    legend(completions),
     make("div", { class: "cards" }, cards));
 }
 
@@ -283,7 +286,7 @@ function card(completion, marks, spans = "") {
   const terms = Object.entries(completion.rewards).map(([name, value]) =>
     make("span", { class: value ? "term" : "term none" }, `${name.replaceAll("_", " ")} `, make("b", {}, show(value))));
   const long = completion.text.length > COLLAPSED_CHARACTERS;
-  const text = make("div", { class: long ? "text cut" : "text", dir: "auto" }, completion.scored ? taught(completion.scored) : completion.words ? shaded(completion.words) : styled(completion.text));
+  const text = make("div", { class: long ? "text cut" : "text", dir: "auto" }, worded(completion));
   const toggle = long ? make("button", { type: "button", class: "more", "aria-expanded": "false", click: () => {
     const cut = text.classList.toggle("cut");
     toggle.textContent = cut ? "Show all" : "Show less";
@@ -307,9 +310,20 @@ function card(completion, marks, spans = "") {
 function lookTurn(turn) {
   const times = turn.times ? `${plural(turn.count, "frame")}, ${clock(turn.times[0])} to ${clock(turn.times[1])}` : "";
   return make("div", { class: "turn" },
-    make("div", { class: "text", dir: "auto" }, styled(turn.text)),
+    make("div", { class: "text", dir: "auto" }, worded(turn)),
     make("p", { class: turn.failed ? "result bad" : "result" }, turn.results.join(" ")),
     turn.strip ? make("img", { src: turn.strip, alt: `The look: ${times}`, title: times, loading: "lazy" }) : "");
+}
+
+/** The text of a turn, with the colours of its words if they were scored. */
+const worded = (turn) => (turn.scored ? taught(turn.scored) : turn.words ? shaded(turn.words) : styled(turn.text));
+
+/** What the colours of the words mean. */
+function legend(completions) {
+  const has = (field) => completions.some((completion) => completion[field]);
+  const sample = (style, words) => make("span", { class: `shaded ${style}` }, words);
+  if (has("scored")) return make("p", { class: "quiet legend" }, "Words that the teacher finds ", sample("wanted", "likelier"), " or ", sample("unwanted", "less likely"), " than the policy");
+  return has("words") ? make("p", { class: "quiet legend" }, "Words that are ", sample("", "less likely"), " with the contrast clip") : "";
 }
 
 /** A completion whose words are the darker the more their log-probability drops with the contrast clip. */

@@ -231,6 +231,7 @@ def group_of(record: dict[str, Any], strip: str | None, folder: Path) -> dict[st
         "problem": text(record.get("problem", "")),
         "type": kind,
         "media": text(record.get("data_type", "")),
+        "play": text(record.get("play", "")),
         "options": [text(option) for option in as_list(record.get("options"))],
         "answer": answer,
         **place_of(f"<answer>{answer}</answer>", kind),
@@ -276,6 +277,7 @@ def turn_of(turn: dict[str, Any], folder: Path) -> dict[str, Any]:
         "text": text(turn.get("text", ""))[:MAX_TEXT],
         "results": [text(call.get("result", ""))[:MAX_TEXT] for call in calls],
         "failed": any(call.get("failed") is True for call in calls),
+        **words_of(turn),
         "strip": picture_of(folder, turn),
         "times": [min(times), max(times)] if times else None,
         "count": whole(frames.get("count")),
@@ -285,9 +287,6 @@ def turn_of(turn: dict[str, Any], folder: Path) -> dict[str, Any]:
 def _completion(item: dict[str, Any], kind: str, folder: Path) -> dict[str, Any]:
     turns = [turn_of(turn, folder) for turn in turns_of(item)]
     rewards = as_table(item.get("rewards"))
-    words, scored = (
-        _words(item.get(name), count) for name, count in (("word_drops", 1), ("word_logprobs", 2))
-    )
     written, without = text(item.get("text", "")), finite(item.get("advantage_without_temporal"))
     return {
         "text": written[:MAX_TEXT] + (" … (cut here by the report)" if len(written) > MAX_TEXT else ""),
@@ -295,17 +294,22 @@ def _completion(item: dict[str, Any], kind: str, folder: Path) -> dict[str, Any]
         "rewards": {str(name): finite(value) for name, value in rewards.items()},
         **{name: finite(item.get(name)) for name in ("tokens", "total", "advantage")},
         **({} if without is None else {"without": without}),
-        **({} if not words or turns else {"words": words}),
-        **({} if not scored or turns else {"scored": scored}),
+        **words_of(item),
         **({} if not turns else {"turns": turns}),
         **place_of(written, kind),
     }
 
 
-def _words(value: Any, numbers: int) -> list[list[Any]]:
-    """Return [word, number, …] for each word of a record."""
-    rows = [row for row in as_list(value)[:MAX_WORDS] if isinstance(row, list) and len(row) == 1 + numbers]
-    return [[text(row[0]), *(finite(number) or 0.0 for number in row[1:])] for row in rows]
+def words_of(item: dict[str, Any]) -> dict[str, list[list[Any]]]:
+    """Return a turn's words: {"words": [[word, drop]], "scored": [[word, policy, teacher]]}, or less."""
+    found = {}
+    for key, name, size in (("words", "word_drops", 2), ("scored", "word_logprobs", 3)):
+        rows = [
+            row for row in as_list(item.get(name))[:MAX_WORDS] if isinstance(row, list) and len(row) == size
+        ]
+        if rows:
+            found[key] = [[text(row[0]), *(finite(number) or 0.0 for number in row[1:])] for row in rows]
+    return found
 
 
 def strip_of(folder: Path, record: dict[str, Any]) -> Path | None:

@@ -4,22 +4,23 @@ from collections.abc import Mapping
 from typing import Any
 
 from video_r1.evaluation.metrics import OVERLAP_SHARES
-from video_r1.evaluation.summary import NEEDED, ORDERS, summarise
+from video_r1.evaluation.summary import LOOK_GAPS, NEEDED, ORDERS, summarise
 from video_r1.report.run_data import ANSWERS, Run, json_lines, prediction_files, read_object
 from video_r1.report.values import as_list, as_table, finite, text
 
 STAGES = ("base", "sft", "rl")  # the order of the rows where these names occur
 BREAKDOWNS = ("by_modality", "by_type", "by_task", "by_source")
+GAP_ORDERS = (*ORDERS, LOOK_GAPS["look_gap"])
 MAX_PARTS = 60  # rows of one breakdown
 
 
 def read_scores(run: Run) -> list[dict[str, Any]]:
     """Return one row for each number of frames that a folder was evaluated with, and for its direct answers.
 
-    A row has `name`; `ordered`, `shuffled` and `gap`, each {"mean", "low", "high", "n"} with a 95 % interval,
-    or None; `overlaps` of grounding answers; `format`, the share of ordered outputs in the answer format;
-    `about`, the subset; and `by`, the same figures by type, source and so on. Images have no frame order: if
-    there are videos too, the row is over the videos.
+    A row has `name`; `ordered`, `shuffled`, `gap` and `look` (the look gap), each {"mean", "low", "high",
+    "n"} with a 95 % interval, or None; `overlaps` of grounding answers; `format`, the share of ordered
+    outputs in the answer format; `about`, the subset; and `by`, the same figures by type, source and so on.
+    Images have no frame order: if there are videos too, the row is over the videos.
     """
     name = run.name.rsplit("/", 1)[-1].removeprefix("eval-")
     tables = as_table(read_object(run.folder / "summary.json", run.notes).get("frames")) or _unfinished(run)
@@ -55,7 +56,7 @@ def _unfinished(run: Run) -> dict[str, Any]:
         answers: dict[tuple[str, str], dict[str, Any]] = {}
         for _, _, record in json_lines(path, run.notes):
             usable = record.keys() >= NEEDED and isinstance(record["problem_id"], (str, int))
-            if usable and record["order"] in ORDERS and finite(record["score"]) is not None:
+            if usable and record["order"] in GAP_ORDERS and finite(record["score"]) is not None:
                 answers[str(record["problem_id"]), record["order"]] = record
         if answers:
             way, _, frames = path.stem.partition("-")
@@ -70,7 +71,8 @@ def _unfinished(run: Run) -> dict[str, Any]:
 
 def _figures(figures: Mapping[str, Any]) -> dict[str, Any]:
     scores = {order: _score(as_table(figures.get(order)), "accuracy") for order in ORDERS}
-    return {**scores, "gap": _score(as_table(figures.get("temporal_gap")), "gap")}
+    gaps = {"gap": "temporal_gap", "look": "look_gap"}
+    return scores | {key: _score(as_table(figures.get(name)), "gap") for key, name in gaps.items()}
 
 
 def _score(figure: Mapping[str, Any], name: str) -> dict[str, Any] | None:

@@ -43,7 +43,7 @@ def alerts_of(lines: Lines) -> list[Alert]:
         found.append(Alert(name, title, advice))
 
     flat = recent(lines, "groups/no_variance")
-    if flat is not None and flat > FLAT:
+    if flat is not None and flat > FLAT and not values(lines, "teacher/kl"):  # a teacher teaches them
         say("no variance", f"{flat:.0%} of the groups have no variance: their answers all earn the same",
             "these groups teach nothing; choose questions of medium difficulty (data audit, --keep), a "
             "higher temperature or more generations")  # fmt: skip

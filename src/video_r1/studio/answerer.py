@@ -1,6 +1,6 @@
 """The process that holds the model: it reads questions as JSON lines and writes events as JSON lines.
 
-    {"settings": {…}, "orders": ["ordered", "shuffled"]}, or "stop"
+    {"settings": {…}, "orders": ["ordered", "shuffled"]}, or "stop"; an empty `path` asks without a clip
     ◄ {"event": "state" | "frames" | "text" | "answers" | "error" | "end", …}
 
 Started by ask.py, which imports neither torch nor a model. Every failure of a model or a server becomes an
@@ -62,18 +62,18 @@ class Answerer:
 
     def _answer(self, asked: dict[str, Any], stopped: threading.Event) -> None:
         settings = load_recipe("ask", None, asked["settings"]).section(AskSettings)
-        sample = question_sample(settings, asked["settings"]["question"][0])
+        sample = question_sample(settings, asked["settings"]["question"][0], is_text=not settings.path)
         if self._session is None:
             self.say("state", text="opening the model")
             self._session = ModelSession(settings)
         session = self._session
-        decoded = not session.has(sample)
+        decoded = bool(sample.paths) and not session.has(sample)
         if decoded:
             self.say("state", text="decoding the clip")
         prompts = session.prompts(sample, asked["orders"])
         shown = prompts[0].media
         self.say(
-            "frames", decoded=decoded, media=shown[0].kind, type=sample.problem_type, **strip_of(shown),
+            "frames", decoded=decoded, media=sample.data_type, type=sample.problem_type, **strip_of(shown),
             **place_of(f"<answer>{sample.answer}</answer>", sample.problem_type),
             timestamps=[round(float(time), 3) for media in shown for time in media.timestamps],
             views=[
@@ -101,6 +101,8 @@ class Answerer:
 
 def strip_of(shown: Sequence[Media]) -> dict[str, Any]:
     """Return the frames as one JPEG, and the size of each."""
+    if not shown:
+        return {"strip": "", "count": 0}
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "strip", "frames.jpg")
         facts = save_shown(shown, path)

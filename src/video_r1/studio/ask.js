@@ -70,7 +70,10 @@ function askView(view, [manifest, row]) {
     }
     clip = chosen;
     isImage = image;
-    contrasts.querySelectorAll("input").forEach((box) => { box.disabled = image && box.value !== "blind"; });
+    const text = window?.media === "text";
+    contrasts.querySelectorAll("input").forEach((box) => { box.disabled = text || (image && box.value !== "blind"); });
+    look.disabled = text;
+    for (const node of [contrasts, look]) node.closest(".field").hidden = text;
     preview.replaceChildren(clip ? player(clip, image, window) : "");
   }
 
@@ -141,7 +144,7 @@ function askView(view, [manifest, row]) {
     checkpoint: checkpoint.value, engine: engineFields.open ? engine.value : "", model: served.value, clip, question: question.value,
     options: options.value.split("\n"), type: type.value, answer: answer.value,
     contrasts: [...contrasts.querySelectorAll("input:checked:enabled")].map((box) => box.value),
-    tools: look.checked, samples: Number(samples.value), temperature: temperature.value === "" ? null : Number(temperature.value), tokens: Number(tokens.value),
+    tools: look.checked && !look.disabled, samples: Number(samples.value), temperature: temperature.value === "" ? null : Number(temperature.value), tokens: Number(tokens.value),
   });
 
   async function start() {
@@ -237,7 +240,7 @@ function answerView(asked) {
         const frames = make("div", {}, tiles(group, order));
         parts.push({ order: item.order, column: order, group, frames, text, cards, tally, written: "" });
         columns.append(make("section", { class: `column ${order}`, "aria-label": ORDER_TITLES[item.order] },
-          make("h4", {}, event.media === "image" && order === "ordered" ? "Image" : ORDER_TITLES[item.order]), frames, tally, cards));
+          make("h4", {}, (order === "ordered" && MEDIA_TITLES[event.media]) || ORDER_TITLES[item.order]), frames, tally, cards));
       }
     },
     text(event) {
@@ -258,7 +261,7 @@ function answerView(asked) {
           rest.length ? make("details", {}, make("summary", {}, plural(rest.length, "more answer")), rest) : "");
         part.tally.replaceChildren(shareBar(item.share), make("b", {}, `${item.counted} of ${item.completions.length}`), ` ${word}`,
           make("span", { class: "quiet" }, `, ${percent(item.share.low)} to ${percent(item.share.high)} % · answers: ${counted(item.completions)}`),
-          item.gap ? make("span", { class: "gap" }, `order gains ${signed(item.gap.mean)} (${signed(item.gap.low)} to ${signed(item.gap.high)})`) : "");
+          item.gap ? make("span", { class: "gap" }, gainWords(item.gap, "order gains")) : "");
       });
       verdict.textContent = event.verdict;
     },

@@ -170,13 +170,14 @@ def _question(request: Request, asked: dict[str, Any]) -> tuple[tuple[Any, ...],
         raise HTTPException(400, "type a question" if not said else "the question is too long")
     model = _model(request, asked)
     path, window = _clip(request, as_table(asked.get("clip")))
-    contrasts = [name for name in get_args(Contrast) if name in as_list(asked.get("contrasts"))]
+    # A question of text alone has no path: nothing to reorder or to look at.
+    contrasts = [name for name in get_args(Contrast) if path and name in as_list(asked.get("contrasts"))]
     settings: dict[str, Any] = {
         **model, **window, "path": path, "question": [said], "options": _options(asked),
         "samples": min(MOST_SAMPLES, max(1, whole(asked.get("samples")))),
         "max_new_tokens": min(MOST_TOKENS, whole(asked.get("tokens")) or 512),
     }  # fmt: skip
-    if asked.get("tools") is True:
+    if path and asked.get("tools") is True:
         settings["tools"] = "look"
     if asked.get("type") in PROBLEM_TYPES:
         settings["problem_type"] = asked["type"]
@@ -217,7 +218,7 @@ def _model(request: Request, asked: dict[str, Any]) -> dict[str, str]:
 
 
 def _clip(request: Request, clip: dict[str, Any]) -> tuple[str, dict[str, Any]]:
-    """Return the file of a question's clip, and its window, rate and further files."""
+    """Return the file of a question's clip ("" for text alone), its window, rate and further files."""
     if "upload" in clip:
         return str(request.app.state.uploads.path(text(clip["upload"]))), {}
     sample = request.app.state.manifests.sample(text(clip.get("manifest", "")), whole(clip.get("row")))
@@ -266,7 +267,7 @@ def _add(request: Request, asked: dict[str, Any]) -> dict[str, Any]:
             if name in taken
         }
     row = _row(asked, source) | row
-    row["problem_id"] = f"asked-{digest([row['path'], row['problem'], row['solution']], 6)}"
+    row["problem_id"] = f"asked-{digest([row.get('path'), row['problem'], row['solution']], 6)}"
     target = folder / ADDED
     if target.is_symlink() or (target.exists() and not target.is_file()):
         raise HTTPException(409, f"{target} is a link or no regular file, so nothing is written to it")

@@ -7,6 +7,7 @@ function clipAddress(clip) {
   return address.href;
 }
 
+const BACKWARDS_FPS = 4; // frames a second of a file that is played backwards
 const BEGINNING = 0.001; // seconds: some browsers draw no frame of a clip before it plays unless they are sent to one
 
 const unplayable = () => make("p", { class: "quiet" }, "This browser does not play the file. The model may still read it.");
@@ -16,6 +17,7 @@ const unplayable = () => make("p", { class: "quiet" }, "This browser does not pl
  * recorded one, whose shape the clip has before it has come.
  */
 function player(clip, isImage, row = {}, group = null) {
+  if (row.media === "text") return "";
   const files = row.files ?? [null];
   return besideEachOther(isImage ? "Image" : "Clip", files.map((frames, i) =>
     filePlayer({ ...clip, ...(i ? { file: i } : {}) }, isImage, row, frames, group)));
@@ -24,12 +26,16 @@ function player(clip, isImage, row = {}, group = null) {
 const besideEachOther = (name, players) => (players.length === 1 ? players[0]
   : make("div", { class: "players" }, players.map((node, i) => make("figure", {}, node, make("figcaption", { class: "quiet" }, `${name} ${i + 1} of ${players.length}`)))));
 
-/** One file. frames: of a folder of them, which is shown frame by frame. */
+/** One file. frames: of a folder of them. Folders, and clips that are played backwards, are shown frame by frame. */
 function filePlayer(clip, isImage, row, frames, group) {
-  if (frames) {
-    const { count, fps } = frames;
-    const times = Array.from({ length: count }, (_, i) => i / fps).filter((time) => time >= (row.start ?? 0) && time < (row.end ?? Infinity));
-    return framePlayer(clip, times, 1000 / fps, frames, group);
+  const backwards = row.play === "reversed";
+  if (frames || backwards) {
+    const fps = frames?.fps ?? BACKWARDS_FPS;
+    const times = (count) => {
+      const all = Array.from({ length: count }, (_, i) => i / fps).filter((time) => time >= (row.start ?? 0) && time < (row.end ?? Infinity));
+      return backwards ? all.reverse() : all;
+    };
+    return framePlayer(clip, frames ? times(frames.count) : (seconds) => times(Math.ceil(seconds * fps)), 1000 / fps, frames, group, playedHow(row));
   }
   const times = `#t=${row.start || BEGINNING}${row.end ? `,${row.end}` : ""}`;
   const failed = () => node.replaceChildren(unplayable());
@@ -46,16 +52,19 @@ function holdPlace(screen, group) {
   if (group?.count) screen.style.aspectRatio = `${group.width} / ${group.height}`;
 }
 
-/** Frames of a clip at their times, one after the other: of a file that seeks, or the pictures of a folder (`frames`). */
-function framePlayer(clip, times, pace, frames, group) {
+/**
+ * Frames of a clip at their times, one after the other: of a file that seeks, or the pictures of a folder (`frames`).
+ * times: or a function of a file's seconds; how: `playedHow`.
+ */
+function framePlayer(clip, times, pace, frames, group, how = "") {
   const failed = () => node.replaceChildren(unplayable());
   const picture = (time) => clipAddress({ ...clip, frame: Math.max(0, Math.min(frames.count - 1, Math.round(time * frames.fps))) });
   const screen = frames
     ? make("img", { src: picture(times[0] ?? 0), alt: "a frame", error: failed })
     // An address of its own: a browser lets one request for a file wait for the other.
     : make("video", { src: clipAddress({ ...clip, shown: "frames" }), muted: true, playsinline: true, preload: "auto", error: failed });
-  const said = make("output", { class: "quiet" });
-  const name = frames ? "Play the frames" : "Play in this order";
+  const said = make("output", { class: "quiet" }, group ? "" : how && ` ${how}`); // a group's facts say it
+  const name = how ? "Play backwards" : frames ? "Play the frames" : "Play in this order";
   let at = -1;
   let timer = 0;
   const step = () => {
@@ -64,12 +73,16 @@ function framePlayer(clip, times, pace, frames, group) {
     if (frames) screen.src = picture(times[at]); else screen.currentTime = times[at];
     said.textContent = ` ${show(at + 1)} of ${show(times.length)}: ${clock(times[at])}`;
   };
-  const play = make("button", { type: "button", click: () => {
+  const play = make("button", { type: "button", disabled: typeof times === "function", click: () => {
     if (timer) { clearInterval(timer); timer = 0; } else { step(); timer = setInterval(step, pace); }
     play.textContent = timer ? "Pause" : name;
   } }, name);
   const node = make("div", { class: "player" }, screen, make("p", { class: "control" }, play, said));
-  screen.addEventListener("loadedmetadata", () => { if (at < 0) screen.currentTime = times[0]; });
+  screen.addEventListener("loadedmetadata", () => {
+    if (typeof times === "function") times = times(screen.duration);
+    play.disabled = !times.length;
+    if (at < 0 && times.length) screen.currentTime = times[0];
+  });
   holdPlace(screen, group);
   return node;
 }
@@ -81,7 +94,7 @@ const oneOfSeveral = (row) => (row.others
 /** The clips of a recorded group above their frames, in order or as the contrast shows them. */
 function groupClip(group, order) {
   const { clip } = group;
-  if (!clip || group.media === "image") return "";
+  if (!clip || clip.media !== "video") return "";
   const place = { manifest: clip.manifest, row: clip.row };
   if (order === "ordered") return [oneOfSeveral(clip), player(place, false, clip, group)];
   const told = group.timestamps.filter((time) => time !== null).length === group.count;
@@ -89,8 +102,10 @@ function groupClip(group, order) {
   return besideEachOther("Clip", clip.files.map((frames, i) => {
     const isOf = (frame) => partOf(group, frame).clip === i;
     const shown = group.permutation.filter(isOf);
-    const times = shown.map((frame) => (clip.start ?? 0) + group.timestamps[frame]);
-    const pace = paceOf(group.timestamps.filter((_, frame) => isOf(frame)));
+    const own = group.timestamps.filter((_, frame) => isOf(frame));
+    const inFile = (time) => (clip.play === "reversed" ? own[0] + own[own.length - 1] - time : time); // the model was told times that count on
+    const times = shown.map((frame) => (clip.start ?? 0) + inFile(group.timestamps[frame]));
+    const pace = paceOf(own);
     return framePlayer({ ...place, ...(i ? { file: i } : {}) }, times, pace, frames, group);
   }));
 }

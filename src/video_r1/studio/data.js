@@ -128,7 +128,7 @@ function dataView(view, [wanted]) {
       playable ? player({ manifest: manifest.value, row: item.row }, item.media === "image", item) : "",
       item.problems.length ? make("ul", { class: "alerts", role: "list", "aria-label": "Problems" }, item.problems.map((problem) => make("li", {}, problem))) : "",
       make("p", { class: "facts", dir: "auto" }, [`row ${show(item.row + 1)}`, `question ${item.id}`, item.type, item.source, item.path,
-        item.start !== null || item.end !== null ? `${show(item.start ?? 0)} to ${item.end === null ? "the end" : `${show(item.end)} s`}` : "", item.play === "reversed" ? "shown to models backwards" : ""].filter(Boolean).join(" · ")),
+        item.start !== null || item.end !== null ? `${show(item.start ?? 0)} to ${item.end === null ? "the end" : `${show(item.end)} s`}` : "", playedHow(item)].filter(Boolean).join(" · ")),
       make("h3", { class: "question", dir: "auto" }, item.problem),
       item.options.length ? make("ul", { class: "options" }, item.options.map((option) => make("li", { class: isRight(option, item.answer) ? "right" : null, dir: "auto" }, option))) : "",
       make("p", { class: "answer", dir: "auto" }, make("span", {}, "Right answer "), item.answer),

@@ -103,7 +103,7 @@ def versus(request: Request) -> Answer:
     Asked for with `frames` (default: the most that both have), `order`, and `against`, the order of the left
     side if it is another one. Each row has both accuracies and their paired difference (right minus left)
     with 95 % intervals, and mean lengths in tokens. If both have several orders, each order has a row too,
-    with the gaps (ordered minus this order).
+    with the gaps (ordered minus this order) and their intervals.
     """
     wanted = request.query_params.get("order", "ordered")
     against = request.query_params.get("against", wanted)
@@ -148,18 +148,21 @@ def _row(both: Pairs) -> dict[str, Any]:
         "questions": len(both),
         "left_wins": sum(by < 0 for by in scores["difference"]),
         "right_wins": sum(by > 0 for by in scores["difference"]),
-        **{
-            name: dict(zip(("mean", "low", "high"), mean_figure(values)[:3], strict=True))
-            for name, values in scores.items()
-        },
+        **{name: _figure(values) for name, values in scores.items()},
         "tokens": [_mean([answer.tokens for answer in side]) for side in (left, right)],
     }
 
 
-def _gap(side: Answers, contrast: str, problems: Iterable[str]) -> float | None:
+def _gap(side: Answers, contrast: str, problems: Iterable[str]) -> dict[str, float] | None:
     """Return the gap (ordered minus `contrast`) over the questions asked in both orders."""
     ordered = side.get("ordered", {}) if contrast != "ordered" else {}
-    return _mean([ordered[p].score - side[contrast][p].score for p in problems if p in ordered])
+    by = [ordered[p].score - side[contrast][p].score for p in problems if p in ordered]
+    return _figure(by) if by else None
+
+
+def _figure(values: Sequence[float]) -> dict[str, float]:
+    """Return the mean and its 95 % interval."""
+    return dict(zip(("mean", "low", "high"), mean_figure(values)[:3], strict=True))
 
 
 def _mean(values: Sequence[float | None]) -> float | None:

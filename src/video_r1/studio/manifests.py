@@ -306,7 +306,8 @@ def row_of(
     with index.lock:
         fields = index.row(row) or {}
     try:
-        clips = [frames_of(index.places.find(path), fields) for path in paths_of(fields)]
+        paths = paths_of(fields) if sample.paths else []
+        clips = [frames_of(index.places.find(path), fields) for path in paths]
     except ValueError:  # the page says that it does not play
         clips = [None] * len(sample.paths)
     return {

@@ -26,9 +26,9 @@ LAST_STEPS = 20  # for the mean seconds of a step
 DEMO_MARK = ".demo"  # lab.demo.MARK
 READ_FILES = ("metrics.jsonl", "config.yaml", "evaluation.json", "summary.json", "rollouts.jsonl")
 SPARK_POINTS = 60
-SPARKS = ("reward/accuracy", "reward/total", "loss")
+SPARKS = ("reward/accuracy", "teacher/kl", "reward/total", "loss")
 SHOWN = {
-    "rl": ("reward/accuracy", "temporal/gap", "reward/format", "completion/length"),
+    "rl": ("reward/accuracy", "temporal/gap", "teacher/kl", "reward/format", "completion/length"),
     "sft": ("loss", "accuracy/token", "eval_loss"),
 }
 SUMMARY_BYTES = 4 << 20
@@ -198,14 +198,15 @@ def training_figures(kind: str, lines: Lines) -> list[dict[str, str]]:
 
 
 def evaluation_figures(found: Found) -> list[dict[str, str]]:
-    """Return the accuracy in order and the temporal gap with an evaluation's largest number of frames."""
+    """Return the accuracy in order and the gaps with an evaluation's largest number of frames."""
     by_frames = as_table(as_table(parse(found.text("summary.json", SUMMARY_BYTES))).get("frames"))
     counts = [count for count in by_frames if len(count) < 10 and count.isdecimal()]
     table = as_table(by_frames[max(counts, key=int)]) if counts else {}
     media = [f"{name}s" for name in ("video", "image") if name in as_table(table.get("by_modality"))]
     accuracy = finite(as_table(table.get("ordered")).get("accuracy"))
-    gap = finite(as_table(table.get("temporal_gap")).get("gap"))
-    figures = {f"accuracy on {' and '.join(media) or 'all questions'}": accuracy, "temporal gap": gap}
+    figures = {f"accuracy on {' and '.join(media) or 'all questions'}": accuracy}
+    for name in ("temporal_gap", "look_gap"):
+        figures[name.replace("_", " ")] = finite(as_table(table.get(name)).get("gap"))
     return [{"caption": c, "value": f"{v:z.2f}"} for c, v in figures.items() if v is not None]
 
 

@@ -101,7 +101,7 @@ function versusTable(answer, [left, right], own, list) {
   const cell = (write, score, ...more) => make("td", {}, make("b", {}, write(score.mean)),
     make("small", {}, ` ${write(score.low)} to ${write(score.high)}`), more.filter(Boolean).map((words) => make("small", { class: "also" }, words)));
   const plain = (score) => show(score, 2);
-  const side = (row, i) => cell(plain, i ? row.right : row.left, tokenWords(row.tokens[i]), row.gaps && row.gaps[i] !== null ? `order gains ${signed(row.gaps[i])}` : "");
+  const side = (row, i) => cell(plain, i ? row.right : row.left, tokenWords(row.tokens[i]), row.gaps?.[i] ? gainWords(row.gaps[i], row.name === "elsewhere" ? "looks gain" : "order gains") : "");
   const longer = ([first, second]) => (first === null || second === null || first === second ? "" : `${second > first ? "+" : ""}${tokenWords(second - first)}`);
   const count = (row, who, n) => make("td", {}, n ? make("button", { type: "button", class: "title", click: () => list(row, who) }, show(n)) : "0");
   const groups = new Map();
@@ -109,7 +109,7 @@ function versusTable(answer, [left, right], own, list) {
     const key = JSON.stringify([row.benchmark, row.group]);
     groups.set(key, [...(groups.get(key) || []), row]);
   }
-  const heads = [["questions", ""], ["", "picture"], [left, TINTS[+own][0], "left"], [right, TINTS[+own][1], "right"], [own ? "temporal gap" : "right minus left", ""], [own ? `only ${left}` : "left wins", ""], [own ? `only ${right}` : "right wins", ""]];
+  const heads = [["questions", ""], ["", "picture"], [left, TINTS[+own][0], "left"], [right, TINTS[+own][1], "right"], [own ? (left === "elsewhere" ? "look gap" : "temporal gap") : "right minus left", ""], [own ? `only ${left}` : "left wins", ""], [own ? `only ${right}` : "right wins", ""]];
   return make("div", { class: "scroll", tabindex: 0, role: "region", "aria-label": "Scores" }, headed(make("table", { class: "scores versus" },
     make("caption", {}, own ? "Mean scores over the questions asked in both orders, with 95 % bootstrap intervals; that of the gap is paired."
       : "Mean scores over the questions that both have answered, with 95 % bootstrap intervals; that of the difference is paired."),
@@ -122,6 +122,7 @@ function versusTable(answer, [left, right], own, list) {
 
 const orderName = (name) => (name === "ordered" ? "in order" : name);
 const rowName = (row) => (row.group === "order" ? orderName(row.name) : row.name || `all, ${row.frames} frames`);
+const gainWords = ({ mean, low, high }, what) => `${what} ${signed(mean)} (${signed(low)} to ${signed(high)})`;
 const tokenWords = (count) => (count === null ? "" : `${show(count)} tokens`);
 
 /** Both scores with their intervals on a line from 0 to 1. */
@@ -140,11 +141,11 @@ function questionNode(item, left, right, tints) {
   // Twenty players at once would read twenty files: a clip comes when somebody wants to see it.
   if (row) {
     const shown = { manifest: row.manifest, row: row.row };
-    clip.append(make("button", { type: "button", click: () => clip.replaceChildren(player(shown, row.media === "image", row)) }, row.media === "image" ? "Show the image" : "Show the clip"),
+    clip.append(row.media === "text" ? "" : make("button", { type: "button", click: () => clip.replaceChildren(player(shown, row.media === "image", row)) }, row.media === "image" ? "Show the image" : "Show the clip"),
       " ", make("a", { href: `#/ask/${encodeURIComponent(row.manifest)}/${row.row}` }, "Ask a model about it"));
   }
   return make("article", { class: "group versus-question", "aria-label": `Question ${item.id}` },
-    make("p", { class: "facts", dir: "auto" }, [`question ${item.id}`, item.type, item.task, row ? row.manifest : "in no manifest below these folders"].filter(Boolean).join(" · ")),
+    make("p", { class: "facts", dir: "auto" }, [`question ${item.id}`, item.type, item.task, row ? row.manifest : "in no manifest below these folders", row ? playedHow(row) : ""].filter(Boolean).join(" · ")),
     row ? make("h3", { class: "question", dir: "auto" }, row.problem) : "",
     row && row.options.length ? make("ul", { class: "options" }, row.options.map((option) => make("li", { class: isRight(option, item.answer) ? "right" : null, dir: "auto" }, option))) : "",
     make("p", { class: "answer", dir: "auto" }, make("span", {}, "Right answer "), item.answer), row ? oneOfSeveral(row) : "", clip,

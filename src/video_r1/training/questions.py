@@ -271,6 +271,8 @@ def select_groups(first: Asked, ask: Callable[[list[Slot]], Asked], limit: int) 
         by = None if teaches_nothing(group) else group.sample.problem_id
         for n, facts in enumerate(tried):
             reason = "tried" if n > 0 else "no variance" if by is None else "replaced"
+            if reason == "no variance" and group.teacher_prompt is not None:
+                continue  # the teacher teaches it
             line = {**facts, "reason": reason, "round": n, "replaced_by": by}
             skipped.append((slot._replace(round=n), line))
     return Selection(groups, vision, skipped)

@@ -15,7 +15,9 @@ from video_r1.data.rollouts import Rollout, RolloutGroup
 from video_r1.files import append_line, draft_of
 
 JPEG_SIDE_LIMIT = 65_500  # the format stores a side in 16 bits
-RECORDED = ("problem_id", "problem", "problem_type", "data_type", "options", "answer", "data_source")
+RECORDED = (
+    "problem_id", "problem", "problem_type", "data_type", "options", "answer", "data_source", "play"
+)  # fmt: skip
 PROBLEM = 300  # characters kept of the question of a skipped group
 FRAME_SIDE, IMAGE_SIDE = 224, 672  # longest side of a saved frame of a clip, and of an image
 
@@ -67,15 +69,15 @@ def record_group(run_dir: Path, step: int, group: RolloutGroup, tokenizer: Any =
     ordered = _completions(group.ordered, group.rewards, f"{name}-look")
     for record, total, advantage in zip(ordered, group.total_reward, group.advantages, strict=True):
         record["total"], record["advantage"] = _number(total), _number(advantage)
-    if group.base_advantages is not None:
+    if group.base_advantages is not None and contrast is not None:
         for record, advantage in zip(ordered, group.base_advantages, strict=True):
             record["advantage_without_temporal"] = _number(advantage)
     if group.token_drops is not None and tokenizer is not None:
         for record, rollout, drops in zip(ordered, group.ordered, group.token_drops, strict=True):
-            record["word_drops"] = by_word(tokenizer, rollout.token_ids, drops)
+            _record_words(record, "word_drops", tokenizer, rollout, drops)
     if group.teacher_logprobs is not None and tokenizer is not None:
         for record, rollout, taught in zip(ordered, group.ordered, group.teacher_logprobs, strict=True):
-            record["word_logprobs"] = by_word(tokenizer, rollout.token_ids, rollout.logprobs, taught)
+            _record_words(record, "word_logprobs", tokenizer, rollout, rollout.logprobs, taught)
     line = {
         "step": step,
         **{name: getattr(sample, name) for name in RECORDED},
@@ -94,7 +96,11 @@ def record_group(run_dir: Path, step: int, group: RolloutGroup, tokenizer: Any =
 def group_facts(group: RolloutGroup) -> dict[str, Any]:
     """Record of a group that a step learns nothing from; `reward` is that of all its ordered completions."""
     return {
-        **{name: getattr(group.sample, name) for name in RECORDED if name not in ("options", "answer")},
+        **{
+            name: getattr(group.sample, name)
+            for name in RECORDED
+            if name not in ("options", "answer", "play")
+        },
         "problem": group.sample.problem[:PROBLEM],
         "accuracy": _number(group.p),
         "p_shuffled": group.p_shuffled,
@@ -106,6 +112,16 @@ def _short(path: str) -> str:
     """Shorten a path to the file and its folder, for reports that others read."""
     inside, joined, file = path.rpartition("::")
     return inside + joined + "/".join(PurePath(file).parts[-2:])
+
+
+def _record_words(
+    record: dict[str, Any], name: str, tokenizer: Any, rollout: Rollout, *values: Tensor
+) -> None:
+    """Set `name` of a recorded completion and of each of its earlier turns to the words (`by_word`)."""
+    ends = [turn.after for turn in rollout.turns]
+    for part, *own in zip([*record.get("turns", ()), record], [0, *ends], [*ends, None], strict=True):
+        tokens = slice(*own)
+        part[name] = by_word(tokenizer, rollout.token_ids[tokens], *(each[tokens] for each in values))
 
 
 def by_word(tokenizer: Any, token_ids: Tensor, *values: Tensor) -> list[list[Any]]:

@@ -240,8 +240,10 @@ class TGRPOTrainer(QuestionTrainer):
         self.rule = rule_of(args)
         warn_of_cancelled_bonus(terms.names, terms.weights, args)
         judged = ["judge"] if "judge" in terms.names else []
+        total = {"reward": "reward/total"} if terms.names else {}  # without rewards it is always 0
+        taught = {"KL to the teacher": "teacher/kl"} if args.teacher_model_name_or_path else {}
         self.progress_series = {
-            "reward": "reward/total", "format": "reward/format", "gap": "temporal/gap",
+            **total, **taught, "format": "reward/format", "gap": "temporal/gap",
             **{name: f"reward/{name}" for name in (*terms.custom, *judged, "accuracy")},
             "loss": "loss",
         }  # fmt: skip
