@@ -45,7 +45,7 @@ def sampled(
             ToolTurn(len(r.token_ids), "", (), turn[number]) for r, turn in zip(rollouts, looks, strict=True)
         ]
         rollouts = [replace(r, turns=(*r.turns, turn)) for r, turn in zip(rollouts, turns, strict=True)]
-        so_far = [Episode(p, "", r, tokens).so_far() for p, r in zip(prompts, rollouts, strict=True)]
+        so_far = [Episode(p, "", tokens, r).so_far() for p, r in zip(prompts, rollouts, strict=True)]
         news = engine.generate(so_far, replace(sampling, seed=number + 1))
         rollouts = [
             replace(

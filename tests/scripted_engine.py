@@ -10,7 +10,7 @@ import torch
 from video_r1.data.prompts import Prompt
 from video_r1.data.rollouts import Rollout
 from video_r1.data.tools import Asked
-from video_r1.rollout.engine import SamplingSettings
+from video_r1.rollout.engine import RolloutEngine, SamplingSettings
 from video_r1.rollout.episodes import Episode, ToolEngine
 
 
@@ -18,7 +18,7 @@ def rollout(text: str, tokens: int = 3) -> Rollout:
     return Rollout(torch.zeros(tokens, dtype=torch.int64), torch.zeros(tokens), text, "stop")
 
 
-class ScriptedEngine:
+class ScriptedEngine(RolloutEngine):
     """`says`: the completions of a prompt, given how many are wanted. Each of them has as many tokens as
     `tokens` says of its prompt. Interrupts the run in place of a call after so many `calls`."""
 
@@ -51,9 +51,6 @@ class ScriptedEngine:
             [rollout(text, self.tokens(prompt)) for text in self.says(prompt, sampling.n)]
             for prompt in prompts
         ]
-
-    def anyone(self, wanted: bool) -> bool:
-        return wanted
 
     def update_weights(self, model: Any) -> None: ...
 

@@ -7,6 +7,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import cache
+from itertools import chain
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -597,20 +598,83 @@ def test_a_run_with_tools_resumes_exactly(checkpoint: Path, manifest: Path, tmp_
     assert all(torch.equal(whole[name], resumed[name]) for name in whole)
 
 
+class Adding(ToolEngine):
+    """Calls add behind first turns. order: of each turn as it ends, the number of tool turns before it."""
+
+    def __init__(self, *given: Any) -> None:
+        super().__init__(*given)
+        self.order: list[int] = []
+
+    def _add(self, episode: Episode, new: Rollout) -> None:
+        super()._add(episode, new)
+        self.order.append(len(episode.rollout.turns))
+
+    def _calls(self, episode: Episode) -> bool:
+        episode.calls, episode.left = [Asked("add", {"a": 1, "b": 2})], 4
+        return not episode.rollout.turns
+
+
+class Rounds(ScriptedEngine):
+    """Takes the turns of another engine together."""
+
+    def __init__(self, engine: RolloutEngine) -> None:
+        super().__init__(lambda prompt, n: [])
+        self.generate = engine.generate
+
+
+def check_follow(engine: Any, stop_ids: str, clip: Path, processor: Any) -> None:
+    """The quick answer to a question takes its second turn before the slow one has ended its first.
+
+    stop_ids: name of the engine's attribute.
+    """
+    builder = PromptBuilder(processor)
+    prompts = [question("qwen2_5_vl", clip, builder)]
+    builder.toolbox = toolbox(functions=[add])
+    for seed in range(20):
+        setattr(engine, stop_ids, [])
+        sampling = SamplingSettings(n=2, max_tokens=100, seed=(seed,))
+        ((slow, quick),) = engine.generate(prompts, sampling)
+        if stops := set(quick.token_ids[:10].tolist()) - set(slow.token_ids.tolist()):
+            break
+    setattr(engine, stop_ids, list(stops))
+    engines = Adding(engine, builder), Adding(Rounds(engine), builder)
+    (followed,), (rounds,) = (each.generate(prompts, sampling) for each in engines)
+    assert [each.order for each in engines] == [[0, 1, 0, 1], [0, 0, 1, 1]]
+    assert followed[0].turns[0].after == 100 > 10 >= followed[1].turns[0].after
+    assert torch.equal(followed[0].token_ids[:100], slow.token_ids)
+    check_same([followed], [rounds])
+
+    def fail(*given: Any) -> None:
+        raise KeyError("a tool's")
+
+    with pytest.raises(KeyError, match="a tool's"):
+        engine.follow((prompts, sampling, [2]), fail)
+
+
 @pytest.mark.vllm
 @pytest.mark.slow
 @pytest.mark.parametrize("family", ["qwen2_5_vl", "qwen3_vl"])
 def test_episodes_in_vllm(family: str, clip: Path) -> None:
-    """Each turn gets the exact tokens and pixels of all turns before it."""
+    """Each turn gets the exact tokens and pixels of all turns before it, as soon as they are there."""
     processor = tiny_processor(family)
     model: Any = tiny_model(family, processor.tokenizer, for_vllm=True)
     engine = VLLMEngine(model, processor, max_model_len=1024, max_sequences=16)
     try:
         engine.update_weights(model)
         prompts, groups = sampled(family, clip, model, engine)
+        _, rounds = sampled(family, clip, model, Rounds(engine))
+        check_follow(engine, "stop_ids", clip, processor)
+        engine.update_weights(model)  # which refuses while requests are running
     finally:
         engine.close()
     check_sampler(model, prompts, groups)
+    check_same(groups, rounds)
+
+
+def check_same(groups: list[list[Rollout]], others: list[list[Rollout]]) -> None:
+    for one, other in zip(chain(*groups), chain(*others), strict=True):
+        assert torch.equal(one.token_ids, other.token_ids) and one.transcript == other.transcript
+        torch.testing.assert_close(one.logprobs, other.logprobs, atol=1e-5, rtol=0)
 
 
 def check_sampler(model: Any, prompts: list[Prompt], groups: list[list[Rollout]]) -> None:

@@ -23,6 +23,7 @@ from video_r1 import chat_client
 from video_r1.data.decoding.media import Media
 from video_r1.data.manifests.records import Sample
 from video_r1.data.prompts import Prompt, PromptBuilder
+from video_r1.data.rollouts import Rollout
 from video_r1.errors import ConfigError, RequestError, VideoR1Error
 from video_r1.rollout.engine import SamplingSettings
 from video_r1.rollout.vllm import server
@@ -70,7 +71,8 @@ class Server:
     def answer(self, handler: Any, path: str, body: Any) -> None:
         with self.lock:
             status, value, size = self.decide(path, body)
-        text = json.dumps(value).encode()
+        is_stream = isinstance(value, dict) and "choices" in value
+        text = (events(value["choices"]) if is_stream else json.dumps(value)).encode()
         handler.send_response(status)
         handler.send_header("Content-Length", str(len(text)))
         handler.end_headers()
@@ -120,7 +122,24 @@ class Server:
         ]
         if event == "fewer":
             choices.pop()
-        return 200, {"choices": choices}, 20 if event == "half" else None
+        if event == "breaks off":
+            choices[-1] = {}
+        return 200, {"choices": choices}, 300 * count if event == "half" else None
+
+
+def events(choices: list[dict[str, Any]]) -> str:
+    """A stream as vLLM's: the first token of each completion, then, with the reason, the rest of each."""
+    starts = [{"choices": [part(choice, 0, 1)]} for choice in choices if choice]
+    ends: list[Any] = [{"choices": [part(choice, 1, 2)]} for choice in choices if choice]
+    if not all(choices):
+        ends.append({"error": {"message": "engine died"}})
+    return "".join(f"data: {json.dumps(event)}\n\n" for event in starts + ends) + "data: [DONE]\n\n"
+
+
+def part(choice: dict[str, Any], start: int, end: int) -> dict[str, Any]:
+    tokens, content = choice["token_ids"][start:end], choice["logprobs"]["content"][start:end]
+    last = {} if start else {"finish_reason": None, "weight_versions": None}
+    return {**choice, "token_ids": tokens, "logprobs": {"content": content}, **last}
 
 
 @pytest.fixture
@@ -176,7 +195,7 @@ def test_completions_in_order(loopback: Server, tmp_path: Path) -> None:
     assert len(greedy) == 2 and loopback.requests[-1]["sampling_params"]["n"] == 1
 
 
-@pytest.mark.parametrize("event", ["restart", "quick restart", "half", "abort", "fewer"])
+@pytest.mark.parametrize("event", ["restart", "quick restart", "half", "abort", "fewer", "breaks off"])
 def test_what_fails_is_asked_again_and_counted_once(loopback: Server, tmp_path: Path, event: str) -> None:
     client = engine(loopback.url, tmp_path)
     model = copy.deepcopy(TINY)
@@ -185,8 +204,12 @@ def test_what_fails_is_asked_again_and_counted_once(loopback: Server, tmp_path: 
     version, weights = loopback.version, loopback.loaded
     loopback.requests.clear()
     loopback.script = ["fine", event, event, "fine", event]
-    groups = client.generate(prompts(6), SETTINGS)
-    assert ids(groups) == ids(expected)
+    found: list[tuple[int, int, Rollout]] = []
+    client.follow((prompts(6), SETTINGS, [3] * 6), lambda *ended: found.append(ended))
+    assert sorted(ended[:2] for ended in found) == [
+        (index, number) for index in range(6) for number in range(3)
+    ]
+    assert all(torch.equal(new.token_ids, expected[index][number].token_ids) for index, number, new in found)
     assert len(loopback.requests) > 6
     assert len({json.dumps(request) for request in loopback.requests}) == 6  # the same seeds again
     assert (loopback.version, loopback.loaded) == (version, weights)

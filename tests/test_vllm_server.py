@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 from scripted_engine import Forced
 from server_process import ServerProcess
-from test_look import check_sampler, sampled
+from test_look import check_follow, check_sampler, sampled
 from test_vllm_training import trained
 from tgrpo_trainers import first_step, make_trainer
 from tiny_models import moving_square, write_clip
@@ -80,6 +80,7 @@ def test_logprobs_before_and_after_the_weight_sync(
 def test_episodes(engine: ServerEngine, model: Any, processor: Any, tmp_path: Path) -> None:
     clip = write_clip(tmp_path / "clip.mp4", moving_square(64))
     check_sampler(model, *sampled("qwen2_5_vl", clip, model, engine, processor))
+    check_follow(engine, "_stop_ids", clip, processor)
 
 
 def test_a_served_teacher(engine: ServerEngine, server: ServerProcess, model: Any, tmp_path: Path) -> None:

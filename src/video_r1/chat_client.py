@@ -107,11 +107,13 @@ async def request(
     timeout: float,
     body: bytes | AsyncIterator[bytes] | None = None,
     size: int | None = None,
+    on_line: Callable[[str], object] | None = None,
 ) -> Any:
     """Send one request from the event loop and return its JSON answer; None for an empty one.
 
     timeout: seconds for the whole answer. body: JSON to post, None for a GET; the bytes of an iterator,
-    `size` in all, are freed once they are sent. Raises ServerFailure and ServerRefusal.
+    `size` in all, are freed once they are sent. on_line: called with each line of a streamed answer, which is
+    not returned. Raises ServerFailure and ServerRefusal.
     """
     import httpx2  # here: importing both takes a second
     import openai
@@ -127,6 +129,10 @@ async def request(
         ):
             client = openai.AsyncOpenAI(api_key="-", base_url="http://-", max_retries=0, http_client=http)
             send = client.get if body is None else partial(client.post, content=body)
+            if on_line is not None:
+                async for line in (await send(url, **given, stream=True)).aiter_lines():
+                    on_line(line)
+                return None
             content = (await send(url, **given)).content
             return json.loads(content) if content else None
     except TimeoutError as error:

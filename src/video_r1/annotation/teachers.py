@@ -4,7 +4,6 @@
 that is not in `done`. A teacher reads a bounded number of questions ahead of its caller.
 """
 
-import asyncio
 from collections.abc import Container, Generator, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
@@ -32,8 +31,8 @@ from video_r1.data.tools import Toolbox
 from video_r1.errors import MediaError, PromptError, VideoR1Error
 from video_r1.evaluation.question_loop import read_batches
 from video_r1.rollout.endpoint_engine import EndpointEngine, chat_request
-from video_r1.rollout.engine import RolloutEngine, SamplingSettings, prompt_seeds
-from video_r1.rollout.episodes import Steps, ToolEngine, advance
+from video_r1.rollout.engine import RolloutEngine, SamplingSettings
+from video_r1.rollout.episodes import ToolEngine
 from video_r1.seeds import derived_seed
 from video_r1.settings.decoding import TeacherSettings
 from video_r1.settings.frames import FrameBudget
@@ -130,18 +129,11 @@ class EndpointTeacher:
         seed = sample_seed(self.settings.seed, sample.problem_id)
         sampling = replace(SamplingSettings.of(self.settings, self.settings.samples), seed=(seed,))
         run = partial(event_loop().run_in_executor, self._threads)
-
-        def begin() -> Steps:
-            return engine.steps([self._prompts.build(sample, self._reader.media(sample))], sampling)
-
-        asked, found = await run(advance, steps := await run(begin))
-        while asked is not None:
-            prompts, sampling, counts = asked
-            seeds = prompt_seeds(sampling.seed, len(prompts))
-            each = zip(prompts, counts, seeds, strict=True)
-            answers = await asyncio.gather(*(self._engine.answer(p, sampling, n, s) for p, n, s in each))
-            asked, found = await run(advance, steps, answers)
-        return found[0]
+        prompt = await run(self._prompts.build, sample, await run(self._reader.media, sample))
+        _, (episodes,), then = engine.begin([prompt], sampling)
+        await self._engine.converse(prompt, sampling, len(episodes), partial(then, 0), self._threads)
+        engine.toolbox.forget()
+        return [episode.rollout for episode in episodes]
 
     async def _answer(self, sample: Sample) -> Answered:
         settings = self.settings

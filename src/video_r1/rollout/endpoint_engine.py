@@ -4,8 +4,12 @@ Such an endpoint has its own processor: it gets the question's text and the fram
 token ids or log-probs, so nothing can be trained on its rollouts.
 """
 
+import asyncio
 import base64
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
+from concurrent.futures import Executor
+from dataclasses import replace
+from functools import partial
 from io import BytesIO
 from typing import Any
 
@@ -21,13 +25,14 @@ from video_r1.chat_client import (
     ServerFailure,
     ServerRefusal,
     completions_of,
+    event_loop,
 )
 from video_r1.data.decoding.media import Media
 from video_r1.data.prompts import Prompt
 from video_r1.data.rollouts import Rollout
 from video_r1.data.templates import SWITCH
 from video_r1.errors import VideoR1Error
-from video_r1.rollout.engine import RolloutEngine, SamplingSettings, prompt_seed, prompt_seeds, wanted_counts
+from video_r1.rollout.engine import Asking, RolloutEngine, SamplingSettings, Then, prompt_seed, prompt_seeds
 
 SEEDS = 2**31  # endpoints differ in how large a seed they take
 UNNAMED_TOKEN = -1
@@ -59,23 +64,19 @@ class EndpointEngine(RolloutEngine):
     def close(self) -> None:
         self._client.close()
 
-    def generate(
-        self,
-        prompts: Sequence[Prompt],
-        sampling: SamplingSettings,
-        counts: Sequence[int] | None = None,
-    ) -> list[list[Rollout]]:
-        """Sample as `RolloutEngine.generate` says.
+    def follow(self, asked: Asking, then: Then, **options: Any) -> None:
+        """Sample as `RolloutEngine.follow` says.
 
         A completion has as many tokens as the endpoint counts, with unknown ids (-1) and log-probs (nan).
         Raises VideoR1Error when a request is refused or fails eight times, or the endpoint stays away.
         """
-        counts = wanted_counts(prompts, sampling, counts)
+        prompts, sampling, counts = asked
         seeds = prompt_seeds(sampling.seed, len(prompts))
 
-        async def answer(index: int) -> tuple[int, list[Rollout]]:
+        async def answer(index: int) -> None:
+            own = replace(sampling, seed=(seeds[index],))
             try:
-                return index, await self.answer(prompts[index], sampling, counts[index], seeds[index])
+                await self.converse(prompts[index], own, counts[index], partial(then, index))
             except ServerRefusal as refusal:
                 raise VideoR1Error(f"{self.endpoint.url} refused a request: {refusal}") from refusal
             except ServerFailure as failure:
@@ -84,18 +85,32 @@ class EndpointEngine(RolloutEngine):
                     "an evaluation continues"
                 ) from failure
 
-        found = dict(pair for pairs in self._client.each(range(len(prompts)), answer) for pair in pairs)
-        return [found[index] for index in range(len(prompts))]
+        for _ in self._client.each(range(len(prompts)), answer):
+            pass
 
-    async def answer(self, prompt: Prompt, sampling: SamplingSettings, n: int, seed: int) -> list[Rollout]:
-        """Return `n` completions of one prompt, from the event loop. Raises as `ChatClient.draw`."""
+    async def converse(
+        self, prompt: Prompt, sampling: SamplingSettings, n: int, then: Any, threads: Executor | None = None
+    ) -> None:
+        """Sample one prompt from the event loop, and go on with completion g as then(g, rollout) says, which
+        is called in `threads`. Raises as `ChatClient.draw`.
+        """
 
-        def request(missing: int, drawn: int) -> dict[str, Any]:
-            own = prompt_seed(seed, drawn) % SEEDS
-            body = chat_request(self.model, prompt, self.frames_as, sampling, missing, own)
-            return {**body, **self.fields}
+        async def answer(prompt: Prompt, sampling: SamplingSettings, n: int) -> list[Rollout]:
+            (seed,) = prompt_seeds(sampling.seed, 1)
 
-        return await self._client.draw(n, request, rollouts_of)
+            def request(missing: int, drawn: int) -> dict[str, Any]:
+                own = prompt_seed(seed, drawn) % SEEDS
+                body = chat_request(self.model, prompt, self.frames_as, sampling, missing, own)
+                return {**body, **self.fields}
+
+            return await self._client.draw(n, request, rollouts_of)
+
+        async def go_on(number: int, new: Rollout) -> None:
+            while turn := await event_loop().run_in_executor(threads, then, number, new):
+                (new,) = await answer(turn[0], turn[1], 1)
+
+        first = enumerate(await answer(prompt, sampling, n))
+        await asyncio.gather(*(go_on(number, new) for number, new in first))
 
 
 def rollouts_of(reply: Any) -> list[Rollout]:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from itertools import chain
 from typing import Any, Protocol
 
 import torch
@@ -24,6 +26,10 @@ MAX_SEQUENCES = 256  # completions decoded at once
 WEIGHTS_OF_A_THREAD = 2**21  # of the text model; with fewer a CPU's threads wait for each other
 OnToken = Callable[[int, int, int], object]
 """Called with the indices of prompt and completion, and a token id."""
+Then = Callable[[int, int, Rollout], "tuple[Prompt, SamplingSettings] | None"]
+"""Called with the indices of prompt and completion, and the completion; returns what is sampled next."""
+Asking = tuple[Sequence[Prompt], "SamplingSettings", Sequence[int]]
+"""Prompts, settings, and the number of completions of each prompt."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,6 +47,8 @@ class SamplingSettings:
 
 
 class RolloutEngine(Protocol):
+    """Engines have `generate`, `follow` or both: each has a default that needs the other."""
+
     has_own_weights: bool = False
     """Whether it samples with a copy of the weights, so that the trainer's need not be whole meanwhile."""
 
@@ -53,7 +61,33 @@ class RolloutEngine(Protocol):
         call. At temperature 0 every completion is the greedy one. Raises ValueError when prompts and counts
         differ in number.
         """
-        ...
+        counts, found = wanted_counts(prompts, sampling, counts), dict[tuple[int, int], Rollout]()
+        self.follow((prompts, sampling, counts), lambda *given: found.update({given[:2]: given[2]}))
+        return [[found[index, number] for number in range(count)] for index, count in enumerate(counts)]
+
+    def follow(self, asked: Asking, then: Then, **options: Any) -> None:
+        """Sample as `generate`, and go on with each completion.
+
+        then: called in a thread when a completion has ended. What it returns is sampled next, with the same
+        indices, until it returns None. What it raises ends the call and all requests. options: of `generate`,
+        for the first turns.
+
+        This default has rounds: a call of `generate` for all first turns, one for all second turns, and so
+        on, for engines that read a prompt once a call and for ranks that have to make the same calls.
+        """
+        keys = [(index, number) for index, count in enumerate(asked[2]) for number in range(count)]
+        with ThreadPoolExecutor() as pool:
+            while True:
+                ended = zip(keys, chain(*self.generate(*asked, **options)), strict=True)
+                found = list(pool.map(lambda each: then(each[0][0], each[0][1], each[1]), ended))
+                turns = {key: turn for key, turn in zip(keys, found, strict=True) if turn is not None}
+                if not self.anyone(bool(turns)):
+                    return
+                keys, given, options = list(turns), turns.values(), {}
+                seeds = tuple(prompt_seeds(own.seed, 1)[0] for _, own in given)
+                most = max((own.max_tokens for _, own in given), default=1)
+                sampling = replace(asked[1], n=1, seed=seeds, max_tokens=most)
+                asked = [prompt for prompt, _ in given], sampling, [1] * len(given)
 
     def update_weights(self, model: Any) -> None: ...
 

@@ -4,12 +4,13 @@
                   ▲                                                             │
                   └── one request an answer: all tokens and pixels so far ◄─────┘     … until none calls
 
-Engines share what the answers to a question have in common: transformers reads its prompt once a round, vLLM
-keeps it in its prefix cache. A completion depends on its question's seed, its number and its turn alone.
+Engines share what the answers to a question have in common: vLLM keeps its prompt in its prefix cache, and
+each answer goes on when its own tools have answered; transformers reads the prompt once a round, in which all
+answers take their next turn. A completion depends on its question's seed, its number and its turn alone.
 """
 
-from collections.abc import Generator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+import threading
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, cast
 
@@ -22,15 +23,16 @@ from video_r1.data.rollouts import Rollout, ToolCall, ToolTurn
 from video_r1.data.tools import Asked, Toolbox, parse_calls
 from video_r1.errors import ConfigError, PromptError
 from video_r1.models.families import family_names
-from video_r1.rollout.engine import RolloutEngine, SamplingSettings, prompt_seeds, wanted_counts
+from video_r1.rollout.engine import Asking, RolloutEngine, SamplingSettings, Then, prompt_seeds, wanted_counts
 from video_r1.rollout.general import GeneralEngine
 from video_r1.seeds import hashed_seed
 from video_r1.settings.frames import Contrast, ContrastUnit, FrameBudget
 from video_r1.settings.tools import ToolSettings
 
-THREADS = 8  # that run tools
+THREADS = 8  # that run tools at once: each may have a decoder
 NOTICE = "No more calls are possible. Answer now."
 NOTICE_TOKENS = 256  # of a turn that says so, at most
+NOTHING = Rollout(torch.empty(0, dtype=torch.long), torch.empty(0), "", "stop")
 
 
 def _refused(asked: Asked) -> ToolCall:
@@ -47,19 +49,6 @@ def largest_frames(budget: FrameBudget, settings: ToolSettings) -> FrameBudget:
     frames, pixels = max(budget.max_frames, settings.look_frames), settings.look_pixels or 0
     largest = replace(budget, max_frames=frames, frame_pixels=max(budget.frame_pixels, pixels))
     return largest if settings.tools else budget
-
-
-Asking = tuple[Sequence[Prompt], SamplingSettings, Sequence[int]]  # prompts, settings, completions of each
-Answers = list[list[Rollout]]
-Steps = Generator[Asking, Answers, Answers]
-
-
-def advance(steps: Steps, found: Answers | None = None) -> tuple[Asking | None, Answers]:
-    """Hand over the last round's completions; return the next round, or None and the answers."""
-    try:
-        return (next(steps) if found is None else steps.send(found)), []
-    except StopIteration as end:
-        return None, end.value
 
 
 def joined(prompt: Prompt, rollout: Rollout) -> Prompt:
@@ -80,8 +69,8 @@ class Episode:
 
     prompt: Prompt  # the question's
     seed: str
-    rollout: Rollout  # its `turns` are complete
     left: int  # tokens that the policy may still write
+    rollout: Rollout = NOTHING  # its `turns` are complete
     is_last: bool = False  # the notice was given
     calls: list[Asked] = field(default_factory=list)  # of the last turn
 
@@ -114,6 +103,7 @@ class ToolEngine(RolloutEngine):
         self.builder: Any = builder
         self.is_endpoint = builder.processor is None
         self.toolbox: Toolbox = builder.toolbox
+        self.threads = threading.Semaphore(THREADS)
         self.contrast: Contrast | None = contrast
         self.unit: ContrastUnit = unit
         self.has_own_weights = engine.has_own_weights
@@ -128,36 +118,33 @@ class ToolEngine(RolloutEngine):
         """Sample as `RolloutEngine.generate` says. `max_tokens` bounds the policy's tokens of all turns.
         options: of the engine, for the first turn.
         """
-        asked, found = advance(steps := self.steps(prompts, sampling, counts))
-        while asked is not None:
-            asked, found = advance(steps, self.engine.generate(*asked, **options))
-            options = {}
-        return found
-
-    def steps(
-        self, prompts: Sequence[Prompt], sampling: SamplingSettings, counts: Sequence[int] | None = None
-    ) -> Steps:
-        """Yield each round's arguments of `engine.generate`, get its completions, and return the answers."""
-        counts = wanted_counts(prompts, sampling, counts)
-        seeds = prompt_seeds(sampling.seed, len(prompts))
-        first = yield prompts, replace(sampling, seed=tuple(seeds)), counts
-        episodes = [
-            [
-                Episode(prompt, f"{seed}/{number}", rollout, sampling.max_tokens - len(rollout.token_ids))
-                for number, rollout in enumerate(rollouts)
-            ]
-            for prompt, seed, rollouts in zip(prompts, seeds, first, strict=True)
-        ]
-        waiting = [episode for answers in episodes for episode in answers]
-        with ThreadPoolExecutor(THREADS, "tools") as pool:
-            while True:
-                waiting = [episode for episode in waiting if self._calls(episode)]
-                if not self.engine.anyone(bool(waiting)):
-                    break
-                turns = list(pool.map(self._answer, waiting))
-                yield from self._go_on(waiting, turns, sampling)
+        asked, episodes, on_completion = self.begin(prompts, sampling, counts)
+        self.engine.follow(asked, on_completion, **options)
         self.toolbox.forget()
         return [[episode.rollout for episode in answers] for answers in episodes]
+
+    def begin(
+        self, prompts: Sequence[Prompt], sampling: SamplingSettings, counts: Sequence[int] | None = None
+    ) -> tuple[Asking, list[list[Episode]], Then]:
+        """Return the arguments of `engine.follow`, and between them the answers, which grow meanwhile."""
+        counts, seeds = wanted_counts(prompts, sampling, counts), prompt_seeds(sampling.seed, len(prompts))
+        episodes = [
+            [Episode(prompt, f"{seed}/{number}", sampling.max_tokens) for number in range(count)]
+            for prompt, seed, count in zip(prompts, seeds, counts, strict=True)
+        ]
+
+        def on_completion(index: int, number: int, new: Rollout) -> tuple[Prompt, SamplingSettings] | None:
+            episode = episodes[index][number]
+            self._add(episode, new)
+            if not self._calls(episode):
+                return None
+            with self.threads:
+                turns = (*episode.rollout.turns, self._answer(episode))
+            episode.rollout = replace(episode.rollout, turns=turns)
+            seed = hashed_seed(f"{episode.seed}/{len(turns)}", bits=62)
+            return episode.so_far(), replace(sampling, n=1, seed=(seed,), max_tokens=episode.left)
+
+        return (prompts, replace(sampling, seed=tuple(seeds)), counts), episodes, on_completion
 
     def _calls(self, episode: Episode) -> bool:
         """Parse the calls of the last turn; return whether the answer goes on."""
@@ -218,31 +205,21 @@ class ToolEngine(RolloutEngine):
                 changed[-1].append(part)
         return changed
 
-    def _go_on(
-        self, waiting: list[Episode], turns: list[ToolTurn], sampling: SamplingSettings
-    ) -> Generator[Asking, Answers, None]:
-        """Sample the next turn of each answer and add it."""
-        seeds = []
-        for episode, turn in zip(waiting, turns, strict=True):
-            episode.rollout = replace(episode.rollout, turns=(*episode.rollout.turns, turn))
-            seeds.append(hashed_seed(f"{episode.seed}/{len(episode.rollout.turns)}", bits=62))
-        most = max((episode.left for episode in waiting), default=1)
-        own = replace(sampling, n=1, seed=tuple(seeds), max_tokens=most)
-        found = yield [episode.so_far() for episode in waiting], own, [1] * len(waiting)
-        for episode, (new,) in zip(waiting, found, strict=True):
-            before, cut = episode.rollout, episode.left < len(new.token_ids) and not self.is_endpoint
-            ids, logprobs = new.token_ids[: episode.left], new.logprobs[: episode.left]
-            text = new.text
-            if cut:
-                text = self.builder.tokenizer.decode(ids.tolist(), skip_special_tokens=True)
-            episode.left -= len(ids)
-            episode.rollout = Rollout(
-                torch.cat([before.token_ids, ids]),
-                torch.cat([before.logprobs, logprobs]),
-                text,
-                "length" if cut else new.finish_reason,
-                before.turns,
-            )
+    def _add(self, episode: Episode, new: Rollout) -> None:
+        """Add a turn of the policy to an answer."""
+        before, cut = episode.rollout, episode.left < len(new.token_ids) and not self.is_endpoint
+        ids, logprobs = new.token_ids[: episode.left], new.logprobs[: episode.left]
+        text = new.text
+        if cut:
+            text = self.builder.tokenizer.decode(ids.tolist(), skip_special_tokens=True)
+        episode.left -= len(ids)
+        episode.rollout = Rollout(
+            torch.cat([before.token_ids, ids]),
+            torch.cat([before.logprobs, logprobs]),
+            text,
+            "length" if cut else new.finish_reason,
+            before.turns,
+        )
 
     def anyone(self, wanted: bool) -> bool:
         return self.engine.anyone(wanted)

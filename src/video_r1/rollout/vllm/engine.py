@@ -8,12 +8,14 @@ vLLM decides while it is imported to run in this process, so it is imported when
 
 import copy
 import gc
+import itertools
 import math
 import os
 import random
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -27,9 +29,16 @@ from video_r1.data.rollouts import Rollout
 from video_r1.errors import ConfigError, VideoR1Error
 from video_r1.models.group_forward import vision_language_model
 from video_r1.processes import gather_lists, process_count, process_index
-from video_r1.rollout.engine import MAX_SEQUENCES, RolloutEngine, SamplingSettings, stop_token_ids
+from video_r1.rollout.engine import (
+    MAX_SEQUENCES,
+    Asking,
+    RolloutEngine,
+    SamplingSettings,
+    Then,
+    stop_token_ids,
+)
 from video_r1.rollout.vllm.mrope import use_transformers_positions
-from video_r1.rollout.vllm.requests import engine_input, prompt_requests, rollout_of
+from video_r1.rollout.vllm.requests import PromptRequest, engine_input, prompt_requests, rollout_of
 from video_r1.rollout.vllm.serve import CPU_VARIABLES, OPTIONS, cpu_options
 from video_r1.rollout.vllm.weight_sync import checkpoint_weights
 from video_r1.settings.frames import FrameBudget
@@ -170,6 +179,48 @@ class VLLMEngine(RolloutEngine):
         for each, output in zip(asked, self._outputs(requests)[own], strict=True):
             results[each.index] = each.filled([self._rollout(completion) for completion in output.outputs])
         return results
+
+    @without_autocast()
+    def follow(self, asked: Asking, then: Then, **options: Any) -> None:
+        """Sample as `RolloutEngine.follow` says; in rounds if ranks share this vLLM. Raises as `generate`."""
+        if self._neighbours is not None:
+            return super().follow(asked, then)
+        from vllm import SamplingParams  # pyright: ignore[reportMissingImports]
+
+        engine, running, names = self.llm.llm_engine, dict[str, PromptRequest](), itertools.count()
+        waiting: set[Future[tuple[PromptRequest, Any] | None]] = set()
+
+        def add(request: PromptRequest, given: Any) -> None:
+            # Outputs are cumulative: each completion comes when it ends, not with the others of its prompt.
+            interval, name = request.parameters["max_tokens"], str(next(names))
+            engine.add_request(name, given, SamplingParams(**request.parameters, stream_interval=interval))
+            running[name] = request
+
+        def go_on(index: int, number: int, completion: Any) -> tuple[PromptRequest, Any] | None:
+            if turn := then(index, number, self._rollout(completion)):
+                (request,) = prompt_requests([turn[0]], turn[1], None, self.max_model_len, self.stop_ids)
+                return request._replace(index=index, first=number), engine_input(turn[0], self._dtype)
+
+        pool = ThreadPoolExecutor(thread_name_prefix="turns")
+        try:
+            for request in prompt_requests(*asked, self.max_model_len, self.stop_ids):
+                add(request, engine_input(asked[0][request.index], self._dtype))
+            while running or waiting:
+                for output in engine.step() if running else ():
+                    request = running[output.request_id]
+                    for completion in filter(lambda each: each.finished(), output.outputs):
+                        for number in request.numbers(completion.index):
+                            waiting.add(pool.submit(go_on, request.index, number, completion))
+                    if output.finished:
+                        del running[output.request_id]
+                done, waiting = wait(waiting, 0 if running else None, FIRST_COMPLETED)
+                for request in filter(None, (future.result() for future in done)):
+                    add(*request)
+        except BaseException:  # an interrupt, too: no request must stay for the next call
+            engine.abort_request(list(running))
+            raise
+        finally:
+            pool.shutdown(cancel_futures=True)
 
     def anyone(self, wanted: bool) -> bool:
         return wanted if self._neighbours is None else any(gather_lists([wanted], self._neighbours)[0])

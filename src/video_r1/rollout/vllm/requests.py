@@ -45,6 +45,12 @@ class PromptRequest(NamedTuple):
     index: int
     count: int
     parameters: dict[str, Any]
+    first: int = 0  # number of the first completion
+
+    def numbers(self, index: int) -> range:
+        """Return which completions vLLM's completion `index` is: all of them if it is the greedy one."""
+        first = self.first + index
+        return range(first, first + (self.count if self.parameters["n"] == 1 else 1))
 
     def filled(self, rollouts: list[Rollout]) -> list[Rollout]:
         """Return `count` rollouts, by repeating the greedy one. Raises VideoR1Error for a wrong number."""

@@ -8,6 +8,7 @@ weights that sampled it. A server that comes back with other weights gets the pr
 are used.
 """
 
+import json
 import logging
 import os
 import tempfile
@@ -16,8 +17,9 @@ import time
 import uuid
 from collections import deque
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -25,18 +27,19 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig
 
-from video_r1.chat_client import Failover, ServerFailure, ServerRefusal, get, post
+from video_r1.chat_client import Failover, ServerFailure, ServerRefusal, get, post, request, wait_for
 from video_r1.data.prompts import Prompt
 from video_r1.data.rollouts import Rollout
 from video_r1.errors import ConfigError, RequestError, VideoR1Error
 from video_r1.models.group_forward import vision_language_model
 from video_r1.processes import gather, process_count, process_index, wait_for_everyone
-from video_r1.rollout.engine import RolloutEngine, SamplingSettings, stop_token_ids
+from video_r1.rollout.engine import Asking, RolloutEngine, Then, stop_token_ids
 from video_r1.rollout.vllm.requests import PromptRequest, prompt_requests, rollout_of, server_request
 from video_r1.rollout.vllm.serve import WANTED, shape
 from video_r1.rollout.vllm.weight_sync import FolderSync, NCCLSync, WeightSync, checkpoint_weights
 
 T = TypeVar("T")
+Hear = Callable[[dict[str, Any]], object]
 logger = logging.getLogger(__name__)
 
 KEY_VARIABLE = "VLLM_API_KEY"
@@ -54,7 +57,7 @@ class ServerEngine(RolloutEngine):
     folder: parent of the folder for weights, which the server has to see under the same path (default: the
         system's folder for temporary files).
     wait: seconds to wait for a server that does not answer; timeout: seconds for one request;
-    concurrency: requests at once, for each address.
+    concurrency: requests at once, for each address: first turns, and as many later turns.
 
     A server's key is read from VLLM_API_KEY. Raises ConfigError when nothing answers at an address within
     `wait`, or the server there serves another model or was started in another way.
@@ -193,37 +196,48 @@ class ServerEngine(RolloutEngine):
 
     # ---- Completions
 
-    def generate(
-        self,
-        prompts: Sequence[Prompt],
-        sampling: SamplingSettings,
-        counts: Sequence[int] | None = None,
-    ) -> list[list[Rollout]]:
-        """Sample as VLLMEngine.generate does. Raises VideoR1Error when the server stays away or fails."""
-        requests = prompt_requests(prompts, sampling, counts, self.max_model_len, self._stop_ids)
+    def follow(self, asked: Asking, then: Then, **options: Any) -> None:
+        """Sample as `RolloutEngine.follow` says; a prompt's completions are one request with a stream.
+        Raises RequestError as VLLMEngine does, and VideoR1Error when the server stays away or fails.
+        """
+        requests = partial(prompt_requests, limit=self.max_model_len, stop_ids=self._stop_ids)
+        dtype = getattr(torch, self.served["dtype"])
 
-        def answer(request: PromptRequest) -> list[Rollout]:
-            dtype = getattr(torch, self.served["dtype"])
-            body = server_request(prompts[request.index], request.parameters, dtype)
-            choices = self._answer(body, request.parameters["n"])["choices"]
-            choices.sort(key=lambda choice: choice["index"])
-            return request.filled([self._rollout(choice) for choice in choices])
+        def begin(request: PromptRequest) -> list[Future[Any]]:
+            begun: dict[int, list[Future[Any]]] = {}
+
+            def hear(choice: dict[str, Any]) -> None:
+                if (index := choice["index"]) not in begun:  # a request that was sent again repeats some
+                    numbers = request.numbers(index)
+                    begun[index] = [turns.submit(go_on, request.index, each, choice) for each in numbers]
+
+            fields = {**request.parameters, "stream_interval": request.parameters["max_tokens"]}
+            body = server_request(asked[0][request.index], fields, dtype)
+            self._answer({**body, "stream": True}, fields["n"], hear)
+            return list(chain(*begun.values()))
+
+        def go_on(index: int, number: int, choice: dict[str, Any]) -> None:
+            while turn := then(index, number, self._rollout(choice)):
+                (request,) = requests([turn[0]], turn[1], None)
+                body = server_request(turn[0], request.parameters, dtype)
+                (choice,) = self._answer(body, 1)["choices"]
 
         self._lost = None
-        results: list[list[Rollout]] = [[] for _ in prompts]
-        pool = ThreadPoolExecutor(self.concurrency, thread_name_prefix="rollouts")
+        first, turns = (ThreadPoolExecutor(self.concurrency, name) for name in ("rollouts", "turns"))
         try:
-            for request, rollouts in zip(requests, pool.map(answer, requests), strict=True):
-                results[request.index] = rollouts
+            work: set[Future[Any]] = {first.submit(begin, request) for request in requests(*asked)}
+            while work:
+                done, work = wait(work, return_when=FIRST_COMPLETED)
+                work.update(*(future.result() or () for future in done))
         finally:
-            pool.shutdown(wait=True, cancel_futures=True)
-        return results
+            for pool in (turns, first):
+                pool.shutdown(cancel_futures=True)
 
     def score(self, answers: Sequence[tuple[Prompt, Tensor]]) -> list[list[tuple[float, int]]]:
         """Return log-prob, nats at temperature 1, and rank (1: likeliest) of tokens of the server's model.
 
         answers: all tokens and pixels of a sequence, and the indices [L] of the tokens that are scored.
-        Raises VideoR1Error as `generate`.
+        Raises VideoR1Error as `follow`.
         """
         dtype = getattr(torch, self.served["dtype"])
         parameters = {"n": 1, "max_tokens": 1, "prompt_logprobs": 0, "ignore_eos": True, "detokenize": False}
@@ -247,8 +261,11 @@ class ServerEngine(RolloutEngine):
         """Return the token ids of a text by the served tokenizer."""
         return self._post("/tokenize", {"prompt": text, "add_special_tokens": False})["tokens"]
 
-    def _answer(self, body: dict[str, Any], count: int) -> dict[str, Any]:
-        """Return the answer to one request, complete and by the present weights, after retries."""
+    def _answer(self, body: dict[str, Any], count: int, hear: Hear | None = None) -> dict[str, Any]:
+        """Return the answer to one request, complete and by the present weights, after retries.
+
+        hear: called with each choice of a streamed answer as soon as it has ended, again after a retry.
+        """
         failure: ServerFailure | None = None
         for _ in range(ATTEMPTS):
             recoveries = self._recoveries
@@ -257,7 +274,9 @@ class ServerEngine(RolloutEngine):
                     if address.failed:
                         self._max_length(address.url)  # still the same model
                     url = f"{address.url}/inference/v1/generate"
-                    reply = post(url, self._key, body, self.timeout)
+                    reply = (
+                        self._streamed(url, body, hear) if hear else post(url, self._key, body, self.timeout)
+                    )
                     self._check(reply["choices"], count)
                 return reply
             except ServerFailure as error:
@@ -269,6 +288,25 @@ class ServerEngine(RolloutEngine):
             except ServerRefusal as refusal:
                 raise VideoR1Error(f"{self.url} refused a request: {refusal}") from refusal
         raise VideoR1Error(f"{self.url} failed {ATTEMPTS} times at one request: {failure}")
+
+    def _streamed(self, url: str, body: dict[str, Any], hear: Hear) -> dict[str, Any]:
+        choices: dict[int, dict[str, Any]] = {}
+
+        def read(line: str) -> None:
+            event: Any = json.loads(line[6:]) if line.startswith("data: {") else {"choices": ()}
+            if "error" in event:
+                raise ServerFailure(f"its answer broke off: {event['error']['message']}")
+            for choice in event["choices"]:
+                if before := choices.get(choice["index"]):
+                    choice["token_ids"][:0] = before["token_ids"]
+                    choice["logprobs"]["content"][:0] = before["logprobs"]["content"]
+                choices[choice["index"]] = choice
+                if choice["finish_reason"] is not None:
+                    self._check([choice], 1)
+                    hear(choice)
+
+        wait_for(request(url, self._key, self.timeout, json.dumps(body).encode(), on_line=read))
+        return {"choices": list(choices.values())}
 
     def _check(self, choices: Sequence[dict[str, Any]], count: int) -> None:
         """Raise ServerFailure for an answer that is incomplete or comes from other weights."""
