@@ -622,14 +622,14 @@ class Rounds(ScriptedEngine):
         self.generate = engine.generate
 
 
-def check_follow(engine: Any, stop_ids: str, clip: Path, processor: Any) -> None:
+def check_follow(engine: Any, stop_ids: str, clip: Path, processor: Any, family: str) -> None:
     """The quick answer to a question takes its second turn before the slow one has ended its first.
 
     stop_ids: name of the engine's attribute.
     """
     builder = PromptBuilder(processor)
-    prompts = [question("qwen2_5_vl", clip, builder)]
-    builder.toolbox = toolbox(functions=[add])
+    prompts = [question(family, clip, builder)]
+    builder.toolbox = toolbox(family, [add])
     for seed in range(20):
         setattr(engine, stop_ids, [])
         sampling = SamplingSettings(n=2, max_tokens=100, seed=(seed,))
@@ -663,7 +663,7 @@ def test_episodes_in_vllm(family: str, clip: Path) -> None:
         engine.update_weights(model)
         prompts, groups = sampled(family, clip, model, engine)
         _, rounds = sampled(family, clip, model, Rounds(engine))
-        check_follow(engine, "stop_ids", clip, processor)
+        check_follow(engine, "stop_ids", clip, processor, family)
         engine.update_weights(model)  # which refuses while requests are running
     finally:
         engine.close()

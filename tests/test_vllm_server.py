@@ -80,7 +80,7 @@ def test_logprobs_before_and_after_the_weight_sync(
 def test_episodes(engine: ServerEngine, model: Any, processor: Any, tmp_path: Path) -> None:
     clip = write_clip(tmp_path / "clip.mp4", moving_square(64))
     check_sampler(model, *sampled("qwen2_5_vl", clip, model, engine, processor))
-    check_follow(engine, "_stop_ids", clip, processor)
+    check_follow(engine, "_stop_ids", clip, processor, "qwen2_5_vl")
 
 
 def test_a_served_teacher(engine: ServerEngine, server: ServerProcess, model: Any, tmp_path: Path) -> None:
