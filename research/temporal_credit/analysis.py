@@ -187,7 +187,8 @@ def claims(runs: Sequence[Run]) -> str:
     arms together. A difference that the experiment would find with probability 0.8 stands below.
     """
     chosen = [run for run in runs if run["part"] == "confirmation"]
-    models = {arm: pooled(chosen, accuracy("lying"), arm, ("seed",)) for arm in dict(map(reversed, CLAIMS))}
+    controls = {control for _, control in CLAIMS}
+    models = {control: pooled(chosen, accuracy("lying"), control, ("seed",)) for control in controls}
     ordered = pooled(chosen, accuracy("ordered"), "grpo", ("seed",))
     rows = [(f"{arm} − {control}", models[control].effects[arm]) for arm, control in CLAIMS]
     lines = [markdown(("lying marks", "difference"), rows)]
