@@ -23,7 +23,7 @@ complete_word() {
     ("words", "found"),
     [
         (("data", "c"), "check"),
-        (("rl", "video-r1-3"), "video-r1-3b-tgrpo video-r1-3b-tgrpo-lora"),
+        (("rl", "video-r1-3"), "video-r1-3b-distill video-r1-3b-tgrpo video-r1-3b-tgrpo-lora"),
         (("rl", "lab-tgrpo", "--temporal_ru"), "--temporal_rule"),
         (
             ("rl", "lab-tgrpo", "--temporal_rule", "likelihood_"),

@@ -284,8 +284,8 @@ def test_the_judge_says_what_is_correct(endpoint: JudgeEndpoint, tmp_path: Path,
     judge = Judge(settings, tmp_path, Meter(), lambda: False)
     judge.open()
     own, choice = group(*answers), group("B", "A", kind="multiple choice", number=2)
-    question: Any = SimpleNamespace(sample=own.sample, ordered=None, shuffled=None)
-    other: Any = SimpleNamespace(sample=choice.sample, ordered=None, shuffled=None)
+    question: Any = SimpleNamespace(sample=own.sample, ordered=None, shuffled=None, teacher=None)
+    other: Any = SimpleNamespace(sample=choice.sample, ordered=None, shuffled=None, teacher=None)
     free, chosen = score_groups(
         [question, other], [own.ordered[:2], choice.ordered], [own.ordered[2:], []],
         reward_terms(None, settings), settings, lambda sample: "", judge=judge,
