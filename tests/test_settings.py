@@ -115,6 +115,7 @@ def test_gates_have_their_own_defaults() -> None:
     assert (gate.alpha, gate.contrast) == (0.9, "frozen")
     own = TGRPOSettings(temporal_rule="likelihood_gate", temporal_alpha=0.0, temporal_contrast="shuffled")
     assert (own.alpha, own.contrast) == (0.0, "shuffled")
+    assert TGRPOSettings(temporal_rule="likelihood_gate", contrast_unit="patch").contrast == "shuffled"
 
 
 @pytest.mark.parametrize("command", COMMANDS)

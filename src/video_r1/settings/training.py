@@ -282,7 +282,8 @@ class TGRPOSettings(JudgeSettings, TrainingSettings):
     @property
     def contrast(self) -> Contrast:
         """The contrast clip of the temporal rule. A frozen clip keeps a shortcut that one frame shows."""
-        return self.temporal_contrast or ("frozen" if "gate" in self.temporal_rule else "shuffled")
+        frozen = "gate" in self.temporal_rule and self.contrast_unit == "frame"
+        return self.temporal_contrast or ("frozen" if frozen else "shuffled")
 
     @property
     def alpha(self) -> float:
