@@ -114,7 +114,7 @@ def make_teacher(folder: Path, seed: int) -> Path:
 
 
 def tested(model: Path, manifest: Path, out: Path, frames: int) -> dict[str, float]:
-    """Return accuracy in order, its gap to shuffled frames, and the mean length of the answers."""
+    """Return accuracy in order, and its gap to shuffled frames."""
     video_r1("eval", "lab-eval", model=model, manifest=manifest, out=out, max_frames=frames)
     (file,) = out.glob("predictions-*.jsonl")
     records = [json.loads(line) for line in file.read_text("utf-8").splitlines()]

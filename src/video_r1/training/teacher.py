@@ -40,7 +40,7 @@ OTHER_TOKENS = (
 
 
 class TeacherScores(NamedTuple):
-    """Of N tokens: log π_T [N] float32, nats; whether the token is the teacher's likeliest [N] bool."""
+    """Scores of N tokens: log π_T [N] float32, nats; whether each is the teacher's likeliest [N] bool."""
 
     logprobs: Tensor
     likeliest: Tensor
@@ -66,7 +66,8 @@ class Teacher:
             urls, wait = addresses(name), settings.vllm_server_timeout
             self.server = ServerEngine(urls, processor, policy.generation_config, wait=wait)
             self._check_server(self.server, type(vision_language_model(policy)).__name__, builder.tokenizer)
-            longest = self.server.max_model_len - settings.max_completion_length - tool_tokens(settings) - 1
+            answer = settings.max_completion_length + tool_tokens(settings, builder.toolbox is not None)
+            longest = self.server.max_model_len - answer - 1
         elif name != "self":
             processor = load_processor(name, settings.trust_remote_code)
             if processor.tokenizer.get_vocab() != builder.tokenizer.get_vocab():
