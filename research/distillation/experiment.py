@@ -15,6 +15,7 @@ import argparse
 import json
 import shutil
 import time
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from statistics import fmean
@@ -83,10 +84,17 @@ class WeightedTrainer(TimedTrainer):
             shuffled.append(replace(group, teacher_prompt=question.shuffled))
         without = teacher.scores(model, shuffled).logprobs.cpu()
         own = [part for group in batch.trained for part in group.teacher_logprobs or []]
-        drops = (torch.cat(own) - without).clamp(min=0.0).split([len(part) for part in own])
-        means = [drop.mean() for drop in drops]
-        weights = [drop / mean if mean > 0 else 1 + drop for drop, mean in zip(drops, means, strict=True)]
-        batch.teacher_credits = batch.teacher_credits * torch.cat(weights).to(logprobs)
+        drops = (torch.cat(own) - without).split([len(part) for part in own])
+        batch.teacher_credits = batch.teacher_credits * token_weights(drops).to(logprobs)
+
+
+def token_weights(drops: Sequence[Tensor]) -> Tensor:
+    """Return max(0, d) ÷ its mean over the response for each token, [N]; 1 in a response that loses nothing.
+
+    drops: d [L] of each response, in nats.
+    """
+    losses = [drop.clamp(min=0.0) for drop in drops]
+    return torch.cat([loss / loss.mean() if loss.any() else torch.ones_like(loss) for loss in losses])
 
 
 def cold_start(folder: Path, name: str, seed: int, frames: int) -> Path:
