@@ -184,7 +184,7 @@ def write_rl_run(
     write_lines(run / "left_out.jsonl", left_out_lines(steps))
     (run / "config.yaml").write_text(
         "model_name_or_path: models/lab-base\ntrain_manifest: data/rl.json\nnum_generations: 8\n"
-        "learning_rate: 1.0e-06\ntemporal_rule: margin\nbeta: 0.04\nseed: 42\n"
+        "learning_rate: 1.0e-06\ntemporal_rule: margin\ntemporal_contrast: null\nbeta: 0.04\nseed: 42\n"
         "length_range: [320, 512]\nhub_token: hf_very_private\n",
         "utf-8",
     )

@@ -94,6 +94,7 @@ def test_curves_come_first_and_have_read_outs(page: Page, rl_page: Path) -> None
         "Response length, tokens",
     ]
     assert "share right, p and p̃" in texts(page, ".family .title")
+    assert "shuffled" in page.inner_text("main") and "null" not in page.inner_text("main")
     data = data_of(rl_page)
     values = data["runs"][0]["points"]["series"]["reward/accuracy"]
     assert texts(page, ".headline output b")[0] == f"{float(f'{values[-1]:.3g}'):g}"

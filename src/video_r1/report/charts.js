@@ -140,7 +140,7 @@ function chartSpecs(run) {
     const [, gap, end] = /^(eval_.*_gap)_(low|high)$/.exec(name) || [];
     if (gap) [base, label] = [gap, end];
     if (parts[0] === "answers") [base, label] = ["answers/letters", parts[1]];
-    if (base === "temporal/p_shuffled") label = run.config?.temporal_contrast || label; // the name stays, whatever the clip
+    if (base === "temporal/p_shuffled" && contrasts.includes(run.config?.temporal_contrast)) label = run.config.temporal_contrast; // the name stays, whatever the clip
     if (paired) base = orderedTwin(stem) || base;
     if (!specs.has(base)) specs.set(base, { base, group: groupOf(name), lines: [] });
     const data = run.series[name];
