@@ -2,12 +2,12 @@
 
     python -m research.look_again.experiment runs/look --seeds 0,1,2
 
-A clip lasts 64 seconds and shows an object in one of four corners, a sign that lasts: the corner says in
-which of four windows of four seconds something happens (top left 0 to 4 s, top right 16 to 20 s, and so on;
+A clip lasts 64 seconds and shows a white object of one of four shapes, a sign that lasts: the shape says in
+which of four windows of four seconds something happens (circle 0 to 4 s, square 16 to 20 s, and so on;
 nobody tells the model). There the object has another colour for one second, between the frames of the
-overview. Half of the questions ask for that colour, half for the corner, which needs no look. The cold start
-names the corner and mostly calls `look`, at a random window. It lists the colours that it sees; where none
-but white is there, it says so and guesses.
+overview. A question asks for the object's colour at that moment, or for its shape, which needs no look. The
+cold start names the shape and mostly calls `look`, at a random window. It lists the colours that it sees, and
+answers "white", which is wrong, where none but white is there.
 
 OUT/base/              the lab's base, with tokens of their own for the words of a call
 OUT/SEED/data/         clips, sft.json, plain.json (without calls), rl.json, test.json
@@ -37,16 +37,16 @@ from video_r1.data.tools import look
 from video_r1.files import replace_json
 from video_r1.lab.clips import write_clip
 from video_r1.lab.model import base_folder
-from video_r1.lab.scenes import COLOURS, PLACES, SHAPES, Look, listing, render
+from video_r1.lab.scenes import COLOURS, SHAPES, Look, listing, render
 
 EVERY, WINDOW, RATE = 16, 4, 2  # seconds from window to window, of a window, frames a second
-SECONDS = len(PLACES) * EVERY
+SECONDS = len(SHAPES) * EVERY
 OVERVIEW, LOOKED = 8, 8  # frames
 BETWEEN = (1, 3)  # seconds of a window in which the overview has no frame, whichever window
 LESSONS, QUESTIONS, TESTS = 1800, 600, 300
-SFT_STEPS, RL_STEPS = 400, 120
-RL = {"learning_rate": 2e-4, "beta": 0.01}
-ASKED = {"sft": 0.8, "rl": 0.5, "test": 0.5}  # share of the questions about the colour
+SFT_STEPS, RL_STEPS = 400, 60
+RL = {"learning_rate": 5e-4, "beta": 0.01}
+ASKED = {"sft": 0.8, "rl": 0.8, "test": 0.5}  # share of the questions about the colour
 TOOLS = {"tools": "look", "max_looks": 1, "look_frames": LOOKED, "look_fps": 2, "max_prompt_length": 1024}
 FRAMES = {"max_frames": OVERVIEW}
 PLAIN = {"max_frames": OVERVIEW + LOOKED}  # the same visual tokens
@@ -58,7 +58,7 @@ ARMS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 """Cold start and settings of each arm, besides those of the recipe lab-tgrpo."""
 CALLED = 0.8  # share of the lessons that call
-_CALL = '<tool_call>\n{"name": "look", "arguments": {"start": '
+_CALL = '</think>\n<tool_call>\n{"name": "look", "arguments": {"start": '
 WORDS = (_CALL, ', "end": ', "}}\n</tool_call>", "<tool_response>", "</tool_response>", " s:")
 NUMBERS = ("16", "20", "32", "36", "48", "52")
 """Texts that get a token of their own, as in Qwen's tokenizers: the base's spell them out."""
@@ -90,49 +90,45 @@ def write_question(folder: Path, seed: int, job: tuple[str, int]) -> dict[str, A
     """Write a clip; return its row, with the lessons of both cold starts in `taught`."""
     kind, index = job
     rng = np.random.default_rng((seed, ("sft", "rl", "test").index(kind), index))
-    place = str(rng.choice(PLACES))
-    shape, colours = str(rng.choice(SHAPES)), [colour for colour in COLOURS if colour != "white"]
-    colour, start = str(rng.choice(colours)), EVERY * PLACES.index(place)
+    shape, colour = str(rng.choice(SHAPES)), str(rng.choice([name for name in COLOURS if name != "white"]))
+    start = EVERY * SHAPES.index(shape)
     event = start + int(rng.choice(BETWEEN))
-    timeline = [Look("white", shape, "large").at(place)] * SECONDS
+    timeline = [Look("white", shape, "large")] * SECONDS
     timeline[event] = replace(timeline[event], colour=colour)
     path = f"./videos/{kind}-{index:05d}.mp4"
     if not (folder / path).exists():
         write_clip(folder / path, render(timeline, (np.arange(SECONDS * RATE) / RATE).tolist(), rng), RATE)
     rng = np.random.default_rng((seed, ("sft", "rl", "test").index(kind), index, 1))  # of the question
     needs_look = bool(rng.random() < ASKED[kind])
-    choices, answer = (colours, colour) if needs_look else (list(PLACES), place)
-    problem = f"Which colour was the {shape} then?" if needs_look else f"Where is the {shape}?"
-    looked = EVERY * int(rng.integers(len(PLACES))) if rng.random() < CALLED else None
-    sees = not needs_look or looked == start
-    seen = answer if sees else str(rng.choice(choices))
-    concluded = f"it is {seen}. {seen} is {LETTERS[choices.index(seen)]}." if sees else "it is unknown."
-    said = {"solution": f"<answer>{LETTERS[choices.index(seen)]}</answer>"}
-    call = None
+    choices, answer = (list(COLOURS), colour) if needs_look else (list(SHAPES), shape)
+    looked = EVERY * int(rng.integers(len(SHAPES))) if rng.random() < CALLED else None
+    seen = "white" if needs_look and looked != start else answer
+    letter = LETTERS[choices.index(seen)]
+    concluded, call = f"it is {seen}. {seen} is {letter}.", None
     if looked is not None:
         concluded = f"{listing(timeline[looked : looked + WINDOW], 'colours')}. {concluded}"
         call = [
-            {"role": "assistant", "content": f"<think>place: {place}.</think>",
+            {"role": "assistant", "content": f"<think>shape: {shape}</think>",
              "tool_calls": [{"type": "function", "function":
                              {"name": "look", "arguments": {"start": looked, "end": looked + WINDOW}}}]},
             {"role": "tool", "content": ""},
         ]  # fmt: skip
     tool = {
-        "process": f"<think>{concluded}</think>" if call else f"<think>place: {place}. {concluded}</think>",
+        "process": f"<think>{concluded}</think>" if call else f"<think>shape: {shape}. {concluded}</think>",
+        "solution": f"<answer>{letter}</answer>",
         **({"messages": call} if call else {}),
-        **said,
     }
     true = LETTERS[choices.index(answer)]
     plain = {"process": f"<think>it is {answer}. {answer} is {true}.</think>"}
     return {
         "problem_id": f"look-{seed}-{kind}-{index}",
-        "problem": problem,
+        "problem": "Which colour was it then?" if needs_look else "Which shape is it?",
         "data_type": "video",
         "problem_type": "multiple choice",
         "options": lettered(choices),
         "solution": f"<answer>{true}</answer>",
         "path": path,
-        "data_source": "look/colour" if needs_look else "look/place",
+        "data_source": "look/colour" if needs_look else "look/shape",
         "event": event,
         "taught": {"tool": tool, "plain": plain},
     }
@@ -195,7 +191,7 @@ def test(folder: Path, name: str, model: str, settings: dict[str, Any]) -> dict[
     rows = {row["problem_id"]: row for row in read_rows(folder / "data/test.json")}
     records = [json.loads(line) for line in file.read_text().splitlines()]
     found: dict[str, Any] = {}
-    for source in ("look/colour", "look/place"):
+    for source in ("look/colour", "look/shape"):
         asked = [r for r in records if rows[r["problem_id"]]["data_source"] == source]
         scores = {
             order: [r["score"] for r in asked if r["order"] == order] for order in ("ordered", "elsewhere")
@@ -223,7 +219,7 @@ def table(results: Sequence[dict[str, Any]]) -> str:
     figures = ("accuracy", "calls", "hits", "right at a hit", "look gap")
     lines = [f"| | asked | {' | '.join(figures)} |", "|---|---|" + "---|" * len(figures)]
     for name in dict.fromkeys(result["name"] for result in results):
-        for source in ("look/colour", "look/place"):
+        for source in ("look/colour", "look/shape"):
             runs = [result[source] for result in results if result["name"] == name]
             cells = []
             for figure in figures:
