@@ -44,8 +44,8 @@ SECONDS = len(SHAPES) * EVERY
 OVERVIEW, LOOKED = 8, 8  # frames
 BETWEEN = (1, 3)  # seconds of a window in which the overview has no frame, whichever window
 LESSONS, QUESTIONS, TESTS = 1800, 600, 300
-SFT_STEPS, RL_STEPS = 400, 60
-RL = {"learning_rate": 5e-4, "beta": 0.01}
+SFT_STEPS, RL_STEPS = 400, 90
+RL = {"learning_rate": 3e-4, "beta": 0.02, "temperature": 1.0}
 ASKED = {"sft": 0.8, "rl": 0.8, "test": 0.5}  # share of the questions about the colour
 TOOLS = {"tools": "look", "max_looks": 1, "look_frames": LOOKED, "look_fps": 2, "max_prompt_length": 1024}
 FRAMES = {"max_frames": OVERVIEW}
@@ -177,7 +177,7 @@ def train(seed: int, folder: Path, arm: str, steps: int) -> None:
 
 
 def test(folder: Path, name: str, model: str, settings: dict[str, Any]) -> dict[str, Any]:
-    """Return what a checkpoint does in the test, and write it to NAME.json."""
+    """Return what a checkpoint does in the test, sampled as in RL, and write it to NAME.json."""
     path = folder / f"{name}.json"
     if path.exists():
         return json.loads(path.read_text())
@@ -185,7 +185,8 @@ def test(folder: Path, name: str, model: str, settings: dict[str, Any]) -> dict[
     given = {key: value for key, value in settings.items() if key != "temporal_rule"}
     video_r1(
         "eval", "lab-eval", model=folder / model, manifest=folder / "data/test.json", out=out,
-        order="ordered,elsewhere" if tools else "ordered", max_new_tokens=96, **given,
+        order="ordered,elsewhere" if tools else "ordered", max_new_tokens=96, temperature=1.0,
+        seed=0, **given,
     )  # fmt: skip
     (file,) = out.glob("predictions-*.jsonl")
     rows = {row["problem_id"]: row for row in read_rows(folder / "data/test.json")}
