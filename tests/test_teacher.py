@@ -83,6 +83,7 @@ def test_distillation_follows_the_reverse_kl(
     trainer.train()
     line = read_lines(tmp_path / "run" / "metrics.jsonl")[0]
     assert line["teacher/kl"] > 0 and 0 <= line["teacher/agreement"] < 1 and 0 < line["teacher/clipped"] < 0.5
+    assert "groups/no_variance" not in line  # no rewards
     recorded = read_lines(tmp_path / "run" / "rollouts.jsonl")[0]["ordered"][0]
     assert "".join(word for word, *_ in recorded["word_logprobs"]) == recorded["text"]
     assert "advantage_without_temporal" not in recorded  # no contrast clip was sampled

@@ -9,6 +9,7 @@ before and after RL; OUT/static.json has it for all complete runs, which are not
 import argparse
 import json
 import shutil
+from functools import partial
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -32,8 +33,11 @@ from video_r1.files import replace_json
 from video_r1.lab.clips import write_clip
 from video_r1.lab.questions import IMAGE_FAMILIES
 from video_r1.lab.scenes import FPS, SECONDS
+from video_r1.rollout.engine import replaced
+from video_r1.training import tgrpo
 
-ARMS = ("grpo", "gate-frozen", "gate-apart")
+ARMS = ("grpo", "gate-frozen", "gate-apart", "gate-floor")
+FLOOR = 0.1  # added to the deviation of a group's rewards in gate-floor, in place of 1e-4
 TEST, SFT_STEPS = 1000, 480
 
 
@@ -85,10 +89,14 @@ def run_seed(out: Path, seed: int) -> list[dict[str, Any]]:
                     "sft", "lab-sft", train_manifest=lesson, output_dir=run, seed=seed, max_steps=SFT_STEPS
                 )
             else:
-                video_r1(
-                    "rl", "lab-tgrpo", model_name_or_path=cold, train_manifest=lab / "rl.json",
-                    output_dir=run, max_steps=STEPS, seed=seed, **RULES[arm],
-                )  # fmt: skip
+                rule, given = RULES["gate-frozen" if arm == "gate-floor" else arm], tgrpo.group_advantages
+                with replaced(
+                    tgrpo, "group_advantages", partial(given, eps=FLOOR) if arm == "gate-floor" else given
+                ):
+                    video_r1(
+                        "rl", "lab-tgrpo", model_name_or_path=cold, train_manifest=lab / "rl.json",
+                        output_dir=run, max_steps=STEPS, seed=seed, **rule,
+                    )  # fmt: skip
             found = accuracy(run, lab / "test.json", run / "test")
             replace_json(run / "static.json", {"seed": seed, "arm": arm, **found, "made_with": made_with()})
         results.append(json.loads((run / "static.json").read_text("utf-8")))

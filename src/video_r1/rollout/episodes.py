@@ -181,29 +181,27 @@ class ToolEngine(RolloutEngine):
 
     def _turn(self, rollout: Rollout, calls: tuple[ToolCall, ...], prompt: Prompt, seed: str) -> ToolTurn:
         after, results = len(rollout.token_ids), [call.result for call in calls]
-        if prompt.permutation is not None:
-            results = self._contrasted(results, cast(Contrast, prompt.contrast), f"{seed}/{after}")
-        turn, contrast = self.builder.build_turn(results, prompt), None
-        if self.contrast is not None and prompt.permutation is None:
-            contrast = self.builder.build_turn(
-                self._contrasted(results, self.contrast, f"{seed}/{after}"), prompt
-            )
-        return ToolTurn(after, rollout.text, calls, turn, contrast)
+        shown = None if prompt.permutation is None else cast(Contrast, prompt.contrast)
+
+        def build(contrast: Contrast | None) -> Prompt:
+            changed = results if contrast is None else self._contrasted(results, contrast, f"{seed}/{after}")
+            return self.builder.build_turn(changed, prompt)
+
+        scored = build(self.contrast) if self.contrast and shown is None else None
+        return ToolTurn(after, rollout.text, calls, build(shown), scored)
 
     def _contrasted(self, results: Sequence[Sequence[Any]], contrast: Contrast, seed: str) -> list[list[Any]]:
         """Return the results with the contrast of each clip, within the stretch that it shows."""
         generator = derived_generator(seed)
-        changed: list[list[Any]] = []
-        for result in results:
-            changed.append([])
-            for part in result:
-                if not isinstance(part, str) and contrast == "blind":
-                    continue
-                if not isinstance(part, str) and part.kind == "video":
-                    order = contrast_order(contrast, [len(part.frames)], generator, self.unit)
-                    part = part if order is None else reordered([part], order)[0]
-                changed[-1].append(part)
-        return changed
+
+        def changed(part: Any) -> Any:
+            if isinstance(part, str) or part.kind != "video":
+                return part
+            order = contrast_order(contrast, [len(part.frames)], generator, self.unit)
+            return part if order is None else reordered([part], order)[0]
+
+        keeps = str if contrast == "blind" else object
+        return [[changed(part) for part in result if isinstance(part, keeps)] for result in results]
 
     def _add(self, episode: Episode, new: Rollout) -> None:
         """Add a turn of the policy to an answer."""

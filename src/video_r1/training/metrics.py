@@ -125,7 +125,8 @@ def describe_groups(
             meter.add("completion/length", len(rollout.token_ids))
             meter.add("completion/truncated", rollout.finish_reason == "length")
             meter.add("completion/self_reflection", has_self_reflection(rollout.text, phrases))
-        meter.add("groups/no_variance", bool(without_variance(group.total_reward[None])))
+        if group.rewards:  # a teacher alone needs none
+            meter.add("groups/no_variance", bool(without_variance(group.total_reward[None])))
     everywhere: dict[tuple[str, int], list[float]] = defaultdict(list)
     for pair, shares in chain(*(part.items() for part in gather(dict(pairs)))):
         everywhere[pair] += shares
