@@ -100,7 +100,8 @@ def write_question(folder: Path, seed: int, job: tuple[str, int]) -> dict[str, A
         write_clip(folder / path, render(timeline, (np.arange(SECONDS * RATE) / RATE).tolist(), rng), RATE)
     rng = np.random.default_rng((seed, ("sft", "rl", "test").index(kind), index, 1))  # of the question
     needs_look = bool(rng.random() < ASKED[kind])
-    choices, answer = (list(COLOURS), colour) if needs_look else (list(SHAPES), shape)
+    choices: list[str] = [*(COLOURS if needs_look else SHAPES)]
+    answer = colour if needs_look else shape
     looked = EVERY * int(rng.integers(len(SHAPES))) if rng.random() < CALLED else None
     seen = "white" if needs_look and looked != start else answer
     letter = LETTERS[choices.index(seen)]
