@@ -44,7 +44,7 @@ SECONDS = len(SHAPES) * EVERY
 OVERVIEW, LOOKED = 8, 8  # frames
 BETWEEN = (1, 3)  # seconds of a window in which the overview has no frame, whichever window
 LESSONS, QUESTIONS, TESTS = 1800, 600, 300
-SFT_STEPS, RL_STEPS = 400, 90
+SFT_STEPS, RL_STEPS = 300, 60
 RL = {"learning_rate": 3e-4, "beta": 0.02, "temperature": 1.0}
 ASKED = {"sft": 0.8, "rl": 0.8, "test": 0.5}  # share of the questions about the colour
 TOOLS = {"tools": "look", "max_looks": 1, "look_frames": LOOKED, "look_fps": 2, "max_prompt_length": 1024}
@@ -59,9 +59,11 @@ ARMS: dict[str, tuple[str, dict[str, Any]]] = {
 """Cold start and settings of each arm, besides those of the recipe lab-tgrpo."""
 CALLED = 0.8  # share of the lessons that call
 _CALL = '</think>\n<tool_call>\n{"name": "look", "arguments": {"start": '
-WORDS = (_CALL, ', "end": ', "}}\n</tool_call>", "<tool_response>", "</tool_response>", " s:")
+WORDS = (', "end": ', "}}\n</tool_call>", "<tool_response>", "</tool_response>", " s:")
 NUMBERS = ("16", "20", "32", "36", "48", "52")
-"""Texts that get a token of their own, as in Qwen's tokenizers: the base's spell them out."""
+"""Texts that get a token of their own, as in Qwen's tokenizers: the base's spell them out. So does a shape
+with the call behind it: so small a model does not learn from rewards to attend to a word (README.md).
+"""
 _LOOK = re.compile(r"\[look\(start=([\d.]+), end=([\d.]+)")
 
 
@@ -76,7 +78,7 @@ def make_base(folder: Path) -> None:
     processor = load_processor(str(base_folder()))
     model: Any = load_model(str(base_folder()), "float32")
     described = TOOLS_MESSAGE.format(json.dumps(get_json_schema(look)))
-    processor.tokenizer.add_tokens([*WORDS, *NUMBERS, described])
+    processor.tokenizer.add_tokens([*(f" {shape}{_CALL}" for shape in SHAPES), *WORDS, *NUMBERS, described])
     torch.manual_seed(0)
     model.resize_token_embeddings(len(processor.tokenizer), mean_resizing=False)
     model.save_pretrained(folder)
