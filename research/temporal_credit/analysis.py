@@ -159,11 +159,11 @@ def diagram(runs: Sequence[Run]) -> str:
     return markdown(("cold start", "cue", *PREDICTED), rows)
 
 
-def confirmation(runs: Sequence[Run]) -> str:
-    """Tabulate the confirmation: means, and the differences to GRPO in the pooled model."""
-    chosen = [run for run in runs if run["part"] == "confirmation"]
+def compared(runs: Sequence[Run], part: str) -> str:
+    """Tabulate the confirmation or the second base: means, and the differences to GRPO in the pooled model."""
+    chosen = [run for run in runs if run["part"] == part]
     if len({run["seed"] for run in chosen if run["arm"] != "grpo"}) < 2:
-        return "The confirmation has too few runs for a table.\n"
+        return f"The {part} has too few runs for a table.\n"
     models = {view: pooled(chosen, accuracy(view), "grpo", ("seed",)) for view in ("lying", "ordered")}
     rows = []
     for arm in dict.fromkeys(run["arm"] for run in chosen):
@@ -287,7 +287,9 @@ def kept() -> list[Run]:
 
 def main() -> None:
     runs = collect(Path(sys.argv[2])) if sys.argv[1:2] == ["collect"] else kept()
-    print(f"{diagram(runs)}\n{confirmation(runs)}\n{claims(runs)}")
+    print(
+        f"{diagram(runs)}\n{compared(runs, 'confirmation')}\n{claims(runs)}\n{compared(runs, 'second-base')}"
+    )
     if any(run["part"] == "diagram" for run in runs):
         picture(runs, HERE / "diagram.webp")
 

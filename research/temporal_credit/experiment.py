@@ -2,6 +2,7 @@
 
     python -m research.temporal_credit.experiment runs/credit --part diagram --workers 2
     python -m research.temporal_credit.experiment runs/credit --part confirmation --workers 2
+    python -m research.temporal_credit.experiment runs/credit --part second-base --workers 2
 
 OUT/data-SEED/                 RL questions by accuracy of the cue, their reversed twins, and the tests
 OUT/SKILL-SEED/                cold start and gates.json: is the skill there before any RL?
@@ -40,8 +41,10 @@ from research.temporal_credit.oracle import contrast_answer
 from video_r1.data.answers import LETTERS
 from video_r1.files import replace_json
 from video_r1.lab.clips import write_clip
+from video_r1.lab.model import base_folder
 from video_r1.lab.questions import NAMED_FAMILIES
 from video_r1.lab.scenes import FPS, MARKS, SECONDS, render
+from video_r1.settings.training_record import RECORD, read_record
 
 FAMILIES = (
     "direction", "first_colour", "last_colour", "after", "before", "first_shape", "end_place", "rotation",
@@ -88,17 +91,27 @@ class Cell:
     cue: float
     skill: Literal["skilled", "unskilled"]
     seed: int
-    part: Literal["diagram", "confirmation"]
+    part: Literal["diagram", "confirmation", "second-base"]
 
     @property
     def test(self) -> int:
         """Number of test questions of each view."""
-        return 2000 if self.part == "confirmation" else 600
+        return 600 if self.part == "diagram" else 2000
 
     @property
     def steps(self) -> int:
         """Optimizer steps of RL."""
-        return STEPS if self.part == "confirmation" else STEPS // 2
+        return STEPS // 2 if self.part == "diagram" else STEPS
+
+    @property
+    def base(self) -> Path:
+        return base_folder("qwen3_5" if self.part == "second-base" else "qwen2_5_vl")
+
+    @property
+    def pixels(self) -> dict[str, int]:
+        """Settings of the base's frames."""
+        record = read_record(self.base / RECORD)
+        return {name: record[name] for name in ("frame_pixels", "image_pixels")}
 
     def start(self, out: Path) -> Path:
         return out / f"{self.skill}-{self.seed}"
@@ -113,6 +126,7 @@ DIAGRAM_ARMS = (
 CONFIRMATION_ARMS = (
     "grpo", "likelihood", "gate-frozen", "pairs", "pairs-gate", "placebo", "clean", "margin", "margin-batch",
 )  # fmt: skip
+SECOND_BASE_ARMS = ("grpo", "gate-frozen")
 
 
 def diagram(seeds: Sequence[int]) -> Iterator[Cell]:
@@ -127,11 +141,20 @@ def confirmation(seeds: Sequence[int]) -> Iterator[Cell]:
         yield Cell(arm, 1.0, "skilled", seed, "confirmation")
 
 
+def second_base(seeds: Sequence[int]) -> Iterator[Cell]:
+    for seed, arm in product(seeds, SECOND_BASE_ARMS):
+        yield Cell(arm, 1.0, "skilled", seed, "second-base")
+
+
 MISSED = {101, 103, 104, 105, 106, 111, 112, 114}
 """Seeds whose cold start missed a gate."""
 CONFIRMED = [seed for seed in range(100, 130) if seed not in MISSED][:10]
 
-PARTS = {"diagram": (diagram, range(2)), "confirmation": (confirmation, CONFIRMED)}
+PARTS = {
+    "diagram": (diagram, range(2)),
+    "confirmation": (confirmation, CONFIRMED),
+    "second-base": (second_base, range(200, 205)),
+}
 """Cells and default seeds of each part; those of the confirmation are used for nothing else."""
 
 
@@ -253,7 +276,8 @@ def make_cold_start(out: Path, cell: Cell) -> dict[str, Any]:
                 shutil.rmtree(run, ignore_errors=True)
                 video_r1(
                     "sft", "lab-sft", train_manifest=lab / "sft.json", output_dir=run, seed=cell.seed,
-                    max_steps=SFT_STEPS[cell.skill], media_cache_mb=2048,
+                    model_name_or_path=cell.base, max_steps=SFT_STEPS[cell.skill], media_cache_mb=2048,
+                    **cell.pixels,
                 )  # fmt: skip
             shutil.rmtree(lab, ignore_errors=True)
             replace_json(folder / "gates.json", gates(out, cell, run))
@@ -267,7 +291,7 @@ def gates(out: Path, cell: Cell, run: Path) -> dict[str, float]:
     """Measure a cold start, sampled as in RL: accuracy on clips without marks, and the share of completions
     about clips with lying marks that do not begin with the mark.
     """
-    sampled = {"temperature": 1.0, "limit": 600, "seed": cell.seed}
+    sampled = {"temperature": 1.0, "limit": 600, "seed": cell.seed, **cell.pixels}
     plain = answers(run, out, cell.seed, "test", run / "gate", **sampled)["ordered"]
     lying = answers(run, out, cell.seed, "test-lying", run / "gate-lying", **sampled)["ordered"]
     return {
@@ -308,20 +332,17 @@ def make_run(out: Path, cell: Cell) -> None:
     begun = time.monotonic()
     video_r1(
         "rl", "lab-tgrpo", model_name_or_path=cell.start(out) / "cold-start", train_manifest=manifest,
-        output_dir=folder, max_steps=cell.steps, seed=cell.seed, **RULES[rule],
+        output_dir=folder, max_steps=cell.steps, seed=cell.seed, **cell.pixels, **RULES[rule],
     )  # fmt: skip
     seconds = time.monotonic() - begun
-    few = {"limit": 600}
-    found = {
-        **answers(folder, out, cell.seed, "test", folder / "ordered", limit=cell.test),
-        "shuffled": answers(folder, out, cell.seed, "test", folder / "shuffled", order="shuffled", **few)[
-            "shuffled"
-        ],
-    }
+    found = {}
     for view, test, limit in (
-        ("lying", "test-lying", cell.test), ("true", "test-cued", 600), ("twins", "twins", cell.test),
+        ("ordered", "test", cell.test), ("shuffled", "test", 600), ("lying", "test-lying", cell.test),
+        ("true", "test-cued", 600), ("twins", "twins", cell.test),
     ):  # fmt: skip
-        found[view] = answers(folder, out, cell.seed, test, folder / view, limit=limit)["ordered"]
+        order = "shuffled" if view == "shuffled" else "ordered"
+        options = {"order": order, "limit": limit, **cell.pixels}
+        found[view] = answers(folder, out, cell.seed, test, folder / view, **options)[order]
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text("utf-8").splitlines()]
     credits = [line["temporal/credit"] for line in lines if line.get("temporal/credit") is not None]
     result = {
