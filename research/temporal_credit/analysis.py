@@ -160,7 +160,7 @@ def diagram(runs: Sequence[Run]) -> str:
 
 
 def compared(runs: Sequence[Run], part: str) -> str:
-    """Tabulate the confirmation or the second base: means, and the differences to GRPO in the pooled model."""
+    """Tabulate the means of a part, and the differences to GRPO in the pooled model."""
     chosen = [run for run in runs if run["part"] == part]
     if len({run["seed"] for run in chosen if run["arm"] != "grpo"}) < 2:
         return f"The {part} has too few runs for a table.\n"
