@@ -45,15 +45,16 @@ OVERVIEW, LOOKED = 8, 8  # frames
 BETWEEN = (1, 3)  # seconds of a window in which the overview has no frame, whichever window
 LESSONS, QUESTIONS, TESTS = 1800, 600, 300
 SFT_STEPS, RL_STEPS = 300, 60
-RL = {"learning_rate": 3e-4, "beta": 0.02, "temperature": 1.0}
+TEMPERATURE = 0.7
+RL = {"learning_rate": 3e-4, "beta": 0.02, "temperature": TEMPERATURE}
 ASKED = {"sft": 0.8, "rl": 0.8, "test": 0.5}  # share of the questions about the colour
 TOOLS = {"tools": "look", "max_looks": 1, "look_frames": LOOKED, "look_fps": 2, "max_prompt_length": 1024}
 FRAMES = {"max_frames": OVERVIEW}
 PLAIN = {"max_frames": OVERVIEW + LOOKED}  # the same visual tokens
-NONE = {"temporal_rule": "off"}
+NONE = {"temporal_rule": "off", "reward_funcs": "accuracy"}
 ARMS: dict[str, tuple[str, dict[str, Any]]] = {
     "grpo": ("tool", {**FRAMES, **TOOLS, **NONE}),
-    "t-grpo": ("tool", {**FRAMES, **TOOLS, "temporal_rule": "margin"}),
+    "t-grpo": ("tool", {**FRAMES, **TOOLS, "temporal_rule": "margin", "reward_funcs": "accuracy,temporal"}),
     "no-tool": ("plain", {**PLAIN, **NONE}),
 }
 """Cold start and settings of each arm, besides those of the recipe lab-tgrpo."""
@@ -185,10 +186,10 @@ def test(folder: Path, name: str, model: str, settings: dict[str, Any]) -> dict[
     if path.exists():
         return json.loads(path.read_text())
     out, tools = folder / f"{name}-test", "tools" in settings
-    given = {key: value for key, value in settings.items() if key != "temporal_rule"}
+    given = {key: value for key, value in settings.items() if key not in NONE}
     video_r1(
         "eval", "lab-eval", model=folder / model, manifest=folder / "data/test.json", out=out,
-        order="ordered,elsewhere" if tools else "ordered", max_new_tokens=96, temperature=1.0,
+        order="ordered,elsewhere" if tools else "ordered", max_new_tokens=96, temperature=TEMPERATURE,
         seed=0, **given,
     )  # fmt: skip
     (file,) = out.glob("predictions-*.jsonl")
