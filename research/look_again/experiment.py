@@ -79,9 +79,12 @@ def make_base(folder: Path) -> None:
     processor = load_processor(str(base_folder()))
     model: Any = load_model(str(base_folder()), "float32")
     described = TOOLS_MESSAGE.format(json.dumps(get_json_schema(look)))
-    processor.tokenizer.add_tokens([*(f" {shape}{_CALL}" for shape in SHAPES), *WORDS, *NUMBERS, described])
+    words = [*(f" {shape}{_CALL}" for shape in SHAPES), *WORDS, *NUMBERS, described]
+    processor.tokenizer.add_tokens(words)
     torch.manual_seed(0)
-    model.resize_token_embeddings(len(processor.tokenizer), mean_resizing=False)
+    rows = model.resize_token_embeddings(len(processor.tokenizer)).weight.data
+    # As long as those of trained words: transformers would make them nearly equal, here with cosines of 0.997.
+    rows[-len(words) :] = torch.randn(len(words), rows.shape[1]) / rows.shape[1] ** 0.5
     model.save_pretrained(folder)
     processor.save_pretrained(folder)
 
