@@ -83,7 +83,7 @@ def make_base(folder: Path) -> None:
     processor.tokenizer.add_tokens(words)
     torch.manual_seed(0)
     rows = model.resize_token_embeddings(len(processor.tokenizer)).weight.data
-    # As long as those of trained words: transformers would make them nearly equal, here with cosines of 0.997.
+    # As long as trained words: those of transformers would nearly equal each other (cosines of 0.997).
     rows[-len(words) :] = torch.randn(len(words), rows.shape[1]) / rows.shape[1] ** 0.5
     model.save_pretrained(folder)
     processor.save_pretrained(folder)
