@@ -59,11 +59,12 @@ def check_media(
         for places, (found,) in zip(files.values(), durations, strict=True):
             if isinstance(found, float):
                 video_seconds += found
-                late = {place: [at for at in samples[place].looks if at >= found] for place in places}
                 failed |= {
-                    place: f"its messages look at {starts[0]:g} s; the clip has {found:.1f} s"
-                    for place, starts in late.items()
-                    if starts
+                    place: f"its messages look at {arguments['start']:g} s; the clip has {found:.1f} s"
+                    for place in places
+                    for turn in samples[place].work
+                    for name, arguments in turn.calls
+                    if name == "look" and arguments["start"] >= found
                 }
             else:
                 failed.update(dict.fromkeys(places, str(found)))

@@ -37,7 +37,6 @@ from video_r1.rollout.engine import Asking, RolloutEngine, SamplingSettings, The
 SEEDS = 2**31  # endpoints differ in how large a seed they take
 UNNAMED_TOKEN = -1
 JPEG_QUALITY = 90
-_NO_FIELDS: Mapping[str, Any] = {}
 
 
 class EndpointEngine(RolloutEngine):
@@ -52,9 +51,9 @@ class EndpointEngine(RolloutEngine):
         model: str,
         frames_as: FramesAs = "images",
         concurrency: int = 16,
-        fields: Mapping[str, Any] = _NO_FIELDS,
+        fields: Mapping[str, Any] | None = None,
     ) -> None:
-        self.endpoint, self.model, self.fields = endpoint, model, fields
+        self.endpoint, self.model, self.fields = endpoint, model, fields or {}
         self.frames_as: FramesAs = frames_as
         self._client = ChatClient(endpoint, concurrency)
 

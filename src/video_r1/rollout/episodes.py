@@ -35,10 +35,6 @@ NOTICE_TOKENS = 256  # of a turn that says so, at most
 NOTHING = Rollout(torch.empty(0, dtype=torch.long), torch.empty(0), "", "stop")
 
 
-def _refused(asked: Asked) -> ToolCall:
-    return ToolCall(asked.name, asked.arguments, [NOTICE], failed=True)
-
-
 def tool_tokens(settings: ToolSettings, own_tools: bool = False) -> int:
     """Return the most tokens that tools add to an answer."""
     return settings.max_tool_tokens + NOTICE_TOKENS if settings.tools or own_tools else 0
@@ -149,8 +145,7 @@ class ToolEngine(RolloutEngine):
     def _calls(self, episode: Episode) -> bool:
         """Parse the calls of the last turn; return whether the answer goes on."""
         rollout = episode.rollout
-        done = rollout.turns[-1].after if rollout.turns else 0
-        last = rollout.token_ids[done:]
+        last: Any = rollout.pieces()[-1]
         if episode.is_last or rollout.finish_reason != "stop" or episode.left < 1:
             return False
         if self.is_endpoint:  # which counts tokens, but does not name them
@@ -164,11 +159,12 @@ class ToolEngine(RolloutEngine):
         rollout, prompt = episode.rollout, episode.prompt
         spent = sum(len(turn.prompt.input_ids) for turn in rollout.turns)
         left = self.toolbox.settings.max_looks - len(rollout.calls)
+        refused = [ToolCall(asked.name, asked.arguments, [NOTICE], failed=True) for asked in episode.calls]
         if left > 0:
             calls = tuple(self.toolbox.call(asked, prompt) for asked in episode.calls[:left])
             if len(episode.calls) > left:
                 episode.is_last = True
-                calls += (_refused(episode.calls[left]),)
+                calls += (refused[left],)
             try:
                 turn = self._turn(rollout, calls, prompt, episode.seed)
             except PromptError as error:
@@ -177,7 +173,7 @@ class ToolEngine(RolloutEngine):
             if spent + len(turn.prompt.input_ids) <= self.toolbox.settings.max_tool_tokens:
                 return turn
         episode.is_last = True
-        return self._turn(rollout, (_refused(episode.calls[0]),), prompt, episode.seed)
+        return self._turn(rollout, (refused[0],), prompt, episode.seed)
 
     def _turn(self, rollout: Rollout, calls: tuple[ToolCall, ...], prompt: Prompt, seed: str) -> ToolTurn:
         after, results = len(rollout.token_ids), [call.result for call in calls]
@@ -207,9 +203,7 @@ class ToolEngine(RolloutEngine):
         """Add a turn of the policy to an answer."""
         before, cut = episode.rollout, episode.left < len(new.token_ids) and not self.is_endpoint
         ids, logprobs = new.token_ids[: episode.left], new.logprobs[: episode.left]
-        text = new.text
-        if cut:
-            text = self.builder.tokenizer.decode(ids.tolist(), skip_special_tokens=True)
+        text = self.builder.tokenizer.decode(ids.tolist(), skip_special_tokens=True) if cut else new.text
         episode.left -= len(ids)
         episode.rollout = Rollout(
             torch.cat([before.token_ids, ids]),

@@ -130,11 +130,6 @@ class Sample:
         return (self.paths, self.start, self.end) if self.paths else (self.problem_id,)
 
     @property
-    def looks(self) -> list[float]:
-        """Starts of the stretches that `work` looks at, in seconds of the clip."""
-        return [arguments["start"] for turn in self.work for name, arguments in turn.calls if name == "look"]
-
-    @property
     def mark(self) -> str:
         """Placeholder for a file in the text."""
         return f"<{self.data_type}>"
