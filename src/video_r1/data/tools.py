@@ -188,8 +188,7 @@ class Toolbox:
             return self._look(prompt, **given.arguments)
         try:
             result = _within(TOOL_SECONDS, lambda: function(*given.args, **given.kwargs))
-            results = result if isinstance(result, (list, tuple)) else [result]
-            return [self._shown(part) for part in results]
+            return [self._shown(one) for one in (result if isinstance(result, (list, tuple)) else [result])]
         except Unreadable:
             raise
         except Exception as error:  # the user's code may raise anything; it tells the model, and the user
@@ -229,8 +228,8 @@ class Toolbox:
             if result.kind == "video" and not result.duration > 0:
                 raise ValueError(f"its clip lasts {result.duration:g} seconds")
             most = self.budget.frame_pixels if result.kind == "video" else self.budget.image_pixels
-            height, width = result.frames.shape[-2:]
-            size = fitted_size(height, width, most, self.budget.size_multiple)
+            sides, multiple = result.frames.shape, self.budget.size_multiple
+            size = fitted_size(sides[-2], sides[-1], most, multiple)
             return replace(result, frames=resize(result.frames, *size).contiguous())
         text = str(result).encode(errors="replace").decode()
         return text if len(text) <= LONGEST_TEXT else text[:LONGEST_TEXT] + " (cut)"

@@ -205,13 +205,9 @@ class ToolEngine(RolloutEngine):
         ids, logprobs = new.token_ids[: episode.left], new.logprobs[: episode.left]
         text = self.builder.tokenizer.decode(ids.tolist(), skip_special_tokens=True) if cut else new.text
         episode.left -= len(ids)
-        episode.rollout = Rollout(
-            torch.cat([before.token_ids, ids]),
-            torch.cat([before.logprobs, logprobs]),
-            text,
-            "length" if cut else new.finish_reason,
-            before.turns,
-        )
+        ids, logprobs = torch.cat([before.token_ids, ids]), torch.cat([before.logprobs, logprobs])
+        reason = "length" if cut else new.finish_reason
+        episode.rollout = Rollout(ids, logprobs, text, reason, before.turns)
 
     def anyone(self, wanted: bool) -> bool:
         return self.engine.anyone(wanted)
