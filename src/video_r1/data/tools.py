@@ -228,8 +228,8 @@ class Toolbox:
             if result.kind == "video" and not result.duration > 0:
                 raise ValueError(f"its clip lasts {result.duration:g} seconds")
             most = self.budget.frame_pixels if result.kind == "video" else self.budget.image_pixels
-            sides, multiple = result.frames.shape, self.budget.size_multiple
-            size = fitted_size(sides[-2], sides[-1], most, multiple)
+            height, width = result.frames.shape[-2:]
+            size = fitted_size(height, width, most, self.budget.size_multiple)
             return replace(result, frames=resize(result.frames, *size).contiguous())
         text = str(result).encode(errors="replace").decode()
         return text if len(text) <= LONGEST_TEXT else text[:LONGEST_TEXT] + " (cut)"

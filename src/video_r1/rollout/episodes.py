@@ -196,7 +196,7 @@ class ToolEngine(RolloutEngine):
             order = contrast_order(contrast, [len(part.frames)], generator, self.unit)
             return part if order is None else reordered([part], order)[0]
 
-        keeps = str if contrast == "blind" else object
+        keeps = str if contrast == "blind" else object  # blind: texts alone
         return [[changed(part) for part in result if isinstance(part, keeps)] for result in results]
 
     def _add(self, episode: Episode, new: Rollout) -> None:
