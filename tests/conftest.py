@@ -6,6 +6,7 @@ import gc
 import importlib.util
 import os
 import re
+import signal
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,6 +22,8 @@ import torch
 from hypothesis import HealthCheck, settings
 
 torch.set_num_threads(1)
+# A shell ignores SIGINT in jobs that it starts in the background, and children would inherit that.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 # A machine with other work may be slow at any moment: no example has a deadline. Each run has the same ones.
 settings.register_profile(
     "steady", deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow]
