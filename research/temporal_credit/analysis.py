@@ -112,6 +112,17 @@ def accuracy(view: str) -> Figure:
     return lambda run: run["accuracy"][view]
 
 
+def pair_accuracy(run: Run) -> float:
+    """Return the share of the test questions with a twin of which both halves are right."""
+    there = _bits(run["ids"]["twins"]) > 0
+    twins = _bits(run["right"]["twins"])[: there.sum()]
+    return float((_bits(run["right"]["ordered"])[: len(there)][there] & twins).mean())
+
+
+def _bits(digits: str) -> np.ndarray:
+    return np.unpackbits(np.frombuffer(bytes.fromhex(digits), np.uint8))
+
+
 def markdown(head: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
     lines = [head, ["---"] * len(head), *rows]
     return "".join(f"| {' | '.join(map(str, line))} |\n" for line in lines)
@@ -160,18 +171,24 @@ def diagram(runs: Sequence[Run]) -> str:
 
 
 def compared(runs: Sequence[Run], part: str) -> str:
-    """Tabulate the means of a part, and the differences to GRPO in the pooled model."""
+    """Tabulate the means of a part, and the differences to GRPO in the pooled model if seeds repeat it."""
     chosen = [run for run in runs if run["part"] == part]
-    if len({run["seed"] for run in chosen if run["arm"] != "grpo"}) < 2:
-        return f"The {part} has too few runs for a table.\n"
-    models = {view: pooled(chosen, accuracy(view), "grpo", ("seed",)) for view in ("lying", "ordered")}
+    views = [view for view in VIEWS if all(view in run["accuracy"] for run in chosen)]
+    more: dict[str, Figure] = {"names the mark": lambda run: run["mark_read"]["lying"]}
+    if "twins" in views:
+        more = {"both twins": pair_accuracy, **more}
+    models = {}
+    if len({run["seed"] for run in chosen if run["arm"] != "grpo"}) > 1:
+        models = {view: pooled(chosen, accuracy(view), "grpo", ("seed",)) for view in ("lying", "ordered")}
     rows = []
     for arm in dict.fromkeys(run["arm"] for run in chosen):
         own = [run for run in chosen if run["arm"] == arm]
-        means = [f"{fmean(map(accuracy(view), own)):.3f}" for view in VIEWS]
+        means = [f"{fmean(map(accuracy(view), own)):.3f}" for view in views]
+        means += [f"{fmean(map(figure, own)):.3f}" for figure in more.values()]
         effects = [str(model.effects[arm]) if arm != "grpo" else "" for model in models.values()]
         rows.append((arm, len(own), *means, *effects))
-    return markdown(("arm", "seeds", *VIEWS, "lying − grpo", "ordered − grpo"), rows)
+    differences = [f"{view} − grpo" for view in models]
+    return f"{part}\n\n" + markdown(("arm", "seeds", *views, *more, *differences), rows)
 
 
 CLAIMS = (
@@ -288,7 +305,8 @@ def kept() -> list[Run]:
 def main() -> None:
     runs = collect(Path(sys.argv[2])) if sys.argv[1:2] == ["collect"] else kept()
     print(
-        f"{diagram(runs)}\n{compared(runs, 'confirmation')}\n{claims(runs)}\n{compared(runs, 'second-base')}"
+        f"{diagram(runs)}\n{compared(runs, 'confirmation')}\n{claims(runs)}\n{compared(runs, 'gate')}\n"
+        f"{compared(runs, 'second-base')}"
     )
     if any(run["part"] == "diagram" for run in runs):
         picture(runs, HERE / "diagram.webp")

@@ -1,12 +1,12 @@
 """Experiment on temporal credit: when does it turn a shortcut round? Each run is a run folder of the lab.
 
-    python -m research.temporal_credit.experiment runs/credit --part diagram --workers 2
     python -m research.temporal_credit.experiment runs/credit --part confirmation --workers 2
-    python -m research.temporal_credit.experiment runs/credit --part second-base --workers 2
+
+Parts: confirmation, diagram, gate, second-base.
 
 OUT/data-SEED/                 RL questions by accuracy of the cue, their reversed twins, and the tests
 OUT/SKILL-SEED/                cold start and gates.json: is the skill there before any RL?
-OUT/SKILL-SEED/ARM-CUE/        a run; result.json with 0 or 1 for each test question once it is complete
+OUT/SKILL-SEED/PART-ARM-CUE/   a run; result.json with 0 or 1 for each test question once it is complete
 
 Runs with a result.json, or in results.json.gz, are not repeated, so that an experiment can be interrupted,
 continued (also on another machine) and extended.
@@ -44,6 +44,8 @@ from video_r1.lab.clips import write_clip
 from video_r1.lab.model import base_folder
 from video_r1.lab.questions import NAMED_FAMILIES
 from video_r1.lab.scenes import FPS, MARKS, SECONDS, render
+from video_r1.rewards import temporal
+from video_r1.rollout.engine import replaced
 from video_r1.settings.training_record import RECORD, read_record
 
 FAMILIES = (
@@ -71,8 +73,14 @@ RULES: dict[str, dict[str, Any]] = {
     "gate": {**_GATE, "temporal_contrast": "shuffled"},
     "gate-frozen": {**_GATE, "temporal_contrast": "frozen"},
     "gate-apart": {**_GATE, "temporal_rule": "likelihood_gate_apart", "temporal_contrast": "frozen"},
+    "gate-0.5": {**_GATE, "temporal_alpha": 0.5, "temporal_contrast": "frozen"},
+    "gate-1": {**_GATE, "temporal_alpha": 1.0, "temporal_contrast": "frozen"},
+    "gate-tenth": {**_GATE, "temporal_contrast": "frozen"},
+    "gate-all": {**_GATE, "temporal_contrast": "frozen"},
 }
 """Settings that differ from the recipe lab-tgrpo."""
+KEY_SHARES = {"gate-tenth": 10, "gate-all": 1}
+"""Share of the tokens that a gate reads: one in so many; a fifth by default."""
 ARMS: dict[str, tuple[str, str]] = {
     **{rule: (rule, "marked") for rule in RULES},
     "pairs": ("grpo", "twins"),
@@ -91,17 +99,25 @@ class Cell:
     cue: float
     skill: Literal["skilled", "unskilled"]
     seed: int
-    part: Literal["diagram", "confirmation", "second-base"]
+    part: str
 
     @property
     def test(self) -> int:
         """Number of test questions of each view."""
-        return 600 if self.part == "diagram" else 2000
+        return {"confirmation": 2000, "second-base": 1000}.get(self.part, 600)
 
     @property
     def steps(self) -> int:
         """Optimizer steps of RL."""
-        return STEPS // 2 if self.part == "diagram" else STEPS
+        return STEPS // 4 if self.part == "diagram" else STEPS
+
+    @property
+    def views(self) -> list[tuple[str, str, int]]:
+        """Name, test and number of questions of each view after RL."""
+        views = [("ordered", "test", self.test), ("lying", "test-lying", self.test)]
+        if self.part in ("confirmation", "second-base"):
+            views += [("shuffled", "test", 600), ("true", "test-cued", 600), ("twins", "twins", self.test)]
+        return views
 
     @property
     def base(self) -> Path:
@@ -117,7 +133,7 @@ class Cell:
         return out / f"{self.skill}-{self.seed}"
 
     def folder(self, out: Path) -> Path:
-        return self.start(out) / f"{self.arm}-{self.cue:g}"
+        return self.start(out) / f"{self.part}-{self.arm}-{self.cue:g}"
 
 
 DIAGRAM_ARMS = (
@@ -127,6 +143,7 @@ CONFIRMATION_ARMS = (
     "grpo", "likelihood", "gate-frozen", "pairs", "pairs-gate", "placebo", "clean", "margin", "margin-batch",
 )  # fmt: skip
 SECOND_BASE_ARMS = ("grpo", "gate-frozen")
+GATE_ARMS = ("gate-frozen", "gate-0.5", "gate-1", "gate-tenth", "gate-all")
 
 
 def diagram(seeds: Sequence[int]) -> Iterator[Cell]:
@@ -146,13 +163,19 @@ def second_base(seeds: Sequence[int]) -> Iterator[Cell]:
         yield Cell(arm, 1.0, "skilled", seed, "second-base")
 
 
+def gate(seeds: Sequence[int]) -> Iterator[Cell]:
+    for seed, arm in product(seeds, GATE_ARMS):
+        yield Cell(arm, 1.0, "skilled", seed, "gate")
+
+
 MISSED = {101, 103, 104, 105, 106, 111, 112, 114}
 """Seeds whose cold start missed a gate."""
 CONFIRMED = [seed for seed in range(100, 130) if seed not in MISSED][:10]
 
 PARTS = {
-    "diagram": (diagram, range(2)),
+    "diagram": (diagram, range(1)),
     "confirmation": (confirmation, CONFIRMED),
+    "gate": (gate, range(1)),
     "second-base": (second_base, range(200, 205)),
 }
 """Cells and default seeds of each part; those of the confirmation are used for nothing else."""
@@ -221,16 +244,16 @@ def make_questions(out: Path, seed: int, cues: Sequence[float]) -> None:
         lab = folder / f"cue-{cue:g}"
         trusting = 0.0 if cue == 1 else cue  # 0: every mark is true
         made_lab(lab, seed + RL_SEED, train=QUESTIONS, test=0, shortcut=MARKED, trusting=trusting)
-        if not (lab / "placebo.json").exists():
-            add_twins(lab, seed)
+        if not (lab / "twins.json").exists():  # written last
+            add_twins(lab, seed, with_placebo=cue == 1)
 
 
-def add_twins(lab: Path, seed: int) -> None:
+def add_twins(lab: Path, seed: int, with_placebo: bool) -> None:
     """Write twins.json, half of the questions with their twins behind them, and placebo.json, the same with
     the marks of the twins redrawn so that they are true: other clips of the same timelines.
     """
     rows = read_rows(lab / "rl.json")
-    mixed: dict[str, list[dict[str, Any]]] = {"twins": [], "placebo": []}
+    mixed: dict[str, list[dict[str, Any]]] = {"placebo": [], "twins": []}
     for index, row in enumerate(rows):
         if len(mixed["twins"]) >= QUESTIONS:
             break
@@ -238,7 +261,7 @@ def add_twins(lab: Path, seed: int) -> None:
             continue
         timeline, answer = twin.pop("timeline"), twin["solution"][8:-9]
         mixed["twins"] += [row, twin]
-        if row["mark"]:
+        if row["mark"] and with_placebo:
             path = f"./videos/placebo-{index:06d}.mp4"
             times = (np.arange(int(SECONDS * FPS)) / FPS).tolist()
             mark = answer if answer in MARKS else ""
@@ -247,7 +270,8 @@ def add_twins(lab: Path, seed: int) -> None:
             twin = {**twin, "path": path, "mark": mark}
         mixed["placebo"] += [row, twin]
     for name, chosen in mixed.items():
-        replace_json(lab / f"{name}.json", chosen)
+        if name == "twins" or with_placebo:
+            replace_json(lab / f"{name}.json", chosen)
 
 
 # ---- Cold starts and runs
@@ -265,7 +289,7 @@ def only_one(path: Path) -> Iterator[None]:
 def make_cold_start(out: Path, cell: Cell) -> dict[str, Any]:
     """Make the cold start of a cell, unless it is there; return its gates.
 
-    Raises RuntimeError if a skilled one does not hold them.
+    Raises RuntimeError if one of the confirmation does not hold them.
     """
     folder = cell.start(out)
     with only_one(folder / "lock"):
@@ -282,7 +306,8 @@ def make_cold_start(out: Path, cell: Cell) -> dict[str, Any]:
             shutil.rmtree(lab, ignore_errors=True)
             replace_json(folder / "gates.json", gates(out, cell, run))
     found = json.loads((folder / "gates.json").read_text("utf-8"))
-    if cell.skill == "skilled" and not (found["accurate"] >= ACCURATE and found["looking"] >= LOOKING):
+    held = found["accurate"] >= ACCURATE and found["looking"] >= LOOKING
+    if cell.part == "confirmation" and not held:
         raise RuntimeError(f"{folder}: the gates are not held: {found}")
     return found
 
@@ -330,16 +355,14 @@ def make_run(out: Path, cell: Cell) -> None:
     lab = data / ("clean" if questions == "clean" else f"cue-{cell.cue:g}")
     manifest = lab / {"twins": "twins.json", "placebo": "placebo.json"}.get(questions, "rl.json")
     begun = time.monotonic()
-    video_r1(
-        "rl", "lab-tgrpo", model_name_or_path=cell.start(out) / "cold-start", train_manifest=manifest,
-        output_dir=folder, max_steps=cell.steps, seed=cell.seed, **cell.pixels, **RULES[rule],
-    )  # fmt: skip
+    with replaced(temporal, "KEY_SHARE", KEY_SHARES.get(rule, temporal.KEY_SHARE)):
+        video_r1(
+            "rl", "lab-tgrpo", model_name_or_path=cell.start(out) / "cold-start", train_manifest=manifest,
+            output_dir=folder, max_steps=cell.steps, seed=cell.seed, **cell.pixels, **RULES[rule],
+        )  # fmt: skip
     seconds = time.monotonic() - begun
     found = {}
-    for view, test, limit in (
-        ("ordered", "test", cell.test), ("shuffled", "test", 600), ("lying", "test-lying", cell.test),
-        ("true", "test-cued", 600), ("twins", "twins", cell.test),
-    ):  # fmt: skip
+    for view, test, limit in cell.views:
         order = "shuffled" if view == "shuffled" else "ordered"
         options = {"order": order, "limit": limit, **cell.pixels}
         found[view] = answers(folder, out, cell.seed, test, folder / view, **options)[order]
@@ -349,8 +372,8 @@ def make_run(out: Path, cell: Cell) -> None:
         **asdict(cell), "settings": RULES[rule], "cold_start": cold, "steps": cell.steps,
         "accuracy": {view: fmean(r["score"] for r in records) for view, records in found.items()},
         "right": {view: packed(records) for view, records in found.items()},
-        "ids": {"twins": digits_of(found["twins"])},
-        "mark_read": {view: fmean(map(reads_mark, found[view])) for view in ("lying", "true")},
+        "ids": {"twins": digits_of(found["twins"])} if "twins" in found else {},
+        "mark_read": {view: fmean(map(reads_mark, found[view])) for view in {"lying", "true"} & found.keys()},
         "training_accuracy": fmean(line["reward/accuracy/video"] for line in lines),
         "credit": fmean(credits) if credits else None,
         "seconds": round(seconds), "made_with": made_with(),
@@ -413,7 +436,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description="Temporal credit against a shortcut, on the lab.")
     parser.add_argument("out", type=Path)
     parser.add_argument("--part", choices=PARTS, required=True)
-    parser.add_argument("--seeds", help="comma-separated (default: 0,1; confirmation: ten from 100 on)")
+    parser.add_argument("--seeds", help="comma-separated (default: those of README.md)")
     parser.add_argument("--arms", help="comma-separated (default: all of the part)")
     parser.add_argument("--workers", type=int, default=2, help="runs at a time, one thread each")
     given = parser.parse_args()

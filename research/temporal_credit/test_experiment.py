@@ -9,8 +9,16 @@ from typing import Any
 import pytest
 
 from research.temporal_credit import experiment
-from research.temporal_credit.analysis import accuracy, claims, detectable, picture, pooled, t_quantile
-from research.temporal_credit.experiment import add_twins, index_of, made_lab, packed, twin_row
+from research.temporal_credit.analysis import (
+    accuracy,
+    claims,
+    detectable,
+    pair_accuracy,
+    picture,
+    pooled,
+    t_quantile,
+)
+from research.temporal_credit.experiment import add_twins, digits_of, index_of, made_lab, packed, twin_row
 from video_r1.data.manifests.records import load_manifest
 from video_r1.lab.scenes import MARKS
 
@@ -80,7 +88,7 @@ def test_twins_have_the_answers_of_the_reversed_clips(
 ) -> None:
     monkeypatch.setattr(experiment, "QUESTIONS", 8)
     made_lab(tmp_path, 3, train=12, test=0, shortcut=1.0)
-    add_twins(tmp_path, 3)
+    add_twins(tmp_path, 3, with_placebo=True)
     twins = load_manifest(str(tmp_path / "twins.json"), str(tmp_path))
     placebo = load_manifest(str(tmp_path / "placebo.json"), str(tmp_path))
     assert 8 <= len(twins) <= 9 and len(placebo) == len(twins)
@@ -103,5 +111,9 @@ def test_twins_have_the_answers_of_the_reversed_clips(
 
 
 def test_answers_are_packed_in_the_order_of_the_test() -> None:
+    """Question 1 has no twin. Of the other three, both halves are right in question 3 alone."""
     records = [{"problem_id": f"lab-1-test-{n:06d}", "score": n % 2} for n in (2, 0, 1, 3)]
     assert packed(records) == "50" and index_of({"problem_id": "lab-1-test-000007-reversed"}) == 7
+    twins = [{"problem_id": f"lab-1-test-{n:06d}-reversed", "score": n > 0} for n in (3, 0, 2)]
+    run = {"right": {"ordered": packed(records), "twins": packed(twins)}, "ids": {"twins": digits_of(twins)}}
+    assert pair_accuracy(run) == pytest.approx(1 / 3)
