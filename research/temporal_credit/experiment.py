@@ -80,7 +80,7 @@ RULES: dict[str, dict[str, Any]] = {
 }
 """Settings that differ from the recipe lab-tgrpo."""
 KEY_SHARES = {"gate-tenth": 10, "gate-all": 1}
-"""Share of the tokens that a gate reads: one in so many; a fifth by default."""
+"""A gate reads one token in so many, those that drop most; by default one in five."""
 ARMS: dict[str, tuple[str, str]] = {
     **{rule: (rule, "marked") for rule in RULES},
     "pairs": ("grpo", "twins"),
@@ -249,8 +249,8 @@ def make_questions(out: Path, seed: int, cues: Sequence[float]) -> None:
 
 
 def add_twins(lab: Path, seed: int, with_placebo: bool) -> None:
-    """Write twins.json, half of the questions with their twins behind them, and placebo.json, the same with
-    the marks of the twins redrawn so that they are true: other clips of the same timelines.
+    """Write twins.json, half of the questions with their twins behind them. with_placebo: write placebo.json
+    too, the same with the marks of the twins redrawn so that they are true: other clips of these timelines.
     """
     rows = read_rows(lab / "rl.json")
     mixed: dict[str, list[dict[str, Any]]] = {"placebo": [], "twins": []}
@@ -269,9 +269,10 @@ def add_twins(lab: Path, seed: int, with_placebo: bool) -> None:
             write_clip(lab / path, render(timeline, times, rng, mark), FPS)
             twin = {**twin, "path": path, "mark": mark}
         mixed["placebo"] += [row, twin]
+    if not with_placebo:
+        del mixed["placebo"]
     for name, chosen in mixed.items():
-        if name == "twins" or with_placebo:
-            replace_json(lab / f"{name}.json", chosen)
+        replace_json(lab / f"{name}.json", chosen)
 
 
 # ---- Cold starts and runs
@@ -289,7 +290,7 @@ def only_one(path: Path) -> Iterator[None]:
 def make_cold_start(out: Path, cell: Cell) -> dict[str, Any]:
     """Make the cold start of a cell, unless it is there; return its gates.
 
-    Raises RuntimeError if one of the confirmation does not hold them.
+    Raises RuntimeError if a skilled one does not hold them. The second base is taken as it comes.
     """
     folder = cell.start(out)
     with only_one(folder / "lock"):
@@ -307,7 +308,7 @@ def make_cold_start(out: Path, cell: Cell) -> dict[str, Any]:
             replace_json(folder / "gates.json", gates(out, cell, run))
     found = json.loads((folder / "gates.json").read_text("utf-8"))
     held = found["accurate"] >= ACCURATE and found["looking"] >= LOOKING
-    if cell.part == "confirmation" and not held:
+    if cell.skill == "skilled" and cell.part != "second-base" and not held:
         raise RuntimeError(f"{folder}: the gates are not held: {found}")
     return found
 
@@ -354,8 +355,9 @@ def make_run(out: Path, cell: Cell) -> None:
     rule, questions = ARMS[cell.arm]
     lab = data / ("clean" if questions == "clean" else f"cue-{cell.cue:g}")
     manifest = lab / {"twins": "twins.json", "placebo": "placebo.json"}.get(questions, "rl.json")
+    key_share = KEY_SHARES.get(rule, temporal.KEY_SHARE)
     begun = time.monotonic()
-    with replaced(temporal, "KEY_SHARE", KEY_SHARES.get(rule, temporal.KEY_SHARE)):
+    with replaced(temporal, "KEY_SHARE", key_share):
         video_r1(
             "rl", "lab-tgrpo", model_name_or_path=cell.start(out) / "cold-start", train_manifest=manifest,
             output_dir=folder, max_steps=cell.steps, seed=cell.seed, **cell.pixels, **RULES[rule],
@@ -369,7 +371,8 @@ def make_run(out: Path, cell: Cell) -> None:
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text("utf-8").splitlines()]
     credits = [line["temporal/credit"] for line in lines if line.get("temporal/credit") is not None]
     result = {
-        **asdict(cell), "settings": RULES[rule], "cold_start": cold, "steps": cell.steps,
+        **asdict(cell), "settings": RULES[rule], "key_share": key_share, "cold_start": cold,
+        "steps": cell.steps,
         "accuracy": {view: fmean(r["score"] for r in records) for view, records in found.items()},
         "right": {view: packed(records) for view, records in found.items()},
         "ids": {"twins": digits_of(found["twins"])} if "twins" in found else {},

@@ -12,6 +12,7 @@ from research.temporal_credit import experiment
 from research.temporal_credit.analysis import (
     accuracy,
     claims,
+    compared,
     detectable,
     pair_accuracy,
     picture,
@@ -77,6 +78,8 @@ def test_claims_are_between_the_declared_arms(tmp_path: Path) -> None:
     safe = text.partition("lies above -0.02): ")[2].partition("\n")[0].split(", ")
     assert set(safe) == lying.keys() - {"grpo", "likelihood"}
     assert "its cost aside: gate-frozen" in text
+    alone = [{**run, "part": "gate", "mark_read": {"lying": 0.25}} for run in made[:2]]
+    assert "| grpo | 1 | 0.200 | 0.800 | 0.250 |\n" in compared(alone, "gate")
     cold = {"accurate": 0.8, "lying": 0.4}
     cell = {"part": "diagram", "skill": "skilled", "cue": 1.0, "arm": "gate-frozen", "cold_start": cold}
     picture([{**cell, "accuracy": {"lying": 0.7}}], tmp_path / "d.webp")
