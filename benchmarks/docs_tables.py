@@ -14,6 +14,7 @@ audit.json, as they were written. Tables of research/temporal_credit are made by
 from __future__ import annotations
 
 import argparse
+import gzip
 import json
 import os
 import re
@@ -23,7 +24,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from research.temporal_credit.analysis import first_study, first_study_power
+from research.temporal_credit.analysis import confirmation, first_study, first_study_power
 from video_r1.evaluation.audit import audit_sentences
 from video_r1.files import replace_json, replace_text
 
@@ -41,11 +42,12 @@ RUNS = {
     "rollout-4": "rollout --questions 4",
     "rollout-qwen3_5": "rollout --family qwen3_5 --rounds 3",
     "step": "step",
-    "step-frozen": "step --frozen",
-    "step-256": "step --completion 256",
-    "step-256-frozen": "step --completion 256 --frozen",
-    "step-lab": "step --size lab",
-    "step-lab-frozen": "step --size lab --frozen",
+    "gate": "step --gate",
+    "gate-frozen": "step --gate --frozen",
+    "gate-256": "step --gate --completion 256",
+    "gate-256-frozen": "step --gate --completion 256 --frozen",
+    "gate-lab": "step --gate --size lab --rounds 15",
+    "gate-lab-frozen": "step --gate --size lab --frozen --rounds 15",
     "annotation": "annotation --requests 500,2000",
     "complexity": "complexity", "contrast_units": "contrast_units",
     "decode": "decode", "evaluation": "evaluation", "launches": "launches", "manifest": "manifest",
@@ -76,7 +78,8 @@ class Block(NamedTuple):
 
     def made(self) -> str:
         """The body as its files say. Raises KeyError where they are of another form."""
-        return MAKERS[self.maker]([json.loads(path.read_text(encoding="utf-8")) for path in self.files])
+        texts = [gzip.decompress(p.read_bytes()) if p.suffix == ".gz" else p.read_bytes() for p in self.files]
+        return MAKERS[self.maker]([json.loads(text) for text in texts])
 
 
 def blocks(text: str, folder: Path = DOCS) -> Iterator[Block]:
@@ -118,21 +121,21 @@ def ratio(found: Figures, digits: int = 2) -> str:
 
 def demo(seeds: Sequence[Figures]) -> str:
     """Accuracies and gaps of the demo's three checkpoints."""
+    names = {"sft": "SFT", "grpo": "GRPO", "tgrpo": "T-GRPO"}
     rows = [
         [
             str(seed),
-            {"base": "base"}.get(stage, stage.upper()),
+            names[stage],
             *(
-                with_interval(found["accuracy"][stage][order], found["interval95"][stage][order])
-                for order in ("ordered", "shuffled")
+                with_interval(found["accuracy"][stage][view], found["interval95"][stage][view])
+                for view in ("lying", "ordered", "shuffled")
             ),
             with_interval(found["temporal_gap"][stage]["gap"], found["temporal_gap"][stage]["interval95"]),
-            f"{found['format_rate'][stage]['ordered']:.2f}",
         ]
         for seed, found in enumerate(seeds)
-        for stage in ("base", "sft", "rl")
+        for stage in names
     ]
-    return rows_of(("seed", "checkpoint", "ordered", "shuffled", "temporal gap", "answer format"), rows)
+    return rows_of(("seed", "checkpoint", "lying marks", "in order", "shuffled", "temporal gap"), rows)
 
 
 def demo_seconds(seeds: Sequence[Figures]) -> str:
@@ -141,9 +144,12 @@ def demo_seconds(seeds: Sequence[Figures]) -> str:
     for seed, found in enumerate(seeds):
         took = found["seconds"]
         evaluations = sum(value for name, value in took.items() if name.startswith("eval"))
-        stages = (took["total"], took["lab"], took["sft"], took["rl"], evaluations, found["test_questions"])
-        rows.append([str(seed), *(f"{value:.0f}" for value in stages)])
-    return rows_of(("seed", "seconds in all", "lab", "SFT", "RL", "evaluations", "test questions"), rows)
+        stages = [took[name] for name in ("total", "lab", "sft", "grpo", "tgrpo")]
+        rows.append(
+            [str(seed), *(f"{value:.0f}" for value in (*stages, evaluations, found["test_questions"]))]
+        )
+    head = ("seed", "seconds in all", "lab", "SFT", "GRPO", "T-GRPO", "evaluations", "test questions")
+    return rows_of(head, rows)
 
 
 def audit(found: Sequence[Figures]) -> str:
@@ -268,11 +274,11 @@ def ratios(runs: Sequence[Figures]) -> str:
     return rows_of(("command `python -m benchmarks.…`", "what is compared", "bar", "measured"), rows)
 
 
-def likelihood(runs: Sequence[Figures]) -> str:
-    """A step with `temporal_rule: likelihood` over one with `margin`: counted FLOPs, and time."""
+def gate(runs: Sequence[Figures]) -> str:
+    """A step with `temporal_rule: likelihood_gate` over one with `margin`: counted FLOPs, and time."""
     rows = []
     for found in runs:
-        sizes, units = found["sizes"], found["likelihood_to_margin"].values()
+        sizes, units = found["sizes"], found["gate_to_margin"].values()
         rows.append([
             f"{sizes['model']}, {sizes['completion']}", "frozen" if sizes["frozen"] else "trained",
             *(f"{unit['flops']:.3f}" for unit in units), *map(ratio, units),
@@ -335,8 +341,8 @@ def contrast_units(found: Sequence[Figures]) -> str:
 MAKERS: dict[str, Callable[[Sequence[Any]], str]] = {
     made.__name__: made
     for made in (
-        demo, demo_seconds, audit, ratios, update, states, likelihood, sft, decode, annotation, launches,
-        gpu_steps, contrast_units, first_study, first_study_power,
+        demo, demo_seconds, audit, ratios, update, states, gate, sft, decode, annotation, launches,
+        gpu_steps, contrast_units, confirmation, first_study, first_study_power,
     )
 }  # fmt: skip
 """By the name behind `figures`."""

@@ -1,13 +1,13 @@
 """A whole T-GRPO step: decoding, both rollouts, rewards and update, against the reference's algorithm.
 
-    python -m benchmarks.step --json [--size small|lab] [--completion 64] [--group 8] [--frozen]
+    python -m benchmarks.step --json [--size small|lab] [--completion 64] [--group 8] [--frozen] [--gate]
 
 Both have the same clip files, model, rewards, loss and optimizer. The reference's way: G completions by
 `model.generate(num_return_sequences=G)` and G/2 more with shuffled frames, then the pixels and the prompt
 repeated G times for policy and frozen copy, with logits at every position. Clips are decoded once for both
 frame orders on both sides. Neither side stops a completion early. `equal`: log-probabilities of the same
-completions by both ways, within 1e-5. `likelihood_to_margin`: seconds and FLOPs of our step by the rule
-likelihood, which samples nothing from the contrast clip, over those by margin; of each `contrast_unit`.
+completions by both ways, within 1e-5. `--gate`: seconds and FLOPs of our step by the rule likelihood_gate,
+which samples nothing from the contrast clip, over those by margin, for each `contrast_unit`.
 `--frozen`: the vision tower is, so that our updates and KL share its output, and with patches the drops too.
 """
 
@@ -79,31 +79,37 @@ class Step:
             for number, clip in enumerate(clips)
         ]  # fmt: skip
         self.settings = TGRPOSettings(
-            num_generations=arguments.group, max_completion_length=arguments.completion, length_reward=0.0
-        )
-        self.by_likelihood = replace(self.settings, temporal_rule="likelihood")
+            num_generations=arguments.group, max_completion_length=arguments.completion, length_reward=0.0,
+            temporal_rule="margin",
+        )  # fmt: skip
+        self.gate = {
+            unit: replace(self.settings, temporal_rule="likelihood_gate", contrast_unit=unit)
+            for unit in get_args(ContrastUnit)
+        }
         self.terms: RewardTerms = reward_terms(None, self.settings)
         self.engine = TransformersEngine(model, _Tokenizer(tokenizer))
         self.optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-9)
         self.generator = torch.Generator().manual_seed(1)
 
-    def questions(self, unit: ContrastUnit = "frame") -> list[Question]:
+    def questions(self, settings: TGRPOSettings | None = None) -> list[Question]:
+        settings = settings or self.settings
         return [
             build_question(
-                sample, decode_media(sample, self.budget), self.builder, self.generator, "shuffled", unit
+                sample, decode_media(sample, self.budget), self.builder, self.generator, settings.contrast,
+                settings.contrast_unit,
             )
             for sample in self.samples
-        ]
+        ]  # fmt: skip
 
     def scored(
         self,
         questions: list[Question],
         ordered: list[list[Rollout]],
         shuffled: list[list[Rollout]],
+        settings: TGRPOSettings,
         drops: list[list[Tensor] | None] | None = None,
     ) -> list[RolloutGroup]:
         text = self.builder.question
-        settings = self.settings if drops is None else self.by_likelihood
         groups = score_groups(questions, ordered, shuffled, self.terms, settings, text, drops)
         advantages = group_advantages(torch.stack([group.total_reward for group in groups]), "group")
         for group, row in zip(groups, advantages, strict=True):
@@ -126,7 +132,7 @@ class Step:
         questions = self.questions()
         sampling = SamplingSettings(n=settings.num_generations, max_tokens=settings.max_completion_length)
         rollouts = sample_rollouts(self.engine, questions, sampling, settings.shuffled_generations)
-        groups = self.scored(questions, *rollouts)
+        groups = self.scored(questions, *rollouts, settings)
         return self.updated(groups, self.vision([group.prompt for group in groups]))
 
     def vision(self, prompts: list[Prompt]) -> Vision:
@@ -143,10 +149,10 @@ class Step:
         self.learn(groups, policy.logprobs, judged, policy.lengths)
         return groups
 
-    def likelihood(self, unit: ContrastUnit) -> list[RolloutGroup]:
-        """As `ours`, with `temporal_rule` likelihood: the contrast clip is scored, not sampled from."""
-        settings = self.by_likelihood
-        questions = self.questions(unit)
+    def gated(self, unit: ContrastUnit) -> list[RolloutGroup]:
+        """As `ours`, by the gate: completions are scored with the contrast clip; none are sampled from it."""
+        settings = self.gate[unit]
+        questions = self.questions(settings)
         sampling = SamplingSettings(n=settings.num_generations, max_tokens=settings.max_completion_length)
         ordered, shuffled = sample_rollouts(self.engine, questions, sampling, settings.shuffled_generations)
         vision = self.vision([question.ordered for question in questions])
@@ -155,7 +161,7 @@ class Step:
             self.model, questions, ordered, settings.temperature, len(questions),
             [[part] for part in vision] if vision and (unit == "patch" or not exact) else None, exact,
         )  # fmt: skip
-        return self.updated(self.scored(questions, ordered, shuffled, drops), vision)
+        return self.updated(self.scored(questions, ordered, shuffled, settings, drops), vision)
 
     def generate(self, prompt: Prompt, count: int) -> list[Rollout]:
         inputs = {name: value.to(self.model.device) for name, value in prompt.features.items()}
@@ -187,7 +193,7 @@ class Step:
             for question in questions
             if question.shuffled is not None
         ]
-        groups = self.scored(questions, ordered, shuffled)
+        groups = self.scored(questions, ordered, shuffled, settings)
         prompts = [group.prompt for group in groups]
         completions = [[rollout.token_ids for rollout in group.ordered] for group in groups]
         policy = expanded_logprobs(self.model, prompts, completions)
@@ -231,40 +237,40 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
             for number in range(arguments.questions)
         ]
         step = Step(arguments, clips, device)
-        difference = step.largest_difference()
-        counted, counted_expanded = flops(step.ours), flops(step.expanded)
-        result = compare(step.ours, step.expanded, arguments.rounds, device)
-        prompt = len(step.questions()[0].ordered.input_ids)
-        by_likelihood: dict[str, dict[str, float]] = {}
-        for unit in get_args(ContrastUnit):
-            likelihood = partial(step.likelihood, unit)
-            pairs = in_turns(
-                lambda work=likelihood: seconds(work, device),
-                lambda: seconds(step.ours, device),
-                arguments.rounds,
-            )
-            by_likelihood[unit] = spread(a / b for a, b in pairs)
-            by_likelihood[unit]["flops"] = round(flops(likelihood) / counted, 3)
-    return (
-        result
-        | {
-            "flop_ratio": round(counted_expanded / counted, 3),
-            "likelihood_to_margin": by_likelihood,
-            "equal": difference <= TOLERANCES[torch.float32][0],
-            "largest_logprob_difference": difference,
-            "sizes": {
-                "model": arguments.size,
-                "weights": sum(p.numel() for p in step.model.parameters()),
-                "prompt": prompt,
-                "completion": arguments.completion,
-                "group": arguments.group,
-                "shuffled": step.settings.shuffled_generations,
-                "questions": arguments.questions,
-                "frozen": arguments.frozen,
-            },
+        result = (gate_to_margin if arguments.gate else against_reference)(step, arguments.rounds, device)
+        sizes = {
+            "model": arguments.size,
+            "weights": sum(p.numel() for p in step.model.parameters()),
+            "prompt": len(step.questions()[0].ordered.input_ids),
+            "completion": arguments.completion,
+            "group": arguments.group,
+            "shuffled": step.settings.shuffled_generations,
+            "questions": arguments.questions,
+            "frozen": arguments.frozen,
         }
-        | machine(device)
-    )
+    return {**result, "sizes": sizes, **machine(device)}
+
+
+def against_reference(step: Step, rounds: int, device: torch.device) -> dict[str, Any]:
+    difference = step.largest_difference()
+    counted, counted_expanded = flops(step.ours), flops(step.expanded)
+    return {
+        **compare(step.ours, step.expanded, rounds, device),
+        "flop_ratio": round(counted_expanded / counted, 3),
+        "equal": difference <= TOLERANCES[torch.float32][0],
+        "largest_logprob_difference": difference,
+    }
+
+
+def gate_to_margin(step: Step, rounds: int, device: torch.device) -> dict[str, Any]:
+    counted = flops(step.ours)
+    units: dict[str, dict[str, float]] = {}
+    for unit in get_args(ContrastUnit):
+        gated = partial(step.gated, unit)
+        pairs = in_turns(lambda work=gated: seconds(work, device), lambda: seconds(step.ours, device), rounds)
+        units[unit] = spread(a / b for a, b in pairs)
+        units[unit]["flops"] = round(flops(gated) / counted, 3)
+    return {"gate_to_margin": units, "rounds": rounds}
 
 
 def main() -> None:
@@ -274,6 +280,7 @@ def main() -> None:
     parser.add_argument("--group", type=int, default=8)
     parser.add_argument("--questions", type=int, default=1)
     parser.add_argument("--frozen", action="store_true", help="the vision tower does not train")
+    parser.add_argument("--gate", action="store_true", help="the rule likelihood_gate against margin")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     print(json.dumps(run(parser.parse_args())))

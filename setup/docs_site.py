@@ -22,7 +22,7 @@ OUTSIDE = {
     "index.md": "README.md",
     "contributing.md": "CONTRIBUTING.md",
     "changelog.md": "CHANGELOG.md",
-    "study.md": f"{STUDY}/README.md",
+    "study_design.md": f"{STUDY}/README.md",
     "first_study.md": f"{STUDY}/first_study.md",
 }
 LINK = re.compile(r"(!?)\[([^\]]*)\]\(([^)\s#:]+)((?:#[^)\s]*)?)\)")

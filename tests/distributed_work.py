@@ -103,7 +103,7 @@ def looks(folder: Path, processes: int, name: str, watch: Any = None, **settings
     trainer = make_trainer(
         folder / "model", str(folder / "manifest.json"), folder / name, callbacks=[watch],
         per_device_train_batch_size=2 // processes, scale_rewards="batch", beta=0.1, tools="look",
-        look_frames=4, temporal_rule="likelihood", **(settings or common(processes, steps=3)),
+        look_frames=4, temporal_rule="likelihood_gate", **(settings or common(processes, steps=3)),
     )  # fmt: skip
     trainer.engine.__class__ = ForcedOnVideos
     trainer.train()

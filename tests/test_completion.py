@@ -25,10 +25,7 @@ complete_word() {
         (("data", "c"), "check"),
         (("rl", "video-r1-3"), "video-r1-3b-distill video-r1-3b-tgrpo video-r1-3b-tgrpo-lora"),
         (("rl", "lab-tgrpo", "--temporal_ru"), "--temporal_rule"),
-        (
-            ("rl", "lab-tgrpo", "--temporal_rule", "likelihood_"),
-            "likelihood_apart likelihood_gate likelihood_gate_apart",
-        ),
+        (("rl", "lab-tgrpo", "--temporal_rule", "l"), "likelihood_gate"),
         (("plan", "lab-tgrpo", "--sharding", "z"), "zero2 zero3"),
     ],
 )

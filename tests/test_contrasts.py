@@ -174,8 +174,8 @@ def test_a_clip_that_does_not_move_loses_nothing(
 
     model = load_model(checkpoint, "float32")
     trainer = make_trainer(
-        model, str(tmp_path / "still.json"), tmp_path / "run", temporal_rule="likelihood",
-        per_device_train_batch_size=1, gradient_accumulation_steps=2,
+        model, str(tmp_path / "still.json"), tmp_path / "run", temporal_rule="likelihood_gate",
+        temporal_contrast="shuffled", per_device_train_batch_size=1, gradient_accumulation_steps=2,
     )  # fmt: skip
     if case == "another engine":
         trainer.engine = cast(Any, Elsewhere(cast(TransformersEngine, trainer.engine)))

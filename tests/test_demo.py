@@ -22,13 +22,18 @@ def test_a_tiny_demo_goes_through_all_stages(
     torch.set_num_threads(threads)
     printed, errors = capfd.readouterr()
     assert [line for line in printed.splitlines() if line.startswith("== ")] == [
-        "== lab", "== sft", "== rl", "== eval-base", "== eval-sft", "== eval-rl",
+        "== lab", "== sft", "== grpo", "== tgrpo", "== eval-sft", "== eval-grpo", "== eval-tgrpo",
+        "== eval-sft-lying", "== eval-grpo-lying", "== eval-tgrpo-lying",
     ]  # fmt: skip
     assert "it learns nothing" in printed and "Traceback" not in errors
     summary = json.loads((tmp_path / "summary.json").read_text())
-    assert set(summary["accuracy"]) == {"base", "sft", "rl"} and (tmp_path / "report.html").is_file()
-    lines = [json.loads(line) for line in (tmp_path / "rl/metrics.jsonl").read_text().splitlines()]
-    assert [line["step"] for line in lines if "loss" in line] == list(range(1, demo.QUICK.rl + 1))
+    assert set(summary["accuracy"]) == {"sft", "grpo", "tgrpo"} and (tmp_path / "report.html").is_file()
+    assert set(summary["accuracy"]["tgrpo"]) == {"ordered", "shuffled", "lying"}
+    for run, scored in (("grpo", False), ("tgrpo", True)):
+        lines = [json.loads(line) for line in (tmp_path / run / "metrics.jsonl").read_text().splitlines()]
+        steps = [line for line in lines if "loss" in line]
+        assert [line["step"] for line in steps] == list(range(1, demo.QUICK.rl + 1))
+        assert any("temporal/drop" in line for line in steps) == scored, run
 
 
 @pytest.mark.slow

@@ -129,7 +129,7 @@ def test_every_page_is_in_the_navigation() -> None:
     listed = re.findall(r"(?m)^ +- (?:\w+: )?([\w/-]+\.md)$", config.partition("\nnav:\n")[2])
     pages = {path.relative_to(DOCS).as_posix() for path in DOCS.rglob("*.md")}
     assert sorted(listed) == sorted(
-        pages | {"index.md", "contributing.md", "changelog.md", "study.md", "first_study.md"}
+        pages | {"index.md", "contributing.md", "changelog.md", "study_design.md", "first_study.md"}
     )
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks.docs_tables import DOCS, MAKERS, PAGES, blocks
+from research.temporal_credit.analysis import kept
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.parent.name + page.name)
@@ -18,10 +19,14 @@ def test_figures_are_those_of_their_files(page: Path) -> None:
 
 
 def test_the_readmes_figures_are_those_of_their_files() -> None:
-    text = (DOCS.parent / "README.md").read_text(encoding="utf-8")
-    gaps = json.loads((DOCS / "demo" / "seed-0.json").read_text())["temporal_gap"]
-    for gap in (gaps["sft"], gaps["rl"]):
-        low, high = gap["interval95"]
-        assert f"{gap['gap']:.3f} [{low:.3f}, {high:.3f}]" in text
+    text = " ".join((DOCS.parent / "README.md").read_text(encoding="utf-8").split())
+    demo = json.loads((DOCS / "demo" / "seed-0.json").read_text())
+    for stage in ("grpo", "tgrpo"):
+        low, high = demo["interval95"][stage]["lying"]
+        assert f"{demo['accuracy'][stage]['lying']:.3f} [{low:.3f}, {high:.3f}]" in text
+    runs = [run for run in kept() if run["part"] == "confirmation"]
+    for arm in ("grpo", "margin", "gate-frozen"):
+        own = [run["accuracy"]["lying"] for run in runs if run["arm"] == arm]
+        assert len(own) == 10 and f" in {sum(own) / 10:.3f}" in text, arm
     ratio = json.loads((DOCS / "figures" / "update.json").read_text())["ratio"]
     assert f"{ratio:.1f} times faster" in text

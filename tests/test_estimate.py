@@ -25,6 +25,7 @@ def recipe_of(**changes: Any) -> Recipe:
         "model_name_or_path": "x", "train_manifest": "x", "output_dir": "x", "dtype": "float32",
         "max_frames": SIZE.frames, "frame_pixels": SIZE.frame[0] * SIZE.frame[1] * PATCH**2,
         "num_generations": GROUP, "max_completion_length": 2 * COMPLETION, "length_reward": 0.0,
+        "temporal_rule": "margin",
     }  # fmt: skip
     return load_recipe("rl", None, values | changes)
 

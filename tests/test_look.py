@@ -537,7 +537,7 @@ def test_elsewhere_is_another_stretch(
 # ---- Training
 
 
-@pytest.mark.parametrize("rule", ["margin", "likelihood"])
+@pytest.mark.parametrize("rule", ["margin", "likelihood_gate"])
 def test_a_step_trains_on_episodes(checkpoint: Path, manifest: Path, tmp_path: Path, rule: str) -> None:
     trainer = make_trainer(
         checkpoint, manifest, tmp_path / rule, tools="look", temporal_rule=rule, beta=0.04,
@@ -573,7 +573,7 @@ def test_a_step_trains_on_episodes(checkpoint: Path, manifest: Path, tmp_path: P
     assert [turn["failed"] for turn in shown] == [not is_video] * 2
     assert all(str(turn["strip"]).startswith("data:image/jpeg;base64,") == is_video for turn in shown)
     contrasts = [group for group in groups if group.shuffled_prompt is not None and group.token_drops]
-    assert bool(contrasts) == (rule == "likelihood")
+    assert bool(contrasts) == (rule == "likelihood_gate")
     for group in contrasts:
         for rollout, drops in zip(group.ordered, group.token_drops, strict=True):
             with torch.no_grad():

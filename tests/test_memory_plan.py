@@ -54,8 +54,8 @@ OF_ANY_STAGE: dict[str, Any] = {
 
 def recipe_of(**overrides: Any) -> Recipe:
     """8 frames of 4 × 4 visual tokens, 8 completions of 48 tokens, 4 of them more with shuffled frames."""
-    lengths = {"max_completion_length": 48, "length_reward": 0.0}
-    return load_recipe("rl", None, {**OF_ANY_STAGE, **lengths, **overrides})
+    settings = {"max_completion_length": 48, "length_reward": 0.0, "temporal_rule": "margin"}
+    return load_recipe("rl", None, {**OF_ANY_STAGE, **settings, **overrides})
 
 
 def planned(model: Any, recipe: Recipe) -> MemoryPlan:

@@ -44,8 +44,9 @@ MACHINES = {
 }
 LOOKS = [("qwen3-vl-8b-look", "qwen3-vl-8b-{}"), ("qwen3-vl-8b-look-lora", "qwen3-vl-8b-{}-lora")]
 DISTILLED = ("video-r1-3b-distill", "video-r1-3b-{}")
+GATE = ("video-r1-7b-tgrpo-gate", "video-r1-7b-{}")
 STAGES = [(form.format(stage), form) for form in MACHINES for stage in ("sft", "tgrpo")]
-RECIPES = [*LOOKS, DISTILLED, *STAGES]
+RECIPES = [*LOOKS, DISTILLED, GATE, *STAGES]
 
 
 def command_of(name: str) -> str:
@@ -76,7 +77,7 @@ def test_a_recipe_trains_its_checkpoint_with_the_papers_settings(name: str, form
     if "look" in name:  # from a checkpoint that knows calls
         assert (values["tools"], values["overview_frames"], values["max_steps"]) == ("look", [4, 16], 1000)
     elif command == "rl":  # from what the cold start of the same size wrote
-        cold_start = load_recipe("sft", re.sub("tgrpo|distill", "sft", name)).values()
+        cold_start = load_recipe("sft", re.sub("tgrpo-gate|tgrpo|distill", "sft", name)).values()
         merged = "-merged" if values["use_peft"] else ""
         assert start == cold_start["output_dir"] + merged
         start = cold_start["model_name_or_path"]

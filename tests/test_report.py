@@ -129,6 +129,16 @@ def test_scores_are_over_the_videos_where_there_are_images_too(tmp_path: Path) -
     assert {part["name"] for part in row["by"]["by_modality"]} == {"video", "image"}
 
 
+def test_a_demo_s_last_stage_stands_beside_the_one_before_for_each_test(tmp_path: Path) -> None:
+    for name, rate in {"tgrpo": 0.7, "tgrpo-lying": 0.6, "grpo-lying": 0.2, "sft": 0.4, "grpo": 0.5}.items():
+        write_evaluation(tmp_path / f"eval-{name}", rate, rate)
+    data = page_data(tmp_path)
+    names = [row["name"] for row in data["scores"]]
+    assert names == ["sft", "grpo", "tgrpo", "grpo-lying", "tgrpo-lying"]
+    shown = {figure["caption"].partition(",")[0]: figure["note"].split()[0] for figure in data["figures"]}
+    assert shown["tgrpo accuracy"] == "grpo" and shown["tgrpo-lying accuracy"] == "grpo-lying"
+
+
 def test_scores_of_an_unfinished_evaluation(tmp_path: Path) -> None:
     finished = write_evaluation(tmp_path, 0.7, 0.3)["frames"]["8"]["by_modality"]["video"]
     (tmp_path / "summary.json").unlink()

@@ -85,18 +85,20 @@ def test_two_commands_in_one_folder(tmp_path: Path, capsys: pytest.CaptureFixtur
 def test_a_demo_replaces_only_its_own_folders(tmp_path: Path) -> None:
     """A folder of somebody else, and a link, are refused before anything is removed."""
     empty_folders(tmp_path)
+    (tmp_path / "eval-base").mkdir()  # of an earlier version, which had other stages
+    (tmp_path / "eval-base" / MARK).touch()
     (tmp_path / "sft" / "weights").touch()
     empty_folders(tmp_path)
     assert [path.name for path in (tmp_path / "sft").iterdir()] == [MARK]
     (tmp_path / "sft" / "weights").touch()
-    (tmp_path / "rl" / MARK).unlink()
-    (tmp_path / "rl" / "mine").touch()
-    with pytest.raises(RequestError, match=r"rl would be replaced but was not written by a demo"):
+    (tmp_path / "grpo" / MARK).unlink()
+    (tmp_path / "grpo" / "mine").touch()
+    with pytest.raises(RequestError, match=r"grpo would be replaced but was not written by a demo"):
         empty_folders(tmp_path)
-    assert (tmp_path / "sft" / "weights").exists() and (tmp_path / "rl" / "mine").exists()
-    (tmp_path / "rl" / "mine").unlink()
-    (tmp_path / "rl").rmdir()
-    (tmp_path / "rl").symlink_to(tmp_path / "lab")
-    with pytest.raises(RequestError, match=r"rl would be replaced"):
+    assert (tmp_path / "sft" / "weights").exists() and (tmp_path / "grpo" / "mine").exists()
+    (tmp_path / "grpo" / "mine").unlink()
+    (tmp_path / "grpo").rmdir()
+    (tmp_path / "grpo").symlink_to(tmp_path / "lab")
+    with pytest.raises(RequestError, match=r"grpo would be replaced"):
         empty_folders(tmp_path)
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted(FOLDERS)

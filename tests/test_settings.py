@@ -68,7 +68,7 @@ def test_a_value_of_the_wrong_type_is_refused_with_the_type_in_words(text: Any, 
 @pytest.mark.parametrize(("kind", "values", "names"), [
     (TGRPOSettings, {"num_generations": 1}, ["num_generations"]),
     (TGRPOSettings, {"num_generations": "8"}, ["num_generations"]),
-    (TGRPOSettings, {"num_shuffled_generations": 0}, ["num_shuffled_generations"]),
+    (TGRPOSettings, {"temporal_rule": "margin", "num_shuffled_generations": 0}, ["num_shuffled_generations"]),
     (TGRPOSettings, {"temperature": 0.0}, ["temperature"]),
     (TGRPOSettings, {"contrast_unit": "patch", "temporal_contrast": "frozen"}, ["contrast_unit"]),
     (TGRPOSettings, {"epsilon": 0.2, "epsilon_high": 0.1}, ["epsilon_high"]),
@@ -99,7 +99,7 @@ def test_settings_check_themselves_when_they_are_built(
     (TGRPOSettings, {
         "num_generations": 8, "beta": 0.04, "learning_rate": 1e-6, "max_grad_norm": 5.0, "weight_decay": 0.01,
         "lr_scheduler_type": "cosine", "max_completion_length": 768, "length_bounds": [320, 512],
-        "length_reward": 0.2, "alpha": 0.3, "contrast": "shuffled", "correct_threshold": 0.5,
+        "length_reward": 0.2, "correct_threshold": 0.5,
     }),
     (EvalSettings, {
         "temperature": 0.01, "top_p": 0.001, "max_new_tokens": 1024, "frame_pixels": 256 * 28 * 28,
@@ -110,12 +110,14 @@ def test_defaults_are_the_papers(kind: type[Settings], expected: dict[str, Any])
     assert {name: getattr(kind(), name) for name in expected} == expected
 
 
-def test_gates_have_their_own_defaults() -> None:
-    gate = TGRPOSettings(temporal_rule="likelihood_gate")
-    assert (gate.alpha, gate.contrast) == (0.9, "frozen")
-    own = TGRPOSettings(temporal_rule="likelihood_gate", temporal_alpha=0.0, temporal_contrast="shuffled")
+def test_each_temporal_rule_has_its_own_defaults() -> None:
+    gate, paper = TGRPOSettings(), TGRPOSettings(temporal_rule="margin")
+    assert (gate.temporal_rule, gate.alpha, gate.contrast) == ("likelihood_gate", 0.9, "frozen")
+    assert (gate.shuffled_generations, paper.shuffled_generations) == (0, 4)
+    assert (paper.alpha, paper.contrast) == (0.3, "shuffled")
+    own = TGRPOSettings(temporal_alpha=0.0, temporal_contrast="shuffled")
     assert (own.alpha, own.contrast) == (0.0, "shuffled")
-    assert TGRPOSettings(temporal_rule="likelihood_gate", contrast_unit="patch").contrast == "shuffled"
+    assert TGRPOSettings(contrast_unit="patch").contrast == "shuffled"
 
 
 @pytest.mark.parametrize("command", COMMANDS)

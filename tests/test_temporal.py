@@ -48,7 +48,7 @@ def group(correct: str, bonus: float = 0.0, p_shuffled: float | None = 0.0) -> R
 
 
 def series(groups: list[RolloutGroup], **settings: Any) -> dict[str, float]:
-    credit(groups, TGRPOSettings(**settings))
+    credit(groups, TGRPOSettings(temporal_rule="margin", **settings))
     meter = Meter()
     for each in groups:
         describe_credit(meter, each)
@@ -124,13 +124,13 @@ def mine(prompts: Any, completions: list[str], **columns: Any) -> list[float]:
         (["accuracy", mine], {}, False),
         (["accuracy", mine], {"reward_weights": {"mine": 0.0}}, True),
         (None, {"length_reward": 0.0, "temporal_alpha": 0.0}, False),
-        (None, {"length_reward": 0.0, "temporal_rule": "likelihood"}, False),
+        (None, {"length_reward": 0.0, "temporal_rule": "likelihood_gate"}, False),
     ],
 )
 def test_credit_that_cancels_is_warned_of(
     rewards: Any, settings: dict[str, Any], warned: bool, caplog: pytest.LogCaptureFixture
 ) -> None:
-    chosen = TGRPOSettings(**settings)
+    chosen = TGRPOSettings(**{"temporal_rule": "margin", **settings})
     with caplog.at_level(logging.WARNING):
         terms = reward_terms(rewards, chosen)
         warn_of_cancelled_bonus(terms.names, terms.weights, chosen)
@@ -141,7 +141,7 @@ def test_credit_that_cancels_is_warned_of(
 def test_credit_reaches_the_gradient_with_the_deviation_of_a_task() -> None:
     """The bonus enters the moments with weight 0.01 from the second step on: it no longer cancels."""
     tasks = TaskMoments()
-    settings = TGRPOSettings(scale_rewards="task")
+    settings = TGRPOSettings(temporal_rule="margin", scale_rewards="task")
     credit([group("1100")], settings, tasks)  # E[R] = E[R²] = 1/2, deviation 1/2
     paid = group("1100", bonus=0.15)  # E[R] = 0.50075, E[R²] = 0.5016125
     credit([paid], settings, tasks)
@@ -155,15 +155,11 @@ def test_credit_reaches_the_gradient_with_the_deviation_of_a_task() -> None:
 
 
 def test_rewards_by_likelihood() -> None:
-    """exp(−ln 2) = 1/2 of the probability is lost: 0.3 × 1/2. Nothing for a gain or a wrong answer."""
-    accuracy, drops = [1.0, 1.0, 0.0, 1.0], [math.log(2), -0.5, 2.0, 0.3]
-    graded = torch.tensor([0.15, 0.0, 0.0, 0.3 * 0.2591818])  # 1 − exp(−0.3)
-    torch.testing.assert_close(reward_of("likelihood", accuracy, drops), graded)
-    # with α = 1 a response keeps of its accuracy what is lost: 0.5 of 1, 0 of 1, and 0.259 of 0.6
-    gate = reward_of("likelihood_gate", [1.0, 1.0, 0.0, 0.6], drops, temporal_alpha=1.0)
+    """With α = 1 a response keeps of its accuracy what is lost: 0.5 of 1, 0 of 1 for a gain, 0.259 of 0.6."""
+    accuracy, drops = [1.0, 1.0, 0.0, 0.6], [math.log(2), -0.5, 2.0, 0.3]
+    gate = reward_of("likelihood_gate", accuracy, drops, temporal_alpha=1.0)
     torch.testing.assert_close(gate, torch.tensor([-0.5, -1.0, 0.0, -0.6 * 0.7408182]))
-    for rule in ("likelihood", "likelihood_gate"):
-        assert not reward_of(rule, accuracy).any()  # an image
+    assert not reward_of("likelihood_gate", accuracy).any()  # an image
 
 
 def test_key_drops() -> None:
@@ -171,23 +167,6 @@ def test_key_drops() -> None:
     given = [[0.0, 3.0, 0.1, 1.0, -4.0, 0.2], [-0.3, -0.1, -2.0], []]
     found = key_drops([torch.tensor(each) for each in given])
     torch.testing.assert_close(found, torch.tensor([2.0, -0.1, 0.0]))
-
-
-def test_a_bonus_added_apart_counts_in_its_own_unit() -> None:
-    """Right throughout: bonuses 0.3, 0.1, 0, 0 have the mean 0.1, and nothing divides them. In a mixed group
-    they are added to the advantages of plain GRPO."""
-    settings = TGRPOSettings(temporal_rule="likelihood_apart", length_reward=0)
-    alike, mixed = group("1111"), group("1100")
-    for each, bonus in ((alike, [0.3, 0.1, 0.0, 0.0]), (mixed, [0.2, 0.0, 0.0, 0.0])):
-        each.rewards["temporal"] = torch.tensor(bonus)
-        each.total_reward = each.rewards["accuracy"] + each.rewards["temporal"]
-    credit([alike, mixed], settings)
-    assert alike.advantages.tolist() == pytest.approx([0.2, 0.0, -0.1, -0.1], abs=1e-6)
-    plain = 0.5 / ((4 * 0.25 / 3) ** 0.5 + 1e-4)
-    added = [plain + 0.15, plain - 0.05, -plain - 0.05, -plain - 0.05]
-    assert mixed.advantages.tolist() == pytest.approx(added, abs=1e-6)
-    assert mixed.base_advantages is not None
-    assert mixed.base_advantages.tolist() == pytest.approx([plain, plain, -plain, -plain], abs=1e-6)
 
 
 def test_drops_and_gradient_of_a_scored_rule(checkpoint: Path, manifest: Path, tmp_path: Path) -> None:

@@ -84,7 +84,7 @@ def test_rl_on_a_mixture(family: str, mixture: Path, tmp_path: Path) -> None:
     """Log-probs of the sampler, of a batch with clips and of a plain forward agree; the report shows all."""
     model = tiny_checkpoint(family, tmp_path / "model")
     trainer = make_trainer(
-        model, str(mixture), tmp_path / "run", per_device_train_batch_size=4, temporal_rule="likelihood",
+        model, str(mixture), tmp_path / "run", per_device_train_batch_size=4, temporal_rule="likelihood_gate",
         max_steps=2,
     )  # fmt: skip
     (inputs,), _ = first_step(trainer)

@@ -19,7 +19,7 @@ from tiny_questions import read_lines, write_manifest
     ("scale", "rule"),
     [
         ("selected", "off"),
-        pytest.param("task", "likelihood_apart", marks=pytest.mark.slow),
+        pytest.param("task", "likelihood_gate", marks=pytest.mark.slow),
     ],
 )
 def test_two_processes_equal_one(tmp_path: Path, scale: str, rule: str) -> None:

@@ -160,14 +160,7 @@ def test_answers_are_counted(
     ("iterations", "credit"),
     [
         (2, {"temporal_rule": "likelihood_gate", "temporal_contrast": "reversed", "shuffle_options": True}),
-        (
-            1,
-            {
-                "scale_rewards": "task",
-                "temporal_rule": "likelihood_apart",
-                "beta": 0.5,
-            },
-        ),
+        (1, {"scale_rewards": "task", "temporal_rule": "likelihood_gate", "beta": 0.5}),
     ],
 )
 def test_resumed_run_equals_an_uninterrupted_one(

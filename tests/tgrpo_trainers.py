@@ -26,6 +26,7 @@ def make_trainer(
         "max_completion_length": 10,
         "length_reward": 0.0,
         "preflight_questions": 0,
+        "temporal_rule": "margin",  # samples, scores and pays: what a trainer does by any rule
     }
     args = TGRPOConfig(**training_arguments(folder, **{**defaults, **changes}))
     return TGRPOTrainer(

@@ -191,6 +191,37 @@ def compared(runs: Sequence[Run], part: str) -> str:
     return f"{part}\n\n" + markdown(("arm", "seeds", *views, *more, *differences), rows)
 
 
+NAMES = {
+    "grpo": "GRPO",
+    "margin": "the paper's bonus (`margin`)",
+    "margin-batch": "`margin`, `scale_rewards: batch`",
+    "placebo": "GRPO, placebo",
+    "clean": "GRPO on clips without marks",
+    "likelihood": "likelihood",
+    "gate-frozen": "the gate",
+    "pairs": "GRPO, pairs",
+    "pairs-gate": "the gate, pairs",
+}
+
+
+def confirmation(found: Sequence[Any]) -> str:
+    """Tabulate the main figures of the confirmation for docs/study.md."""
+    chosen = [run for run in found[0] if run["part"] == "confirmation"]
+    lying, ordered = (pooled(chosen, accuracy(view), "grpo", ("seed",)) for view in ("lying", "ordered"))
+    rows = []
+    for arm, name in NAMES.items():
+        own = [run for run in chosen if run["arm"] == arm]
+        views = [fmean(map(accuracy(view), own)) for view in ("lying", "true", "ordered")]
+        means = [*views, fmean(map(pair_accuracy, own)), fmean(run["mark_read"]["lying"] for run in own)]
+        effects = [model.effects[arm] if arm != "grpo" else "" for model in (lying, ordered)]
+        rows.append((name, *(f"{mean:.3f}" for mean in means), *effects))
+    head = (
+        "arm", "lying marks", "true marks", "no marks", "both twins", "names the mark",
+        "lying marks − GRPO", "no marks − GRPO",
+    )  # fmt: skip
+    return markdown(head, rows)
+
+
 CLAIMS = (
     ("gate-frozen", "grpo"), ("likelihood", "grpo"), ("pairs", "grpo"), ("pairs", "placebo"),
     ("pairs-gate", "gate-frozen"), ("margin", "grpo"), ("margin-batch", "grpo"),

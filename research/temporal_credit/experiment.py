@@ -38,14 +38,13 @@ import numpy as np
 
 from research.temporal_credit.analysis import kept, key
 from research.temporal_credit.oracle import contrast_answer
+from research.temporal_credit.variants import variant
 from video_r1.data.answers import LETTERS
 from video_r1.files import replace_json
 from video_r1.lab.clips import write_clip
 from video_r1.lab.model import base_folder
 from video_r1.lab.questions import NAMED_FAMILIES
 from video_r1.lab.scenes import FPS, MARKS, SECONDS, render
-from video_r1.rewards import temporal
-from video_r1.rollout.engine import replaced
 from video_r1.settings.training_record import RECORD, read_record
 
 FAMILIES = (
@@ -61,26 +60,25 @@ LESSONS = 5000  # clips of a cold start: half are marked, half of the marked rat
 RL_SEED, PLACEBO_SEED = 1000, 2000  # added to the seed, so that RL has other questions than the cold start
 ACCURATE, LOOKING = 0.75, 0.3  # gates of a skilled cold start
 
-_GATE = {"temporal_rule": "likelihood_gate", "temporal_alpha": 0.9}
+_SCORED = {"temporal_rule": "likelihood_gate", "temporal_alpha": 0.9, "temporal_contrast": "frozen"}
 RULES: dict[str, dict[str, Any]] = {
     "grpo": {"temporal_rule": "off"},
     "margin": {"temporal_rule": "margin"},
     "margin-batch": {"temporal_rule": "margin", "scale_rewards": "batch"},
-    "likelihood": {"temporal_rule": "likelihood"},
-    "apart-0.3": {"temporal_rule": "likelihood_apart", "temporal_alpha": 0.3},
-    "apart-1": {"temporal_rule": "likelihood_apart", "temporal_alpha": 1.0},
-    "apart-3": {"temporal_rule": "likelihood_apart", "temporal_alpha": 3.0},
-    "gate": {**_GATE, "temporal_contrast": "shuffled"},
-    "gate-frozen": {**_GATE, "temporal_contrast": "frozen"},
-    "gate-apart": {**_GATE, "temporal_rule": "likelihood_gate_apart", "temporal_contrast": "frozen"},
-    "gate-0.5": {**_GATE, "temporal_alpha": 0.5, "temporal_contrast": "frozen"},
-    "gate-1": {**_GATE, "temporal_alpha": 1.0, "temporal_contrast": "frozen"},
-    "gate-tenth": {**_GATE, "temporal_contrast": "frozen"},
-    "gate-all": {**_GATE, "temporal_contrast": "frozen"},
+    "likelihood": {**_SCORED, "temporal_alpha": 0.3, "temporal_contrast": "shuffled"},
+    "apart-0.3": {**_SCORED, "temporal_alpha": 0.3, "temporal_contrast": "shuffled"},
+    "apart-1": {**_SCORED, "temporal_alpha": 1.0, "temporal_contrast": "shuffled"},
+    "apart-3": {**_SCORED, "temporal_alpha": 3.0, "temporal_contrast": "shuffled"},
+    "gate": {**_SCORED, "temporal_contrast": "shuffled"},
+    "gate-frozen": _SCORED,
+    "gate-apart": _SCORED,
+    "gate-floor": _SCORED,
+    "gate-0.5": {**_SCORED, "temporal_alpha": 0.5},
+    "gate-1": {**_SCORED, "temporal_alpha": 1.0},
+    "gate-tenth": _SCORED,
+    "gate-all": _SCORED,
 }
-"""Settings that differ from the recipe lab-tgrpo."""
-KEY_SHARES = {"gate-tenth": 10, "gate-all": 1}
-"""A gate reads one token in so many, those that drop most; by default one in five."""
+"""Settings that differ from the recipe lab-tgrpo; variants.py has the rules that are not the package's."""
 ARMS: dict[str, tuple[str, str]] = {
     **{rule: (rule, "marked") for rule in RULES},
     "pairs": ("grpo", "twins"),
@@ -143,7 +141,9 @@ CONFIRMATION_ARMS = (
     "grpo", "likelihood", "gate-frozen", "pairs", "pairs-gate", "placebo", "clean", "margin", "margin-batch",
 )  # fmt: skip
 SECOND_BASE_ARMS = ("grpo", "gate-frozen")
-GATE_ARMS = ("gate-frozen", "gate-0.5", "gate-1", "gate-tenth", "gate-all")
+GATE_ARMS = (
+    "gate-frozen", "gate-apart", "gate-floor", "gate-0.5", "gate-1", "gate-tenth", "gate-all",
+)  # fmt: skip
 
 
 def diagram(seeds: Sequence[int]) -> Iterator[Cell]:
@@ -355,9 +355,8 @@ def make_run(out: Path, cell: Cell) -> None:
     rule, questions = ARMS[cell.arm]
     lab = data / ("clean" if questions == "clean" else f"cue-{cell.cue:g}")
     manifest = lab / {"twins": "twins.json", "placebo": "placebo.json"}.get(questions, "rl.json")
-    key_share = KEY_SHARES.get(rule, temporal.KEY_SHARE)
     begun = time.monotonic()
-    with replaced(temporal, "KEY_SHARE", key_share):
+    with variant(rule):
         video_r1(
             "rl", "lab-tgrpo", model_name_or_path=cell.start(out) / "cold-start", train_manifest=manifest,
             output_dir=folder, max_steps=cell.steps, seed=cell.seed, **cell.pixels, **RULES[rule],
@@ -371,7 +370,7 @@ def make_run(out: Path, cell: Cell) -> None:
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text("utf-8").splitlines()]
     credits = [line["temporal/credit"] for line in lines if line.get("temporal/credit") is not None]
     result = {
-        **asdict(cell), "settings": RULES[rule], "key_share": key_share, "cold_start": cold,
+        **asdict(cell), "settings": RULES[rule], "cold_start": cold,
         "steps": cell.steps,
         "accuracy": {view: fmean(r["score"] for r in records) for view, records in found.items()},
         "right": {view: packed(records) for view, records in found.items()},

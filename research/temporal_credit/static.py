@@ -9,7 +9,6 @@ before and after RL; OUT/static.json has it for all complete runs, which are not
 import argparse
 import json
 import shutil
-from functools import partial
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -29,15 +28,13 @@ from research.temporal_credit.experiment import (
     read_rows,
     video_r1,
 )
+from research.temporal_credit.variants import variant
 from video_r1.files import replace_json
 from video_r1.lab.clips import write_clip
 from video_r1.lab.questions import IMAGE_FAMILIES
 from video_r1.lab.scenes import FPS, SECONDS
-from video_r1.rollout.engine import replaced
-from video_r1.training import tgrpo
 
 ARMS = ("grpo", "gate-frozen", "gate-apart", "gate-floor")
-FLOOR = 0.1  # added to the deviation of a group's rewards in gate-floor, in place of 1e-4
 TEST, SFT_STEPS = 1000, 480
 
 
@@ -89,13 +86,10 @@ def run_seed(out: Path, seed: int) -> list[dict[str, Any]]:
                     "sft", "lab-sft", train_manifest=lesson, output_dir=run, seed=seed, max_steps=SFT_STEPS
                 )
             else:
-                rule, given = RULES["gate-frozen" if arm == "gate-floor" else arm], tgrpo.group_advantages
-                with replaced(
-                    tgrpo, "group_advantages", partial(given, eps=FLOOR) if arm == "gate-floor" else given
-                ):
+                with variant(arm):
                     video_r1(
                         "rl", "lab-tgrpo", model_name_or_path=cold, train_manifest=lab / "rl.json",
-                        output_dir=run, max_steps=STEPS, seed=seed, **rule,
+                        output_dir=run, max_steps=STEPS, seed=seed, **RULES[arm],
                     )  # fmt: skip
             found = accuracy(run, lab / "test.json", run / "test")
             replace_json(run / "static.json", {"seed": seed, "arm": arm, **found, "made_with": made_with()})

@@ -1,9 +1,10 @@
-"""The demo: lab data, SFT, T-GRPO, evaluation in both frame orders and a report, on two cores.
+"""The demo: lab data with marks that give answers away, SFT, GRPO and T-GRPO, evaluation and a report, on two
+cores.
 
-OUT/lab/            media and manifests
-OUT/frames/         cache of decoded frames for all stages
-OUT/sft/, OUT/rl/   run folders
-OUT/eval-base/ …    predictions and figures of the three checkpoints
+OUT/lab/                           media and manifests
+OUT/frames/                        cache of decoded frames for all stages
+OUT/sft/, OUT/grpo/, OUT/tgrpo/    run folders; both kinds of RL begin from sft/
+OUT/eval-sft/, eval-sft-lying/ …   predictions and figures of the three, without marks and with lying ones
 OUT/summary.json, OUT/report.html
 """
 
@@ -15,6 +16,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import product
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -29,7 +31,7 @@ from video_r1.settings.training_record import RECORD, read_record
 
 
 class Size(NamedTuple):
-    """Training and test questions, SFT and RL steps of a demo."""
+    """Training and test questions, and steps of SFT and of each RL run of a demo."""
 
     train: int
     test: int
@@ -37,16 +39,21 @@ class Size(NamedTuple):
     rl: int
 
 
-FULL = Size(train=2800, test=560, sft=480, rl=140)
+FULL = Size(train=2400, test=320, sft=440, rl=65)
 QUICK = Size(train=400, test=80, sft=120, rl=8)
 PROCESSES = 2  # training ranks of one thread each; for a small model they are faster than threads
-HASTY = 0.6  # share of cold-start rationales that guess after one look: the habit that RL has to overcome
+HABITS: dict[str, Any] = {"shortcut": 0.6, "trusting": 0.7, "hasty": 0.3}
+"""What RL has to overcome, as shares: of questions with a mark that names an answer, of marks that are true
+(those the cold start reads), and of cold-start rationales that guess after one look."""
+RULES: dict[str, dict[str, str]] = {"grpo": {"temporal_rule": "off"}, "tgrpo": {}}
 RECIPES = {"sft": "lab-sft", "rl": "lab-tgrpo", "eval": "lab-eval"}
-STAGES = ("base", "sft", "rl")
+STAGES = ("sft", *RULES)
+TESTS = {"": "ordered,shuffled", "-lying": "ordered"}
+"""By suffix of the test's manifest and of the evaluation's folder: orders of the frames."""
 MARK = ".demo"
 """Empty file in each folder of a demo; the next demo replaces only folders with this file."""
 CACHE = "frames"
-FOLDERS = ("lab", CACHE, "sft", "rl", *(f"eval-{stage}" for stage in STAGES))
+FOLDERS = ("lab", CACHE, *STAGES, *(f"eval-{stage}{test}" for test in TESTS for stage in STAGES))
 
 
 def run_demo(
@@ -55,7 +62,8 @@ def run_demo(
     """Run all stages below `out`, replacing an earlier demo; return the content of `summary.json`.
 
     Everything runs on the CPU, even on a machine with a GPU: two ranks cannot share one GPU, and such a small
-    model gains nothing. All figures are over the test questions on videos, with ordered and shuffled frames.
+    model gains nothing. All figures are over the test questions on videos: frames in order and shuffled, and
+    in order with marks that lie.
     quick: a few steps, which show that every stage runs and prove nothing. family: of the base. Raises
     RequestError if a folder to be replaced is not an earlier demo's, and VideoR1Error if training fails.
     """
@@ -73,16 +81,16 @@ def empty_folders(out: Path) -> None:
     Raises RequestError, and removes nothing, if one of the folders is not an earlier demo's.
     """
     folders = [out / name for name in FOLDERS]
-    marked = [path for path in folders if (path / MARK).is_file() and not path.is_symlink()]
+    marked = [path for path in out.iterdir() if (path / MARK).is_file() and not path.is_symlink()]
     foreign = [path for path in folders if os.path.lexists(path) and path not in marked]
     if foreign:
         raise RequestError(
             f"{', '.join(map(str, foreign))} would be replaced but was not written by a demo; choose another "
             "--out, or remove it first"
         )
+    for path in marked:
+        shutil.rmtree(path)
     for path in folders:
-        if path in marked:
-            shutil.rmtree(path)
         path.mkdir()
         (path / MARK).touch()
 
@@ -97,43 +105,44 @@ def _run_stages(out: Path, seed: int, size: Size, base: Path) -> dict[str, Any]:
 
     torch.set_num_threads(1)  # the figures do not depend on the number of cores
     seconds: dict[str, float] = {}
-    checkpoints = {"base": base, "sft": out / "sft", "rl": out / "rl"}
     lab = out / "lab"
     record = read_record(base / RECORD)
     shared = {name: record[name] for name in ("frame_pixels", "image_pixels")}
     shared |= {"seed": seed, "frame_cache": out / CACHE}
     start = time.perf_counter()
     with _timed(seconds, "lab"):
-        made = LabSettings(folder=str(lab), train=size.train, test=size.test, seed=seed, hasty=HASTY)
-        write_lab(made)
+        write_lab(LabSettings(folder=str(lab), train=size.train, test=size.test, seed=seed, **HABITS))
     with _timed(seconds, "sft"):
-        sft = {"train_manifest": lab / "sft.json", "output_dir": checkpoints["sft"]}
+        sft = {"train_manifest": lab / "sft.json", "output_dir": out / "sft"}
         train_stage("sft", size.sft, **shared, model_name_or_path=base, **sft)
-    with _timed(seconds, "rl"):
-        rl: dict[str, Any] = {"train_manifest": lab / "rl.json", "output_dir": checkpoints["rl"]}
+    for stage, rule in RULES.items():
+        rl: dict[str, Any] = {"train_manifest": lab / "rl.json", "output_dir": out / stage, **rule}
         if size == QUICK:  # after a short cold start no answer may be right yet
             rl["preflight_questions"] = 0
-        train_stage("rl", size.rl, **shared, model_name_or_path=checkpoints["sft"], **rl)
+        with _timed(seconds, stage):
+            train_stage("rl", size.rl, **shared, model_name_or_path=out / "sft", **rl)
     figures: dict[str, dict[str, Any]] = {}
-    for stage, checkpoint in checkpoints.items():
-        with _timed(seconds, f"eval-{stage}"):
-            folder = out / f"eval-{stage}"
-            test = {"model": checkpoint, "manifest": lab / "test.json", "out": folder, "device": "cpu"}
-            test |= shared
-            recipe = load_recipe("eval", RECIPES["eval"], {name: str(value) for name, value in test.items()})
+    for (test, orders), stage in product(TESTS.items(), STAGES):
+        name = f"eval-{stage}{test}"
+        with _timed(seconds, name):
+            given = {"model": out / stage, "manifest": lab / f"test{test}.json", "out": out / name}
+            given |= {"order": orders, "device": "cpu", **shared}
+            recipe = load_recipe("eval", RECIPES["eval"], {key: str(value) for key, value in given.items()})
             run_eval(recipe.section(EvalSettings), recipe.section(BenchmarkSettings))
-        summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
-        (figures[stage],) = summary["frames"].values()
-    videos = {stage: figures[stage]["by_modality"]["video"] for stage in STAGES}
+        found = json.loads((out / name / "summary.json").read_text(encoding="utf-8"))
+        (figures[name],) = found["frames"].values()
+    videos = {stage: figures[f"eval-{stage}"]["by_modality"]["video"] for stage in STAGES}
+    for stage in STAGES:
+        videos[stage]["lying"] = figures[f"eval-{stage}-lying"]["by_modality"]["video"]["ordered"]
     seconds["total"] = time.perf_counter() - start
     summary = {
         "seconds": {name: round(value, 1) for name, value in seconds.items()},
-        "model_parameters": sum(weight.numel() for weight in load_model(checkpoints["rl"]).parameters()),
+        "model_parameters": sum(weight.numel() for weight in load_model(out / "tgrpo").parameters()),
         "about": "videos",
-        "test_questions": videos["rl"]["temporal_gap"]["questions"],
+        "test_questions": videos["tgrpo"]["temporal_gap"]["questions"],
         "accuracy": _of_stages(videos, "accuracy"),
         "interval95": _of_stages(videos, "interval95"),
-        "format_rate": _of_stages(figures, "format_rate"),
+        "format_rate": _of_stages(videos, "format_rate"),
         "temporal_gap": {stage: videos[stage]["temporal_gap"] for stage in STAGES},
     }
     replace_json(out / "summary.json", summary)
@@ -164,7 +173,11 @@ def train_stage(command: str, steps: int, **settings: Any) -> None:
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     batch = load_recipe(command, RECIPES[command]).values()["per_device_train_batch_size"]
-    settings |= {"max_steps": steps, "per_device_train_batch_size": batch // PROCESSES, "use_cpu": True}
+    settings = {
+        "max_steps": steps,
+        "per_device_train_batch_size": batch // PROCESSES,
+        "use_cpu": True,
+    } | settings
     texts = {name: str(value) for name, value in settings.items()}
     config = LaunchConfig(
         1, 1, PROCESSES, run_id=command, rdzv_backend="c10d", rdzv_endpoint="localhost:0", max_restarts=0
@@ -193,6 +206,6 @@ def train_share(command: str, settings: dict[str, str]) -> None:
         sys.exit(f"video-r1: {error}")
 
 
-def _of_stages(figures: dict[str, dict[str, Any]], name: str) -> dict[str, Any]:
-    orders = ("ordered", "shuffled")
-    return {stage: {order: figures[stage][order][name] for order in orders} for stage in STAGES}
+def _of_stages(videos: dict[str, dict[str, Any]], name: str) -> dict[str, Any]:
+    views = ("ordered", "shuffled", "lying")
+    return {stage: {view: videos[stage][view][name] for view in views} for stage in STAGES}

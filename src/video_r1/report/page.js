@@ -1,10 +1,11 @@
 const data = JSON.parse(document.getElementById("data").textContent);
 data.runs = data.runs.map((run) => charted(run));
 
-const INTRODUCTION = "T-GRPO asks every question about a video twice: with its frames in order, and with a contrast clip, which is the "
-  + "same frames shuffled unless the settings name another one. p is the share of right answers in order, p\u0303 the share with the "
-  + "contrast clip, and p − p\u0303 the temporal gap: what the model gains from the order of the frames. Training rewards the right "
-  + "answers that need it, so that a model should not get by on single frames.";
+const INTRODUCTION = "T-GRPO compares every clip with a contrast clip: one of its frames repeated, or all of them in another order, as the "
+  + "settings say. With the rule likelihood_gate a right answer earns the more, the less likely the model finds it with the contrast clip. "
+  + "With margin and threshold the model also answers the contrast clip: p is the share of right answers in order, p\u0303 the share with "
+  + "the contrast clip, and p − p\u0303 the temporal gap. Each rewards right answers that need the order of the frames, so that a model "
+  + "should not get by on single frames.";
 const DISTILLATION = "A teacher scores every token that the model samples, perhaps with more frames of the clip than the model sees. Training makes "
   + "tokens likelier that the teacher finds likelier than the model does, and others less likely.";
 const GLOSSARY = {
@@ -12,7 +13,7 @@ const GLOSSARY = {
   "p, p\u0303": "shares of right answers to one question: with the frames in order, and with the contrast clip. Curves show their means over the questions.",
   "temporal gap": "p − p\u0303; in an evaluation accuracy in order minus accuracy shuffled, on the same questions. Near 0, the model answers without the order of the frames.",
   "look gap": "accuracy in order minus accuracy when each look shows another stretch of the clip. Near 0, the model does not use what it asks to see.",
-  "temporal reward": "the bonus of right answers in order, by temporal_rule: α·(p − p\u0303) where that is above 0 (margin), or α wherever p ≥ μ·p\u0303 (threshold).",
+  "temporal reward": "what right answers in order earn or lose, by temporal_rule: −α·exp(−drop), with the drop of their log-probability in nats (likelihood_gate); α·(p − p\u0303) where that is above 0 (margin); α wherever p ≥ μ·p\u0303 (threshold).",
   "contrast clip": "the same clip with its frames shuffled, reversed, frozen, half of them dropped, one alone (single), or none (blind).",
   "accuracy, format, length reward": "1 for a right answer; 1 for <think>…</think><answer>…</answer> and nothing else; a little for right answers of a wanted length.",
   advantage: "how much better an answer is than the others of its group: what the update weighs its tokens by. Positive ones become likelier.",

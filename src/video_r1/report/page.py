@@ -15,13 +15,14 @@ import os
 import re
 from collections.abc import Mapping, Sequence
 from importlib.resources import files
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
 from video_r1.errors import RequestError, writing_to
 from video_r1.files import replace_text
 from video_r1.report.run_data import Run, find_run_folders, read_groups, read_object, read_run
-from video_r1.report.scores import in_order_of_stages, read_scores
+from video_r1.report.scores import in_order_of_stages, read_scores, test_of
 from video_r1.report.values import as_table
 
 ROLLOUT_BYTES = 20_000_000  # of recorded groups and their frames in a page
@@ -245,20 +246,21 @@ def ends(values: Sequence[float]) -> tuple[float, float]:
 
 
 def _demo_figures(scores: list[dict[str, Any]]) -> list[dict[str, str]]:
-    """Return the main figures of a folder with evaluated stages: the last stage beside the one before."""
-    rows = [row for row in scores if row["ordered"]]
-    if not rows:
-        return []
-    before, last = (rows[-2] if len(rows) > 1 else None), rows[-1]
-    figures = []
+    """Return the main figures of a folder with evaluated stages, for each test: the last stage beside the one
+    before.
+    """
     captions = {
         "ordered": "accuracy, in order", "shuffled": "accuracy, shuffled", "gap": "temporal gap",
         "look": "look gap",
     }  # fmt: skip
-    for key, caption in captions.items():
-        if last[key]:
-            note = f"{before['name']} {before[key]['mean']:.2f}" if before and before[key] else ""
-            value = f"{last[key]['mean']:.2f}"
-            about = f", {last['about']}" if last["about"] else ""
-            figures.append({"caption": f"{last['name']} {caption}{about}", "value": value, "note": note})
+    figures = []
+    for _, group in groupby((row for row in scores if row["ordered"]), key=test_of):
+        *earlier, last = group
+        before = earlier[-1] if earlier else None
+        for key, caption in captions.items():
+            if last[key]:
+                note = f"{before['name']} {before[key]['mean']:.2f}" if before and before[key] else ""
+                value = f"{last[key]['mean']:.2f}"
+                about = f", {last['about']}" if last["about"] else ""
+                figures.append({"caption": f"{last['name']} {caption}{about}", "value": value, "note": note})
     return figures

@@ -8,7 +8,7 @@ from video_r1.evaluation.summary import LOOK_GAPS, NEEDED, ORDERS, summarise
 from video_r1.report.run_data import ANSWERS, Run, json_lines, prediction_files, read_object
 from video_r1.report.values import as_list, as_table, finite, text
 
-STAGES = ("base", "sft", "rl")  # the order of the rows where these names occur
+STAGES = ("base", "sft", "grpo", "rl", "tgrpo")  # the order of the rows where these names occur
 BREAKDOWNS = ("by_modality", "by_type", "by_task", "by_source")
 GAP_ORDERS = (*ORDERS, LOOK_GAPS["look_gap"])
 MAX_PARTS = 60  # rows of one breakdown
@@ -102,5 +102,17 @@ def _overlaps(types: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 
 def in_order_of_stages(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Sort rows by the suffix after a stage's name, as in `eval-sft-lying`, then by stage."""
     ranks = {name: rank for rank, name in enumerate(STAGES)}
-    return sorted(rows, key=lambda row: ranks.get(row["name"].split(",")[0], len(STAGES)))
+    return sorted(rows, key=lambda row: (test_of(row), ranks.get(_stage_and_test(row)[0], len(STAGES))))
+
+
+def test_of(row: Mapping[str, Any]) -> str:
+    """Return `lying` of a row named `sft-lying`; "" of one whose name is a stage's or none's."""
+    stage, test = _stage_and_test(row)
+    return test if stage in STAGES else ""
+
+
+def _stage_and_test(row: Mapping[str, Any]) -> tuple[str, str]:
+    stage, _, test = row["name"].partition(",")[0].partition("-")
+    return stage, test

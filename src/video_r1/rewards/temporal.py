@@ -5,9 +5,8 @@
     Δ_i    mean of d_it over the tokens t of completion i
 
 A rule compares V with Ṽ in one of two ways. `sampled`: the policy also answers the contrast clip, which gives
-p̃. `scored`: the ordered completions are scored behind the contrast clip, which gives d_it. It then changes
-the rewards or the advantages. G: ordered completions of a question; Q: questions of a step. A new rule takes
-an entry in RULES and its name in settings/training.py.
+p̃. `scored`: the ordered completions are scored behind the contrast clip, which gives d_it. G: ordered
+completions of a question. A new rule takes an entry in RULES and its name in settings/training.py.
 """
 
 from __future__ import annotations
@@ -30,17 +29,12 @@ KEY_SHARE = 5  # one token in five of a completion is a key token
 
 Reward = Callable[[RolloutGroup, Tensor, Tensor, TGRPOSettings], Tensor]
 """(group, accuracy [G], correct [G] bool, settings) -> r_t [G] float32."""
-Credit = Callable[[Tensor, Tensor], Tensor]
-"""(advantages [Q, G] without the temporal term, bonus [Q, G]) -> advantages [Q, G]."""
 
 
 @dataclass(frozen=True)
 class TemporalRule:
-    """A temporal rule. Where it has no `credit`, advantages are made of the rewards with the bonus."""
-
     contrast: Literal["sampled", "scored"] | None = None
     reward: Reward | None = None
-    credit: Credit | None = None
     pays_all_alike: bool = False  # the correct completions of a question: see `warn_of_cancelled_bonus`
 
 
@@ -65,16 +59,6 @@ def threshold(group: RolloutGroup, accuracy: Tensor, correct: Tensor, settings: 
     return (settings.alpha if reached else 0.0) * correct.float()
 
 
-def likelihood(group: RolloutGroup, accuracy: Tensor, correct: Tensor, settings: TGRPOSettings) -> Tensor:
-    """r_t = α·(1 − exp(−Δ_i)) if Δ_i > 0, else 0, for a correct completion: the share of its tokens'
-    probability that the contrast clip takes away. It differs among them and does not cancel.
-    """
-    drops = group.drops
-    if drops is None:
-        return torch.zeros(len(correct))
-    return settings.alpha * correct.float() * -torch.expm1(-drops.clamp(min=0.0)).float()
-
-
 def likelihood_gate(
     group: RolloutGroup, accuracy: Tensor, correct: Tensor, settings: TGRPOSettings
 ) -> Tensor:
@@ -96,22 +80,11 @@ def key_drops(token_drops: Sequence[Tensor]) -> Tensor:
     return torch.stack([drops.sum() / max(1, len(drops)) for drops in largest])
 
 
-# ---- Advantages
-
-
-def bonus_apart(advantages: Tensor, bonus: Tensor) -> Tensor:
-    """A + (b − mean(b)): the group's deviation can neither cancel the bonus nor enlarge it."""
-    return advantages + bonus - bonus.mean(dim=1, keepdim=True)
-
-
 RULES: dict[str, TemporalRule] = {
     "off": TemporalRule(),
     "margin": TemporalRule("sampled", reward=margin, pays_all_alike=True),
     "threshold": TemporalRule("sampled", reward=threshold, pays_all_alike=True),
-    "likelihood": TemporalRule("scored", reward=likelihood),
-    "likelihood_apart": TemporalRule("scored", reward=likelihood, credit=bonus_apart),
     "likelihood_gate": TemporalRule("scored", reward=likelihood_gate),
-    "likelihood_gate_apart": TemporalRule("scored", reward=likelihood_gate, credit=bonus_apart),
 }
 
 

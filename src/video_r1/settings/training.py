@@ -20,9 +20,7 @@ LOSS_TYPES = ("grpo", "bnpo", "dapo", "dr_grpo", "cispo", "sapo")
 AdvantageScale = Literal["group", "batch", "task", "none"]
 SampledRule = Literal["margin", "threshold"]
 """Temporal rules that sample completions with the contrast clip (rewards/temporal.py defines all rules)."""
-TemporalRule = Literal[
-    SampledRule, "likelihood", "likelihood_apart", "likelihood_gate", "likelihood_gate_apart", "off"
-]
+TemporalRule = Literal[SampledRule, "likelihood_gate", "off"]
 
 SELF_REFLECTION_PHRASES = (
     "wait", "hold on", "let me check", "let me re-check", "let me think again", "let me look again",
@@ -155,22 +153,21 @@ class TGRPOSettings(JudgeSettings, TrainingSettings):
     dynamic_sampling: int = setting(0, "rounds that replace groups of equal rewards (DAPO)", at_least=0)
     num_iterations: int = setting(1, "updates on each batch of rollouts", above=0)
     temporal_rule: TemporalRule = setting(
-        "margin",
-        "what pays for the frame order: margin alpha·(p − p_shuffled); threshold alpha when p ≥ "
-        "mu·p_shuffled; likelihood alpha·(1 − exp(−drop)) by each response's drop in log-prob with the "
-        "contrast clip (apart: added to advantages; gate: −alpha·accuracy·exp(−drop), of the fifth of its "
-        "tokens that drop most)",
+        "likelihood_gate",
+        "what pays for the frame order: likelihood_gate −alpha·accuracy·exp(−drop), by each response's drop "
+        "in log-prob with the contrast clip (of the fifth of its tokens that drop most); the paper's margin "
+        "alpha·(p − p_shuffled) or threshold alpha when p ≥ mu·p_shuffled",
     )
     temporal_contrast: Contrast | None = setting(
         None,
         "clip to compare with: frames shuffled, reversed, one repeated, one alone, half dropped, none "
-        "(default: shuffled; for the gates frozen, one repeated)",
+        "(default: shuffled; for likelihood_gate frozen, one repeated)",
     )
     contrast_unit: ContrastUnit = setting(
         "frame", "unit that is permuted; patch: pairs of frames, encoded once"
     )
     temporal_alpha: float | None = setting(
-        None, "size of the temporal reward (default: 0.3; for the gates 0.9)", at_least=0
+        None, "size of the temporal reward (default: 0.3; for likelihood_gate 0.9)", at_least=0
     )
     temporal_threshold_mu: float = setting(1.0, "mu of the rule 'threshold'", at_least=0)
     correct_threshold: float = setting(0.5, "accuracy above this counts as correct", at_least=0, below=1)
@@ -282,13 +279,13 @@ class TGRPOSettings(JudgeSettings, TrainingSettings):
     @property
     def contrast(self) -> Contrast:
         """The contrast clip of the temporal rule. A frozen clip keeps a shortcut that one frame shows."""
-        frozen = "gate" in self.temporal_rule and self.contrast_unit == "frame"
+        frozen = self.temporal_rule == "likelihood_gate" and self.contrast_unit == "frame"
         return self.temporal_contrast or ("frozen" if frozen else "shuffled")
 
     @property
     def alpha(self) -> float:
         """Size of the temporal reward. A gate of 0.9 can outbid a shortcut that is always right."""
-        default = 0.9 if "gate" in self.temporal_rule else 0.3
+        default = 0.9 if self.temporal_rule == "likelihood_gate" else 0.3
         return default if self.temporal_alpha is None else self.temporal_alpha
 
     @property

@@ -10,9 +10,9 @@
 are the Trainer's; trainer.py has what this project overrides.
 
 Deviations from the paper and its code:
- 1. The temporal reward is α·(p − p̃) if p > p̃. The paper's α wherever p ≥ μ·p̃ is
-    `temporal_rule="threshold"`. Both cancel in groups of right and wrong completions; the rules that begin
-    with `likelihood` do not.
+ 1. The temporal reward is −α·exp(−Δ) for a correct completion whose key tokens lose Δ nats with the contrast
+    clip (`likelihood_gate`). The paper's bonuses, α·(p − p̃) (`margin`) and α wherever p ≥ μ·p̃ (`threshold`),
+    cancel in groups of right and wrong completions (docs/t-grpo.md).
  2. p and p̃ belong to one question. The reference code computes them over the batch (one prompt a device).
  3. Ordered and shuffled completions are sampled alike, without top-p: the sampled distribution is scored.
  4. The shuffled order is never the identity, and the sampling rate of the frames reaches the model.
@@ -587,7 +587,7 @@ def credit(
     """Set the groups' advantages, and those without the temporal term. Every rank calls it with its own
     groups of a step. moments: for `scale_rewards` task.
     """
-    rule, scale = rule_of(settings), settings.scale_rewards
+    scale = settings.scale_rewards
     rows = [(g.total_reward, g.base_reward, g.sample.problem_type) for g in groups]
     everyone, mine = gather_lists(rows)
     rewards, without, types = zip(*everyone, strict=True)
@@ -596,10 +596,7 @@ def credit(
     # A_i = (R_i − mean(R)) ÷ std(R); a task's std is that of the rewards with r_t for both
     std = None if moments is None else moments.deviations(rewards, types)
     base = group_advantages(without, scale, task_deviations=std)
-    if rule.credit is not None:
-        advantages = rule.credit(base, rewards - without)
-    else:
-        advantages = group_advantages(rewards, scale, task_deviations=std)
+    advantages = group_advantages(rewards, scale, task_deviations=std)
 
     for group, own, plain in zip(groups, advantages[mine], base[mine], strict=True):
         group.advantages, group.base_advantages = own, plain
