@@ -28,7 +28,7 @@ from video_r1.training.objective import policy_loss
 from video_r1.training.reference import frozen_copy, prepare_reference
 from video_r1.training.sharded import keep_figures_exact, whole_weights
 
-TIMES = 4  # rollouts: on a busy machine gloo frees the buffers of a collective later, and more live at once
+TIMES = 4  # of each: on a busy machine gloo frees the buffers of a collective later, and more live at once
 
 
 def measure(folder: Path, hidden: int, layers: int) -> None:
@@ -65,9 +65,15 @@ def measure(folder: Path, hidden: int, layers: int) -> None:
     model.zero_grad(set_to_none=True)
     sample()
     found = {}
-    for phase, work, times in (("rollout", sample, TIMES), ("update", update, 1)):
-        here = here_bytes(model) + here_bytes(reference)  # some weights stay whole after a forward pass
-        found[phase] = here + min(most_at_once(work) for _ in range(times))
+    for phase, work in (("rollout", sample), ("update", update)):
+        peaks = []
+        for _ in range(TIMES):
+            here = here_bytes(model) + here_bytes(reference)  # some weights stay whole after a forward pass
+            peaks.append(here + most_at_once(work))
+            if phase == "update":
+                model.zero_grad(set_to_none=True)
+        found[phase] = min(peaks)
+    update()
     for part in (model, reference):
         for module in part.modules():
             if isinstance(module, FSDPModule):
