@@ -84,6 +84,10 @@ def test_a_recipe_trains_its_checkpoint_with_the_papers_settings(name: str, form
         sampled, beta = (4, 0.0) if name == DISTILLED[0] else (8, 0.04)
         assert (values["num_generations"], values["beta"]) == (sampled, beta)
         assert (values["max_completion_length"], values["max_steps"]) == (768, 1000)
+    if command == "rl":
+        is_measured_with_margin = "look" in name or name.startswith("video-r1")
+        rule = "margin" if is_measured_with_margin and name != GATE[0] else "likelihood_gate"
+        assert values["temporal_rule"] == ("off" if name == DISTILLED[0] else rule)
     assert start == checkpoint
     side = 32 if "Qwen3" in checkpoint else 28
     wanted = (512**2, 512**2) if "SmolVLM2" in checkpoint else (128 * side**2, 256 * side**2)

@@ -43,8 +43,8 @@ FULL = Size(train=2400, test=320, sft=440, rl=65)
 QUICK = Size(train=400, test=80, sft=120, rl=8)
 PROCESSES = 2  # training ranks of one thread each; for a small model they are faster than threads
 HABITS: dict[str, Any] = {"shortcut": 0.6, "trusting": 0.7, "hasty": 0.3}
-"""What RL has to overcome, as shares: of questions with a mark that names an answer, of marks that are true
-(those the cold start reads), and of cold-start rationales that guess after one look."""
+"""Habits that RL has to overcome, as shares: of questions with a mark that names an answer, of marks that are
+true (the cold start reads these), and of other cold-start rationales that guess after one look."""
 RULES: dict[str, dict[str, str]] = {"grpo": {"temporal_rule": "off"}, "tgrpo": {}}
 RECIPES = {"sft": "lab-sft", "rl": "lab-tgrpo", "eval": "lab-eval"}
 STAGES = ("sft", *RULES)

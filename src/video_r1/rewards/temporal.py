@@ -33,6 +33,8 @@ Reward = Callable[[RolloutGroup, Tensor, Tensor, TGRPOSettings], Tensor]
 
 @dataclass(frozen=True)
 class TemporalRule:
+    """How a rule compares a clip with its contrast clip, and what a completion earns for it."""
+
     contrast: Literal["sampled", "scored"] | None = None
     reward: Reward | None = None
     pays_all_alike: bool = False  # the correct completions of a question: see `warn_of_cancelled_bonus`
