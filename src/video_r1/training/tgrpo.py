@@ -9,7 +9,8 @@
 `compute_loss` once a micro-batch (loss). Checkpoints, resume, schedules, mixed precision, ranks and trackers
 are the Trainer's; trainer.py has what this project overrides.
 
-With the rule `likelihood_gate` nothing is sampled from the contrast clip: ordered completions are scored with it.
+With the rule `likelihood_gate` nothing is sampled from the contrast clip: ordered completions are scored
+with it.
 
 Deviations from the paper and its code:
  1. The temporal reward is −α·exp(−Δ) for a correct completion whose key tokens lose Δ nats with the contrast
