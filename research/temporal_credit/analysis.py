@@ -178,7 +178,7 @@ def compared(runs: Sequence[Run], part: str) -> str:
     if "twins" in views:
         more = {"both twins": pair_accuracy, **more}
     models = {}
-    if len({run["seed"] for run in chosen if run["arm"] != "grpo"}) > 1:
+    if len({run["seed"] for run in chosen if run["arm"] == "grpo"}) > 1:
         models = {view: pooled(chosen, accuracy(view), "grpo", ("seed",)) for view in ("lying", "ordered")}
     rows = []
     for arm in dict.fromkeys(run["arm"] for run in chosen):
@@ -220,6 +220,68 @@ def confirmation(found: Sequence[Any]) -> str:
         "lying marks − GRPO", "no marks − GRPO",
     )  # fmt: skip
     return markdown(head, rows)
+
+
+SETTINGS = {
+    "gate-frozen": "as in the confirmation: α = 0.9, a fifth of the tokens",
+    "gate-floor": "0.1 added to a group's deviation",
+    "gate-apart": "added to the advantages",
+    "gate-0.5": "α = 0.5",
+    "gate-1": "α = 1",
+    "gate-tenth": "a tenth of the tokens",
+    "gate-all": "all tokens",
+}
+
+
+def settings(found: Sequence[Any]) -> str:
+    """Tabulate the gate's settings; where a seed of theirs is the confirmation's, its gate is."""
+    chosen = [run for run in found[0] if run["part"] == "gate"]
+    seeds = {run["seed"] for run in chosen}
+    chosen += [run for run in found[0] if _is_confirmed_gate(run) and run["seed"] in seeds]
+    rows = []
+    for run in sorted(chosen, key=lambda run: (run["seed"], list(SETTINGS).index(run["arm"]))):
+        figures = (run["accuracy"]["lying"], run["accuracy"]["ordered"], run["mark_read"]["lying"])
+        rows.append((run["seed"], SETTINGS[run["arm"]], *(f"{figure:.3f}" for figure in figures)))
+    return markdown(("seed", "setting", "lying marks", "no marks", "names the mark"), rows)
+
+
+def _is_confirmed_gate(run: Run) -> bool:
+    return (run["part"], run["arm"]) == ("confirmation", "gate-frozen")
+
+
+def second_base(found: Sequence[Any]) -> str:
+    """Tabulate GRPO and the gate on the second base: by seed, and their difference in the pooled model."""
+    chosen = [run for run in found[0] if run["part"] == "second-base"]
+    by_place = {(run["seed"], run["arm"]): run for run in chosen}
+    views = ("lying", "ordered")
+    rows = []
+    for seed in sorted({run["seed"] for run in chosen}):
+        grpo, gate = (by_place[seed, arm] for arm in ("grpo", "gate-frozen"))
+        figures = [grpo["cold_start"][name] for name in ("accurate", "looking", "lying")]
+        figures += [run["accuracy"][view] for view in views for run in (grpo, gate)]
+        rows.append((seed, *(f"{figure:.3f}" for figure in figures)))
+    lying, ordered = (pooled(chosen, accuracy(view), "grpo", ("seed",)).effects for view in views)
+    rows.append(("gate − GRPO", "", "", "", "", lying["gate-frozen"], "", ordered["gate-frozen"]))
+    head = (
+        "seed", "before RL: no marks", "looks", "lying marks", "lying marks: GRPO", "the gate",
+        "no marks: GRPO", "the gate",
+    )  # fmt: skip
+    return markdown(head, rows)
+
+
+def still_clips(found: Sequence[Any]) -> str:
+    """Tabulate static.json: accuracy on moving and on still clips, by seed and in the mean."""
+    names = {"cold-start": "before RL", **NAMES, "gate-apart": "added apart", "gate-floor": "with the floor"}
+    seeds = sorted({run["seed"] for run in found[0]})
+    rows = []
+    for arm in dict.fromkeys(run["arm"] for run in found[0]):
+        own = [run for run in found[0] if run["arm"] == arm]
+        figures = [
+            (*(run[kind] for run in own), fmean(run[kind] for run in own)) for kind in ("moving", "still")
+        ]
+        rows.append((names[arm], *(f"{figure:.3f}" for kind in figures for figure in kind)))
+    columns = [*(f"seed {seed}" for seed in seeds), "mean"]
+    return markdown(("arm", *(f"{kind}: {name}" for kind in ("moving", "still") for name in columns)), rows)
 
 
 CLAIMS = (

@@ -113,7 +113,7 @@ class Cell:
     def views(self) -> list[tuple[str, str, int]]:
         """Name, test and number of questions of each view after RL."""
         views = [("ordered", "test", self.test), ("lying", "test-lying", self.test)]
-        if self.part in ("confirmation", "second-base"):
+        if self.part == "confirmation":
             views += [("shuffled", "test", 600), ("true", "test-cued", 600), ("twins", "twins", self.test)]
         return views
 
@@ -236,16 +236,16 @@ def make_tests(out: Path, seed: int, test: int) -> None:
         replace_json(tests / "twins.json", twins)
 
 
-def make_questions(out: Path, seed: int, cues: Sequence[float]) -> None:
-    """Make the RL questions of a seed for each accuracy of the cue."""
-    folder = out / f"data-{seed}"
-    made_lab(folder / "clean", seed + RL_SEED, train=QUESTIONS, test=0)
-    for cue in cues:
-        lab = folder / f"cue-{cue:g}"
-        trusting = 0.0 if cue == 1 else cue  # 0: every mark is true
-        made_lab(lab, seed + RL_SEED, train=QUESTIONS, test=0, shortcut=MARKED, trusting=trusting)
-        if not (lab / "twins.json").exists():  # written last
-            add_twins(lab, seed, with_placebo=cue == 1)
+def make_questions(out: Path, cell: Cell) -> None:
+    """Make the RL questions of a cell's seed and cue, with those that its part needs besides."""
+    folder, confirms = out / f"data-{cell.seed}", cell.part == "confirmation"
+    if confirms:
+        made_lab(folder / "clean", cell.seed + RL_SEED, train=QUESTIONS, test=0)
+    lab = folder / f"cue-{cell.cue:g}"
+    trusting = 0.0 if cell.cue == 1 else cell.cue  # 0: every mark is true
+    made_lab(lab, cell.seed + RL_SEED, train=QUESTIONS, test=0, shortcut=MARKED, trusting=trusting)
+    if not (lab / "twins.json").exists():  # written last
+        add_twins(lab, cell.seed, with_placebo=confirms)
 
 
 def add_twins(lab: Path, seed: int, with_placebo: bool) -> None:
@@ -348,7 +348,7 @@ def make_run(out: Path, cell: Cell) -> None:
         make_tests(out, cell.seed, cell.test)
     cold = make_cold_start(out, cell)
     with only_one(lock):
-        make_questions(out, cell.seed, [cell.cue])
+        make_questions(out, cell)
     folder, data = cell.folder(out), out / f"data-{cell.seed}"
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir()
