@@ -17,6 +17,9 @@ from research.temporal_credit.analysis import (
     pair_accuracy,
     picture,
     pooled,
+    second_base,
+    settings,
+    still_clips,
     t_quantile,
 )
 from research.temporal_credit.experiment import add_twins, digits_of, index_of, made_lab, packed, twin_row
@@ -84,6 +87,33 @@ def test_claims_are_between_the_declared_arms(tmp_path: Path) -> None:
     cell = {"part": "diagram", "skill": "skilled", "cue": 1.0, "arm": "gate-frozen", "cold_start": cold}
     picture([{**cell, "accuracy": {"lying": 0.7}}], tmp_path / "d.webp")
     assert (tmp_path / "d.webp").stat().st_size > 1000
+
+
+def test_tables_of_settings_second_base_and_still_clips() -> None:
+    def run(part: str, seed: int, arm: str, lying: float) -> dict[str, Any]:
+        cold = {"accurate": 0.7, "looking": 0.5, "lying": 0.4}
+        right = {"lying": lying, "ordered": 0.8 + lying / 100}
+        return {"part": part, "seed": seed, "arm": arm, "accuracy": right, "mark_read": {"lying": 0.1},
+                "cold_start": cold}  # fmt: skip
+
+    cells = [
+        ("gate", 0, "gate-1", 0.7), ("gate", 0, "gate-frozen", 0.6), ("gate", 9, "gate-floor", 0.5),
+        ("confirmation", 9, "gate-frozen", 0.4), ("confirmation", 8, "gate-frozen", 0.3),
+    ]  # fmt: skip
+    rows = [line.split("| ")[1:4:2] for line in settings([[run(*cell) for cell in cells]]).splitlines()[2:]]
+    assert rows == [["0 ", "0.600 "], ["0 ", "0.700 "], ["9 ", "0.400 "], ["9 ", "0.500 "]]
+
+    cells = [(0, "gate-frozen", 0.6), (0, "grpo", 0.2), (1, "grpo", 0.3), (1, "gate-frozen", 0.8)]
+    lines = second_base([[run("second-base", *cell) for cell in cells]]).splitlines()
+    assert lines[2] == "| 0 | 0.700 | 0.500 | 0.400 | 0.200 | 0.600 | 0.802 | 0.806 |"
+    assert lines[4].startswith("| gate − GRPO |  |  |  |  | +0.450 [") and "|  | +0.00" in lines[4]
+
+    still = [
+        {"seed": seed, "arm": arm, "moving": 0.5 + seed / 5, "still": 1.0}
+        for arm in ("cold-start", "grpo")
+        for seed in (0, 1)
+    ]
+    assert "| GRPO | 0.500 | 0.700 | 0.600 | 1.000 | 1.000 | 1.000 |\n" in still_clips([still])
 
 
 def test_twins_have_the_answers_of_the_reversed_clips(
