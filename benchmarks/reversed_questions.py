@@ -1,7 +1,8 @@
-"""Twins by the rules of `data pairs` on the questions of TempCompass (arXiv 2403.00476).
+"""Twins by the rules of `data pairs` on TempCompass (arXiv 2403.00476) and MVBench (arXiv 2311.17005).
 
     git clone https://github.com/llyx97/TempCompass
     python -m benchmarks.reversed_questions TempCompass/questions --json [--sample 50]
+    python -m benchmarks.reversed_questions MVBench/json --json       # of OpenGVLab/MVBench
 
 For multiple-choice and yes/no questions: how many there are and how many get a twin, also by dimension
 (`[twins, questions]`). TempCompass has reversed copies of clips. `compared`: twins whose question it asks
@@ -22,12 +23,12 @@ from benchmarks._command import benchmark_parser
 from video_r1.data.answers import option_prefix
 from video_r1.data.making.reversal import Reversals, Unknown
 
-Asked = dict[str, dict[str, list[dict[str, str]]]]
+Question = tuple[str, str, str, list[str], str]
+"""Clip, dimension, text, options without letters, and answer."""
 
 
-def questions(asked: Asked) -> Iterator[tuple[str, str, str, list[str], str]]:
-    """Yield clip, dimension, question, options without letters and answer."""
-    for clip, dimensions in asked.items():
+def tempcompass(path: Path) -> Iterator[Question]:
+    for clip, dimensions in json.loads(path.read_text("utf-8")).items():
         for dimension, rows in dimensions.items():
             for row in rows:
                 problem, *lines = row["question"].split("\n")
@@ -36,10 +37,16 @@ def questions(asked: Asked) -> Iterator[tuple[str, str, str, list[str], str]]:
                 yield clip, dimension, problem, options, answer
 
 
-def count(asked: Asked, sample: int) -> dict[str, Any]:
+def mvbench(folder: Path) -> Iterator[Question]:
+    for path in sorted(folder.glob("*.json")):
+        for row in json.loads(path.read_text("utf-8")):
+            yield row.get("video", ""), path.stem, row["question"], row["candidates"], row["answer"]
+
+
+def count(asked: list[Question], sample: int) -> dict[str, Any]:
     rules, total, twins, result, shown = Reversals(), Counter(), Counter(), Counter(), []
-    known = {(clip, text, frozenset(options)): said for clip, _, text, options, said in questions(asked)}
-    for clip, dimension, problem, options, answer in questions(asked):
+    known = {(clip, text, frozenset(options)): said for clip, _, text, options, said in asked}
+    for clip, dimension, problem, options, answer in asked:
         total[dimension] += 1
         try:
             reverse = rules.answer(problem, "multiple choice", options, answer)
@@ -61,13 +68,15 @@ def count(asked: Asked, sample: int) -> dict[str, Any]:
 
 def main() -> None:
     parser = benchmark_parser(__doc__)
-    parser.add_argument("folder", type=Path, help="TempCompass' questions")
+    parser.add_argument("folder", type=Path, help="TempCompass' questions or MVBench's json")
     parser.add_argument("--sample", type=int, default=0, help="questions to print")
     given = parser.parse_args()
-    found = {
-        form: count(json.loads((given.folder / f"{form}.json").read_text("utf-8")), given.sample)
-        for form in ("multi-choice", "yes_no")
-    }
+    forms = {name: given.folder / f"{name}.json" for name in ("multi-choice", "yes_no")}
+    if forms["yes_no"].exists():
+        asked = {name: list(tempcompass(path)) for name, path in forms.items()}
+    else:
+        asked = {"mvbench": list(mvbench(given.folder))}
+    found = {name: count(rows, given.sample) for name, rows in asked.items()}
     print(json.dumps(found))
 
 
