@@ -162,6 +162,19 @@ def test_rewards_by_likelihood() -> None:
     assert not reward_of("likelihood_gate", accuracy).any()  # an image
 
 
+def test_small_differences_between_right_responses_stay_small() -> None:
+    """The deviation of the rewards 1 − 0.9·exp(−Δ) is 0.0072, and A is ±0.0088 ÷ (0.0072 + 0.1). A group of
+    right and wrong responses has 0.5 ÷ (0.577 + 0.1).
+    """
+    alike, mixed = group("1111"), group("1100")
+    settings = TGRPOSettings(temporal_rule="likelihood_gate")
+    paid = reward_of("likelihood_gate", [1.0] * 4, [0.01, 0.02, 0.02, 0.03])
+    alike.total_reward = alike.total_reward + paid
+    credit([alike, mixed], settings)
+    assert alike.advantages.tolist() == pytest.approx([-0.0825, 0.0002, 0.0002, 0.0821], abs=2e-4)
+    assert mixed.advantages[0].item() == pytest.approx(0.5 / ((1 / 3) ** 0.5 + 0.1))
+
+
 def test_key_drops() -> None:
     """The largest fifth: 2 of 6 tokens (3 and 1), 1 of 3 (−0.1), none of none."""
     given = [[0.0, 3.0, 0.1, 1.0, -4.0, 0.2], [-0.3, -0.1, -2.0], []]

@@ -1,11 +1,12 @@
 """Variants of the temporal rules that the experiment compares and the package does not have.
 
-`with variant("likelihood"):` puts one in the place of `likelihood_gate`. Δ_i and d_it: rewards/temporal.py.
+`with variant("likelihood"):` puts one in the place of `likelihood_gate`; all but `gate-floor` are without its
+floor. Δ_i and d_it: rewards/temporal.py.
 """
 
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from functools import partial
+from dataclasses import replace
 from unittest.mock import patch
 
 import torch
@@ -17,10 +18,9 @@ from video_r1.settings.training import TGRPOSettings
 from video_r1.training import tgrpo
 from video_r1.training.callbacks import TaskMoments
 
-FLOOR = 0.1  # added to the deviation of a group's rewards in gate-floor, in place of 1e-4
 KEY_SHARES = {"gate-tenth": 10, "gate-all": 1}
 """A gate reads one token in so many, those that drop most; by default one in five."""
-_credit, _advantages = tgrpo.credit, tgrpo.group_advantages
+_credit, _gate = tgrpo.credit, temporal.RULES["likelihood_gate"]
 
 
 def likelihood(group: RolloutGroup, accuracy: Tensor, correct: Tensor, settings: TGRPOSettings) -> Tensor:
@@ -49,13 +49,13 @@ def apart(
 def variant(rule: str) -> Iterator[None]:
     """Make the temporal rule `likelihood_gate` the experiment's rule of this name."""
     with ExitStack() as changes:
-        if rule == "likelihood" or rule.startswith("apart-"):
-            scored = temporal.TemporalRule("scored", likelihood)
+        if rule != "gate-floor":  # the package's
+            scored = replace(_gate, floor=temporal.TemporalRule.floor)
+            if rule == "likelihood" or rule.startswith("apart-"):
+                scored = replace(scored, reward=likelihood)
             changes.enter_context(patch.dict(temporal.RULES, likelihood_gate=scored))
         if rule == "gate-apart" or rule.startswith("apart-"):
             changes.enter_context(patch.object(tgrpo, "credit", apart))
-        if rule == "gate-floor":
-            changes.enter_context(patch.object(tgrpo, "group_advantages", partial(_advantages, eps=FLOOR)))
         if rule in KEY_SHARES:
             changes.enter_context(patch.object(temporal, "KEY_SHARE", KEY_SHARES[rule]))
         yield

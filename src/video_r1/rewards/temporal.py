@@ -26,6 +26,7 @@ from video_r1.settings.training import TGRPOSettings
 logger = logging.getLogger(__name__)
 
 KEY_SHARE = 5  # one token in five of a completion is a key token
+GATE_FLOOR = 0.1  # rewards of right completions that differ by less stay small advantages
 
 Reward = Callable[[RolloutGroup, Tensor, Tensor, TGRPOSettings], Tensor]
 """(group, accuracy [G], correct [G] bool, settings) -> r_t [G] float32."""
@@ -38,6 +39,7 @@ class TemporalRule:
     contrast: Literal["sampled", "scored"] | None = None
     reward: Reward | None = None
     pays_all_alike: bool = False  # the correct completions of a question: see `warn_of_cancelled_bonus`
+    floor: float = 1e-4  # added to the deviation of rewards by which advantages are divided
 
 
 def rule_of(settings: TGRPOSettings) -> TemporalRule:
@@ -86,7 +88,7 @@ RULES: dict[str, TemporalRule] = {
     "off": TemporalRule(),
     "margin": TemporalRule("sampled", reward=margin, pays_all_alike=True),
     "threshold": TemporalRule("sampled", reward=threshold, pays_all_alike=True),
-    "likelihood_gate": TemporalRule("scored", reward=likelihood_gate),
+    "likelihood_gate": TemporalRule("scored", reward=likelihood_gate, floor=GATE_FLOOR),
 }
 
 

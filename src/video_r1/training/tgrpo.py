@@ -596,10 +596,11 @@ def credit(
     rewards, without, types = zip(*everyone, strict=True)
     rewards, without = torch.stack(rewards), torch.stack(without)  # [Q, G], of all ranks
 
-    # A_i = (R_i − mean(R)) ÷ std(R); a task's std is that of the rewards with r_t for both
+    # A_i = (R_i − mean(R)) ÷ (std(R) + floor); a task's std is that of the rewards with r_t for both
     std = None if moments is None else moments.deviations(rewards, types)
-    base = group_advantages(without, scale, task_deviations=std)
-    advantages = group_advantages(rewards, scale, task_deviations=std)
+    floor = rule_of(settings).floor
+    base = group_advantages(without, scale, floor, std)
+    advantages = group_advantages(rewards, scale, floor, std)
 
     for group, own, plain in zip(groups, advantages[mine], base[mine], strict=True):
         group.advantages, group.base_advantages = own, plain
