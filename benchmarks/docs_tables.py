@@ -24,7 +24,14 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from research.temporal_credit.analysis import confirmation, first_study, first_study_power
+from research.temporal_credit.analysis import (
+    confirmation,
+    first_study,
+    first_study_power,
+    second_base,
+    settings,
+    still_clips,
+)
 from video_r1.evaluation.audit import audit_sentences
 from video_r1.files import replace_json, replace_text
 
@@ -343,6 +350,7 @@ MAKERS: dict[str, Callable[[Sequence[Any]], str]] = {
     for made in (
         demo, demo_seconds, audit, ratios, update, states, gate, sft, decode, annotation, launches,
         gpu_steps, contrast_units, confirmation, first_study, first_study_power,
+        second_base, settings, still_clips,
     )
 }  # fmt: skip
 """By the name behind `figures`."""

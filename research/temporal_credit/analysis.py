@@ -1,7 +1,7 @@
 """Tables and pictures of the experiment, and the pooled model of the first study.
 
     python -m research.temporal_credit.analysis collect runs/credit     # results.json.gz of all finished runs
-    python -m research.temporal_credit.analysis                         # tables of it, and diagram.webp
+    python -m research.temporal_credit.analysis                         # its tables, docs/images/diagram.webp
 
 The model of a figure y is y = arm + block, least squares over all runs together. A block is what runs of
 different arms share: seed, and where they differ cue and skill. Intervals hold for all arms of a table
@@ -20,8 +20,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-HERE = Path(__file__).parent
 RESULTS = Path(__file__).parent / "results.json.gz"
+PICTURE = Path(__file__).parents[2] / "docs" / "images" / "diagram.webp"
 VIEWS = ("lying", "true", "ordered", "shuffled", "twins")
 Run = Mapping[str, Any]
 Figure = Callable[[Run], float]
@@ -135,12 +135,16 @@ PREDICTED = {
 }  # fmt: skip
 """α of each arm of the diagram, and whether it is a gate."""
 DROP = 0.9  # d of looking; that of reading the mark is 0
+CLEAR = 0.2  # a difference of rewards beyond which the sign should not depend on chance
 
 
-def looking_wins(run: Run) -> float:
-    """Return q_T's reward minus q_S's by the inequalities of README.md; above 0: the run learns to look."""
+def looking_wins(run: Run, looks: float | None = None) -> float:
+    """Return q_T's reward minus q_S's by the inequalities of README.md; above 0: the run learns to look.
+
+    looks: q_T (default: the cold start's accuracy without marks).
+    """
     alpha, gated = PREDICTED[run["arm"]]
-    looks, cue = run["cold_start"]["accurate"], run["cue"]
+    looks, cue = run["cold_start"]["accurate"] if looks is None else looks, run["cue"]
     if run["arm"].startswith("pairs"):
         cue = cue / 2
     if gated:
@@ -151,6 +155,31 @@ def looking_wins(run: Run) -> float:
 def moved(run: Run) -> float:
     """Return by how much RL changed the accuracy with lying marks."""
     return run["accuracy"]["lying"] - run["cold_start"]["lying"]
+
+
+def by_family(runs: Sequence[Run], skill: str) -> list[tuple[str, float, float]]:
+    """Return family, `looking_wins` with its q_T, and its change with lying marks, of each run of the diagram."""
+    chosen = [run for run in runs if (run["part"], run["skill"]) == ("diagram", skill)]
+    return [
+        (family, looking_wins(run, looks), after - before)
+        for run in chosen
+        for family, (looks, before, after) in run["families"].items()
+    ]
+
+
+def agreement(runs: Sequence[Run]) -> str:
+    """Tabulate how often the inequalities have the sign of the change: of whole runs and of their families."""
+    rows = []
+    for skill in ("skilled", "unskilled"):
+        chosen = [run for run in runs if (run["part"], run["skill"]) == ("diagram", skill)]
+        pairs = {"runs": [(looking_wins(run), moved(run)) for run in chosen]}
+        pairs["families"] = [(expected, change) for _, expected, change in by_family(runs, skill)]
+        clear = [pair for pair in pairs["families"] if abs(pair[0]) >= CLEAR]
+        pairs[f"families, beyond ±{CLEAR}"] = clear
+        for name, found in pairs.items():
+            right = sum((expected > 0) == (change > 0) for expected, change in found)
+            rows.append((skill, name, f"{right} of {len(found)}"))
+    return markdown(("cold start", "of", "sign as predicted"), rows)
 
 
 def diagram(runs: Sequence[Run]) -> str:
@@ -318,15 +347,15 @@ def claims(runs: Sequence[Run]) -> str:
 
 
 def picture(runs: Sequence[Run], path: Path) -> None:
-    """Draw the phase diagram: change of the accuracy with lying marks, by skill, cue and arm. A ring marks a
-    cell on whose sign the inequalities are wrong.
+    """Draw the phase diagram: change of the accuracy with lying marks by skill, cue and arm, where a ring marks a
+    cell on whose sign the inequalities are wrong; and each family's change by their difference of rewards.
     """
     from matplotlib import pyplot
 
     skills, cues = ("skilled", "unskilled"), (1.0, 0.8, 0.65, 0.5)
-    figure, axes = pyplot.subplots(1, len(skills), figsize=(11, 3.4), sharey=True, layout="constrained")
+    figure, axes = pyplot.subplots(1, 3, figsize=(13, 3.6), layout="constrained", width_ratios=(3, 3, 4))
     image: Any = None
-    for axis, skill in zip(axes, skills, strict=True):
+    for axis, skill in zip(axes, skills, strict=False):
         values = np.full((len(PREDICTED), len(cues)), np.nan)
         for (row, arm), (column, cue) in product(enumerate(PREDICTED), enumerate(cues)):
             own = [
@@ -340,10 +369,20 @@ def picture(runs: Sequence[Run], path: Path) -> None:
                 axis.plot(column, row, "o", markersize=26, fillstyle="none", color="black")
         image = axis.imshow(values, cmap="RdBu", vmin=-0.5, vmax=0.5, aspect="auto")
         axis.set(
-            title=skill, xlabel="accuracy of the mark in training", xticks=range(len(cues)), xticklabels=cues
-        )
-    axes[0].set(yticks=range(len(PREDICTED)), yticklabels=list(PREDICTED))
-    figure.colorbar(image, ax=axes, label="change with lying marks")
+            title=skill, xlabel="accuracy of the mark in training", xticks=range(len(cues)), xticklabels=cues,
+            yticks=range(len(PREDICTED)), yticklabels=list(PREDICTED) if skill == skills[0] else [],
+        )  # fmt: skip
+    figure.colorbar(image, ax=axes[1], label="change with lying marks")
+    for skill, colour in zip(skills, ("tab:blue", "tab:orange"), strict=True):
+        points = [(expected, change) for _, expected, change in by_family(runs, skill)]
+        axes[2].plot(*zip(*points, strict=True), "o", color=colour, alpha=0.4, ms=4, mew=0, label=skill)
+    axes[2].axhline(0, color="grey", lw=0.8)
+    axes[2].axvline(0, color="grey", lw=0.8)
+    axes[2].set(
+        title="each family of questions", xlabel="predicted: looking's reward minus the mark's",
+        ylabel="measured: change with lying marks", xlim=(-1, 1.5),
+    )  # fmt: skip
+    axes[2].legend(loc="lower right", frameon=False)
     figure.savefig(path, dpi=110)
     pyplot.close(figure)
 
@@ -398,11 +437,11 @@ def kept() -> list[Run]:
 def main() -> None:
     runs = collect(Path(sys.argv[2])) if sys.argv[1:2] == ["collect"] else kept()
     print(
-        f"{diagram(runs)}\n{compared(runs, 'confirmation')}\n{claims(runs)}\n{compared(runs, 'gate')}\n"
+        f"{diagram(runs)}\n{agreement(runs)}\n{compared(runs, 'confirmation')}\n{claims(runs)}\n{compared(runs, 'gate')}\n"
         f"{compared(runs, 'second-base')}"
     )
     if any(run["part"] == "diagram" for run in runs):
-        picture(runs, HERE / "diagram.webp")
+        picture(runs, PICTURE)
 
 
 if __name__ == "__main__":

@@ -107,7 +107,11 @@ class Cell:
     @property
     def steps(self) -> int:
         """Optimizer steps of RL."""
-        return STEPS // 4 if self.part == "diagram" else STEPS
+        return STEPS // {"diagram": 4, "second-base": 2}.get(self.part, 1)
+
+    @property
+    def sft_steps(self) -> int:
+        return 640 if self.part == "second-base" else SFT_STEPS[self.skill]
 
     @property
     def views(self) -> list[tuple[str, str, int]]:
@@ -301,7 +305,7 @@ def make_cold_start(out: Path, cell: Cell) -> dict[str, Any]:
                 shutil.rmtree(run, ignore_errors=True)
                 video_r1(
                     "sft", "lab-sft", train_manifest=lab / "sft.json", output_dir=run, seed=cell.seed,
-                    model_name_or_path=cell.base, max_steps=SFT_STEPS[cell.skill], media_cache_mb=2048,
+                    model_name_or_path=cell.base, max_steps=cell.sft_steps, media_cache_mb=2048,
                     **cell.pixels,
                 )  # fmt: skip
             shutil.rmtree(lab, ignore_errors=True)
@@ -332,9 +336,27 @@ def answers(model: Path, out: Path, data: int, test: str, to: Path, **options: A
     options = {"order": "ordered", **options}
     manifest = out / f"data-{data}/test/{test}.json"
     video_r1("eval", "lab-eval", model=model, manifest=manifest, out=to, **options)
-    (file,) = to.glob("predictions-*.jsonl")
-    records = [json.loads(line) for line in file.read_text("utf-8").splitlines()]
+    records = predictions(to)
     return {order: [r for r in records if r["order"] == order] for order in options["order"].split(",")}
+
+
+def predictions(folder: Path) -> list[dict[str, Any]]:
+    (file,) = folder.glob("predictions-*.jsonl")
+    return [json.loads(line) for line in file.read_text("utf-8").splitlines()]
+
+
+def by_family(cold_start: Path, lying: Sequence[dict[str, Any]]) -> dict[str, list[float]]:
+    """Return three accuracies of each family: before RL without marks and with lying ones, as the gates sampled
+    them, and that of `lying`, the records after RL.
+    """
+    views = [predictions(cold_start / "gate"), predictions(cold_start / "gate-lying"), lying]
+    sources = sorted({record["data_source"] for record in lying})
+    return {
+        source.removeprefix("lab/"): [
+            round(fmean(r["score"] for r in records if r["data_source"] == source), 4) for records in views
+        ]
+        for source in sources
+    }
 
 
 def reads_mark(record: dict[str, Any]) -> bool:
@@ -376,6 +398,7 @@ def make_run(out: Path, cell: Cell) -> None:
         "right": {view: packed(records) for view, records in found.items()},
         "ids": {"twins": digits_of(found["twins"])} if "twins" in found else {},
         "mark_read": {view: fmean(map(reads_mark, found[view])) for view in {"lying", "true"} & found.keys()},
+        "families": by_family(cell.start(out) / "cold-start", found["lying"]),
         "training_accuracy": fmean(line["reward/accuracy/video"] for line in lines),
         "credit": fmean(credits) if credits else None,
         "seconds": round(seconds), "made_with": made_with(),

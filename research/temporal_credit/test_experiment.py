@@ -11,9 +11,11 @@ import pytest
 from research.temporal_credit import experiment
 from research.temporal_credit.analysis import (
     accuracy,
+    agreement,
     claims,
     compared,
     detectable,
+    diagram,
     pair_accuracy,
     picture,
     pooled,
@@ -66,7 +68,7 @@ def test_pooled_model_shares_the_deviation_and_takes_missing_runs() -> None:
     assert detectable(0.02, 10, 80, 8) == pytest.approx(0.02 * math.sqrt(0.2) * (2.809 + 0.846), rel=2e-3)
 
 
-def test_claims_are_between_the_declared_arms(tmp_path: Path) -> None:
+def test_claims_are_between_the_declared_arms() -> None:
     """The lying marks of each arm with a little noise; `likelihood` alone is worse in order."""
     lying = {"grpo": 0.2, "placebo": 0.3, "margin": 0.2, "margin-batch": 0.2, "likelihood": 0.7,
              "gate-frozen": 0.6, "pairs": 0.7, "pairs-gate": 0.8}  # fmt: skip
@@ -83,9 +85,24 @@ def test_claims_are_between_the_declared_arms(tmp_path: Path) -> None:
     assert "its cost aside: gate-frozen" in text
     alone = [{**run, "part": "gate", "mark_read": {"lying": 0.25}} for run in made[:2]]
     assert "| grpo | 1 | 0.200 | 0.800 | 0.250 |\n" in compared(alone, "gate")
+
+
+def test_signs_of_the_diagram(tmp_path: Path) -> None:
+    """The gate at q_T = 0.8 and a true cue: 0.8 · 0.91 − 0.1 > 0; GRPO: 0.8 − 1 < 0, but not where q_T is 1."""
     cold = {"accurate": 0.8, "lying": 0.4}
-    cell = {"part": "diagram", "skill": "skilled", "cue": 1.0, "arm": "gate-frozen", "cold_start": cold}
-    picture([{**cell, "accuracy": {"lying": 0.7}}], tmp_path / "d.webp")
+    families = {"after": [0.6, 0.3, 0.2], "rotation": [1.0, 0.5, 0.9]}
+    made = [
+        {"part": "diagram", "skill": skill, "cue": 1.0, "arm": arm, "cold_start": cold, "families": families,
+         "accuracy": {"lying": lying}}
+        for skill in ("skilled", "unskilled") for arm, lying in (("gate-frozen", 0.7), ("grpo", 0.3))
+    ]  # fmt: skip
+    assert "| skilled | 1 | -0.10 (−) | – |" in diagram(made)
+    assert agreement(made).splitlines()[2:5] == [
+        "| skilled | runs | 2 of 2 |",
+        "| skilled | families | 2 of 4 |",  # not the gate on `after`, nor GRPO on `rotation`, at 0
+        "| skilled | families, beyond ±0.2 | 2 of 3 |",
+    ]
+    picture(made, tmp_path / "d.webp")
     assert (tmp_path / "d.webp").stat().st_size > 1000
 
 
