@@ -158,7 +158,7 @@ def moved(run: Run) -> float:
 
 
 def by_family(runs: Sequence[Run], skill: str) -> list[tuple[str, float, float]]:
-    """Return family, `looking_wins` with its q_T, and its change with lying marks, of each run of the diagram."""
+    """Return family, `looking_wins` with its q_T, and change with lying marks, of each run of the diagram."""
     chosen = [run for run in runs if (run["part"], run["skill"]) == ("diagram", skill)]
     return [
         (family, looking_wins(run, looks), after - before)
@@ -168,7 +168,7 @@ def by_family(runs: Sequence[Run], skill: str) -> list[tuple[str, float, float]]
 
 
 def agreement(runs: Sequence[Run]) -> str:
-    """Tabulate how often the inequalities have the sign of the change: of whole runs and of their families."""
+    """Tabulate how often the inequalities have the sign of the change: of whole runs and of families."""
     rows = []
     for skill in ("skilled", "unskilled"):
         chosen = [run for run in runs if (run["part"], run["skill"]) == ("diagram", skill)]
@@ -347,8 +347,8 @@ def claims(runs: Sequence[Run]) -> str:
 
 
 def picture(runs: Sequence[Run], path: Path) -> None:
-    """Draw the phase diagram: change of the accuracy with lying marks by skill, cue and arm, where a ring marks a
-    cell on whose sign the inequalities are wrong; and each family's change by their difference of rewards.
+    """Draw the phase diagram: change of the accuracy with lying marks by skill, cue and arm. A ring marks a cell
+    on whose sign the inequalities are wrong. Beside it each family's change by their difference of rewards.
     """
     from matplotlib import pyplot
 
@@ -436,10 +436,8 @@ def kept() -> list[Run]:
 
 def main() -> None:
     runs = collect(Path(sys.argv[2])) if sys.argv[1:2] == ["collect"] else kept()
-    print(
-        f"{diagram(runs)}\n{agreement(runs)}\n{compared(runs, 'confirmation')}\n{claims(runs)}\n{compared(runs, 'gate')}\n"
-        f"{compared(runs, 'second-base')}"
-    )
+    parts = [compared(runs, part) for part in ("confirmation", "gate", "second-base")]
+    print("\n".join((diagram(runs), agreement(runs), claims(runs), *parts)))
     if any(run["part"] == "diagram" for run in runs):
         picture(runs, PICTURE)
 

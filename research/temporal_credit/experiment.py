@@ -346,8 +346,8 @@ def predictions(folder: Path) -> list[dict[str, Any]]:
 
 
 def by_family(cold_start: Path, lying: Sequence[dict[str, Any]]) -> dict[str, list[float]]:
-    """Return three accuracies of each family: before RL without marks and with lying ones, as the gates sampled
-    them, and that of `lying`, the records after RL.
+    """Return three accuracies of each family: before RL without marks and with lying ones, as the gates
+    sampled them, and that of `lying`, the records after RL.
     """
     views = [predictions(cold_start / "gate"), predictions(cold_start / "gate-lying"), lying]
     sources = sorted({record["data_source"] for record in lying})

@@ -88,7 +88,7 @@ def test_claims_are_between_the_declared_arms() -> None:
 
 
 def test_signs_of_the_diagram(tmp_path: Path) -> None:
-    """The gate at q_T = 0.8 and a true cue: 0.8 · 0.91 − 0.1 > 0; GRPO: 0.8 − 1 < 0, but not where q_T is 1."""
+    """The gate at q_T = 0.8 and a true cue: 0.8 · 0.91 − 0.1 > 0. GRPO: 0.8 − 1 < 0, 0 where q_T is 1."""
     cold = {"accurate": 0.8, "lying": 0.4}
     families = {"after": [0.6, 0.3, 0.2], "rotation": [1.0, 0.5, 0.9]}
     made = [
