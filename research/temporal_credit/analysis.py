@@ -144,7 +144,9 @@ def looking_wins(run: Run, looks: float | None = None) -> float:
     looks: q_T (default: the cold start's accuracy without marks).
     """
     alpha, gated = PREDICTED[run["arm"]]
-    looks, cue = run["cold_start"]["accurate"] if looks is None else looks, run["cue"]
+    cue: float = run["cue"]
+    if looks is None:
+        looks = float(run["cold_start"]["accurate"])
     if run["arm"].startswith("pairs"):
         cue = cue / 2
     if gated:
@@ -153,8 +155,8 @@ def looking_wins(run: Run, looks: float | None = None) -> float:
 
 
 def moved(run: Run) -> float:
-    """Return by how much RL changed the accuracy with lying marks."""
-    return run["accuracy"]["lying"] - run["cold_start"]["lying"]
+    """Return by how much RL changed the accuracy with lying marks, decoded greedily before and after."""
+    return run["accuracy"]["lying"] - run["before"]
 
 
 def by_family(runs: Sequence[Run], skill: str) -> list[tuple[str, float, float]]:
@@ -173,6 +175,8 @@ def agreement(runs: Sequence[Run]) -> str:
     for skill in ("skilled", "unskilled"):
         chosen = [run for run in runs if (run["part"], run["skill"]) == ("diagram", skill)]
         pairs = {"runs": [(looking_wins(run), moved(run)) for run in chosen]}
+        sampled = [(looking_wins(r), r["accuracy"]["lying"] - r["cold_start"]["lying"]) for r in chosen]
+        pairs["runs, before: sampled by the gates"] = sampled
         pairs["families"] = [(expected, change) for _, expected, change in by_family(runs, skill)]
         clear = [pair for pair in pairs["families"] if abs(pair[0]) >= CLEAR]
         pairs[f"families, beyond ±{CLEAR}"] = clear
@@ -347,8 +351,8 @@ def claims(runs: Sequence[Run]) -> str:
 
 
 def picture(runs: Sequence[Run], path: Path) -> None:
-    """Draw the phase diagram: change of the accuracy with lying marks by skill, cue and arm. A ring marks a cell
-    on whose sign the inequalities are wrong. Beside it each family's change by their difference of rewards.
+    """Draw the phase diagram: change of the accuracy with lying marks by skill, cue and arm. A ring marks a
+    cell on whose sign the inequalities are wrong. Beside it: each family's change by their difference.
     """
     from matplotlib import pyplot
 

@@ -345,12 +345,18 @@ def predictions(folder: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in file.read_text("utf-8").splitlines()]
 
 
-def by_family(cold_start: Path, lying: Sequence[dict[str, Any]]) -> dict[str, list[float]]:
-    """Return three accuracies of each family: before RL without marks and with lying ones, as the gates
-    sampled them, and that of `lying`, the records after RL.
-    """
-    views = [predictions(cold_start / "gate"), predictions(cold_start / "gate-lying"), lying]
-    sources = sorted({record["data_source"] for record in lying})
+def before_rl(out: Path, cell: Cell) -> list[dict[str, Any]]:
+    """Test the cold start on lying marks as its runs are tested, unless that is done; return the records."""
+    cold = cell.start(out) / "cold-start"
+    with only_one(cell.start(out) / "lock"):
+        if not (cold / "before").exists():
+            answers(cold, out, cell.seed, "test-lying", cold / "before", limit=cell.test, **cell.pixels)
+    return predictions(cold / "before")
+
+
+def by_family(*views: Sequence[dict[str, Any]]) -> dict[str, list[float]]:
+    """Return the accuracy of each family of questions in the records of each view."""
+    sources = sorted({record["data_source"] for record in views[0]})
     return {
         source.removeprefix("lab/"): [
             round(fmean(r["score"] for r in records if r["data_source"] == source), 4) for records in views
@@ -398,11 +404,14 @@ def make_run(out: Path, cell: Cell) -> None:
         "right": {view: packed(records) for view, records in found.items()},
         "ids": {"twins": digits_of(found["twins"])} if "twins" in found else {},
         "mark_read": {view: fmean(map(reads_mark, found[view])) for view in {"lying", "true"} & found.keys()},
-        "families": by_family(cell.start(out) / "cold-start", found["lying"]),
         "training_accuracy": fmean(line["reward/accuracy/video"] for line in lines),
         "credit": fmean(credits) if credits else None,
         "seconds": round(seconds), "made_with": made_with(),
     }  # fmt: skip
+    if cell.part == "diagram":
+        before, gate = before_rl(out, cell), predictions(cell.start(out) / "cold-start" / "gate")
+        result["before"] = fmean(record["score"] for record in before)
+        result["families"] = by_family(gate, before, found["lying"])  # q_T, lying marks before and after
     for file in folder.rglob("*"):
         if file.suffix in (".safetensors", ".pt", ".bin", ".jsonl") and file.name != "metrics.jsonl":
             file.unlink()

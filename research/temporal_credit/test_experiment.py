@@ -89,16 +89,17 @@ def test_claims_are_between_the_declared_arms() -> None:
 
 def test_signs_of_the_diagram(tmp_path: Path) -> None:
     """The gate at q_T = 0.8 and a true cue: 0.8 · 0.91 − 0.1 > 0. GRPO: 0.8 − 1 < 0, 0 where q_T is 1."""
-    cold = {"accurate": 0.8, "lying": 0.4}
+    cold = {"accurate": 0.8, "lying": 0.2}
     families = {"after": [0.6, 0.3, 0.2], "rotation": [1.0, 0.5, 0.9]}
     made = [
         {"part": "diagram", "skill": skill, "cue": 1.0, "arm": arm, "cold_start": cold, "families": families,
-         "accuracy": {"lying": lying}}
+         "before": 0.4, "accuracy": {"lying": lying}}
         for skill in ("skilled", "unskilled") for arm, lying in (("gate-frozen", 0.7), ("grpo", 0.3))
     ]  # fmt: skip
     assert "| skilled | 1 | -0.10 (−) | – |" in diagram(made)
-    assert agreement(made).splitlines()[2:5] == [
+    assert agreement(made).splitlines()[2:6] == [
         "| skilled | runs | 2 of 2 |",
+        "| skilled | runs, before: sampled by the gates | 1 of 2 |",
         "| skilled | families | 2 of 4 |",  # not the gate on `after`, nor GRPO on `rotation`, at 0
         "| skilled | families, beyond ±0.2 | 2 of 3 |",
     ]
