@@ -20,6 +20,7 @@ import socket
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
 from browser import chromium
 from PIL import Image
@@ -176,9 +177,12 @@ def pictures(out: Path, demo: Path, browser: Browser) -> None:
         shutil.copytree(demo, folder)
         page = browser.new_page(viewport={"width": PICTURE, "height": 900}, device_scale_factor=2)
         page.goto(build_report(folder).as_uri())
-        page.locator("#pick-type").select_option("multiple choice")
+        page.locator("#pick-run").select_option(label="tgrpo")
         page.locator("#pick-outcome").select_option("some")
-        page.locator("#pick-sort").select_option("gap")
+        step, question = paid_apart(folder / "tgrpo" / "rollouts.jsonl")
+        page.locator("#pick-step").select_option(str(step))
+        option = page.locator("#pick-question option", has_text=question)
+        page.locator("#pick-question").select_option(option.get_attribute("value"))
         page.locator(".group").scroll_into_view_if_needed()
         page.wait_for_timeout(500)
         save(page, ".group", 880, out / "report.webp")
@@ -195,6 +199,20 @@ def pictures(out: Path, demo: Path, browser: Browser) -> None:
             expect(page.locator(".versus")).to_be_visible()
             page.wait_for_timeout(500)
             save(page, "body", 900, out / "studio-evaluations.webp")
+
+
+def paid_apart(rollouts: Path) -> tuple[int, str]:
+    """Step and question whose right answers to several options the temporal rule pays most differently."""
+    groups = [json.loads(line) for line in rollouts.read_text("utf-8").splitlines()]
+
+    def spread(group: dict[str, Any]) -> float:
+        right = [c["rewards"] for c in group["ordered"] if c["rewards"]["accuracy"] == 1]
+        paid = [reward.get("temporal", 0.0) for reward in right] or [0.0]
+        several = group["options"] and 1 < len(right) < len(group["ordered"])
+        return max(paid) - min(paid) if several else -1.0
+
+    best = max(groups, key=spread)
+    return best["step"], best["problem_id"]
 
 
 def save(page: Page, selector: str, height: int, path: Path) -> None:

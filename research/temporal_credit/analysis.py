@@ -134,6 +134,11 @@ PREDICTED = {
     "pairs": (0.0, False), "pairs-gate": (0.9, True),
 }  # fmt: skip
 """α of each arm of the diagram, and whether it is a gate."""
+LABELS = {
+    "grpo": "GRPO", "apart-0.3": "likelihood apart, α 0.3", "apart-1": "α 1", "apart-3": "α 3",
+    "gate": "gate, shuffled", "gate-frozen": "gate", "gate-apart": "gate, added apart",
+    "pairs": "GRPO, pairs", "pairs-gate": "gate, pairs",
+}  # fmt: skip
 DROP = 0.9  # d of looking; that of reading the mark is 0
 CLEAR = 0.2  # a difference of rewards beyond which the sign should not depend on chance
 
@@ -374,7 +379,7 @@ def picture(runs: Sequence[Run], path: Path) -> None:
         image = axis.imshow(values, cmap="RdBu", vmin=-0.5, vmax=0.5, aspect="auto")
         axis.set(
             title=skill, xlabel="accuracy of the mark in training", xticks=range(len(cues)), xticklabels=cues,
-            yticks=range(len(PREDICTED)), yticklabels=list(PREDICTED) if skill == skills[0] else [],
+            yticks=range(len(PREDICTED)), yticklabels=map(LABELS.get, PREDICTED) if axis is axes[0] else [],
         )  # fmt: skip
     figure.colorbar(image, ax=axes[1], label="change with lying marks")
     for skill, colour in zip(skills, ("tab:blue", "tab:orange"), strict=True):
@@ -384,7 +389,7 @@ def picture(runs: Sequence[Run], path: Path) -> None:
     axes[2].axvline(0, color="grey", lw=0.8)
     axes[2].set(
         title="each family of questions", xlabel="predicted: looking's reward minus the mark's",
-        ylabel="measured: change with lying marks", xlim=(-1, 1.5),
+        ylabel="measured: change with lying marks",
     )  # fmt: skip
     axes[2].legend(loc="lower right", frameon=False)
     figure.savefig(path, dpi=110)
