@@ -14,8 +14,9 @@ with it.
 
 Deviations from the paper and its code:
  1. The temporal reward is −α·exp(−Δ) for a correct completion whose key tokens lose Δ nats with the contrast
-    clip (`likelihood_gate`). The paper's bonuses, α·(p − p̃) (`margin`) and α wherever p ≥ μ·p̃ (`threshold`),
-    cancel in groups of right and wrong completions (docs/t-grpo.md).
+    clip (`likelihood_gate`), and 0.1 is added to the deviation of the rewards. The paper's bonuses,
+    α·(p − p̃) (`margin`) and α wherever p ≥ μ·p̃ (`threshold`), cancel in groups of right and wrong
+    completions (docs/t-grpo.md).
  2. p and p̃ belong to one question. The reference code computes them over the batch (one prompt a device).
  3. Ordered and shuffled completions are sampled alike, without top-p: the sampled distribution is scored.
  4. The shuffled order is never the identity, and the sampling rate of the frames reaches the model.
