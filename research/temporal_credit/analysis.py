@@ -164,13 +164,13 @@ def moved(run: Run) -> float:
     return run["accuracy"]["lying"] - run["before"]
 
 
-def by_family(runs: Sequence[Run], skill: str) -> list[tuple[str, float, float]]:
-    """Return family, `looking_wins` with its q_T, and change with lying marks, of each run of the diagram."""
-    chosen = [run for run in runs if (run["part"], run["skill"]) == ("diagram", skill)]
+def of_families(runs: Sequence[Run], skill: str) -> list[tuple[float, float]]:
+    """Return `looking_wins` with the family's q_T, and its change with lying marks, of each run and family."""
     return [
-        (family, looking_wins(run, looks), after - before)
-        for run in chosen
-        for family, (looks, before, after) in run["families"].items()
+        (looking_wins(run, looks), after - before)
+        for run in runs
+        if (run["part"], run["skill"]) == ("diagram", skill)
+        for looks, before, after in run["families"].values()
     ]
 
 
@@ -182,7 +182,7 @@ def agreement(runs: Sequence[Run]) -> str:
         pairs = {"runs": [(looking_wins(run), moved(run)) for run in chosen]}
         sampled = [(looking_wins(r), r["accuracy"]["lying"] - r["cold_start"]["lying"]) for r in chosen]
         pairs["runs, before: sampled by the gates"] = sampled
-        pairs["families"] = [(expected, change) for _, expected, change in by_family(runs, skill)]
+        pairs["families"] = of_families(runs, skill)
         clear = [pair for pair in pairs["families"] if abs(pair[0]) >= CLEAR]
         pairs[f"families, beyond ±{CLEAR}"] = clear
         for name, found in pairs.items():
@@ -383,8 +383,15 @@ def picture(runs: Sequence[Run], path: Path) -> None:
         )  # fmt: skip
     figure.colorbar(image, ax=axes[1], label="change with lying marks")
     for skill, colour in zip(skills, ("tab:blue", "tab:orange"), strict=True):
-        points = [(expected, change) for _, expected, change in by_family(runs, skill)]
-        axes[2].plot(*zip(*points, strict=True), "o", color=colour, alpha=0.4, ms=4, mew=0, label=skill)
+        axes[2].plot(
+            *zip(*of_families(runs, skill), strict=True),
+            "o",
+            color=colour,
+            alpha=0.4,
+            ms=4,
+            mew=0,
+            label=skill,
+        )
     axes[2].axhline(0, color="grey", lw=0.8)
     axes[2].axvline(0, color="grey", lw=0.8)
     axes[2].set(
