@@ -165,7 +165,7 @@ def moved(run: Run) -> float:
 
 
 def of_families(runs: Sequence[Run], skill: str) -> list[tuple[float, float]]:
-    """Return `looking_wins` with the family's q_T, and its change with lying marks, of each run and family."""
+    """Return `looking_wins` with the family's q_T, and its change with lying marks, by run and family."""
     return [
         (looking_wins(run, looks), after - before)
         for run in runs
