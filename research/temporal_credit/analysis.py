@@ -262,7 +262,7 @@ def confirmation(found: Sequence[Any]) -> str:
 
 SETTINGS = {
     "gate-frozen": "as in the confirmation: α = 0.9, a fifth of the tokens",
-    "gate-floor": "0.1 added to a group's deviation",
+    "gate-floor": "the default now: 0.1 added to a group's deviation",
     "gate-apart": "added to the advantages",
     "gate-0.5": "α = 0.5",
     "gate-1": "α = 1",
@@ -272,19 +272,18 @@ SETTINGS = {
 
 
 def settings(found: Sequence[Any]) -> str:
-    """Tabulate the gate's settings; where a seed of theirs is the confirmation's, its gate is."""
+    """Tabulate the gate's settings by seed; where a seed of theirs is the confirmation's, its gate is."""
     chosen = [run for run in found[0] if run["part"] == "gate"]
-    seeds = {run["seed"] for run in chosen}
-    chosen += [run for run in found[0] if _is_confirmed_gate(run) and run["seed"] in seeds]
+    seeds = sorted({run["seed"] for run in chosen})
+    chosen += [run for run in found[0] if (run["part"], run["arm"]) == ("confirmation", "gate-frozen")]
+    by_place = {(run["arm"], run["seed"]): run["accuracy"] for run in chosen}
     rows = []
-    for run in sorted(chosen, key=lambda run: (run["seed"], list(SETTINGS).index(run["arm"]))):
-        figures = (run["accuracy"]["lying"], run["accuracy"]["ordered"], run["mark_read"]["lying"])
-        rows.append((run["seed"], SETTINGS[run["arm"]], *(f"{figure:.3f}" for figure in figures)))
-    return markdown(("seed", "setting", "lying marks", "no marks", "names the mark"), rows)
-
-
-def _is_confirmed_gate(run: Run) -> bool:
-    return (run["part"], run["arm"]) == ("confirmation", "gate-frozen")
+    for arm, name in SETTINGS.items():
+        rights = [by_place.get((arm, seed)) for seed in seeds]
+        figures = [right and right[view] for view in ("lying", "ordered") for right in rights]
+        rows.append((name, *(f"{figure:.3f}" if figure else "–" for figure in figures)))
+    head = [f"{view}: seed {seed}" for view in ("lying marks", "no marks") for seed in seeds]
+    return markdown(("setting", *head), rows)
 
 
 def second_base(found: Sequence[Any]) -> str:
@@ -308,18 +307,14 @@ def second_base(found: Sequence[Any]) -> str:
 
 
 def still_clips(found: Sequence[Any]) -> str:
-    """Tabulate static.json: accuracy on moving and on still clips, by seed and in the mean."""
+    """Tabulate static.json: mean accuracy on moving and on still clips, and the range over seeds."""
     names = {"cold-start": "before RL", **NAMES, "gate-apart": "added apart", "gate-floor": "with the floor"}
-    seeds = sorted({run["seed"] for run in found[0]})
     rows = []
     for arm in dict.fromkeys(run["arm"] for run in found[0]):
         own = [run for run in found[0] if run["arm"] == arm]
-        figures = [
-            (*(run[kind] for run in own), fmean(run[kind] for run in own)) for kind in ("moving", "still")
-        ]
-        rows.append((names[arm], *(f"{figure:.3f}" for kind in figures for figure in kind)))
-    columns = [*(f"seed {seed}" for seed in seeds), "mean"]
-    return markdown(("arm", *(f"{kind}: {name}" for kind in ("moving", "still") for name in columns)), rows)
+        kinds = [sorted(run[kind] for run in own) for kind in ("moving", "still")]
+        rows.append((names[arm], *(f"{fmean(each):.3f} ({each[0]:.3f} to {each[-1]:.3f})" for each in kinds)))
+    return markdown(("arm", "moving clips", "still clips"), rows)
 
 
 CLAIMS = (

@@ -118,8 +118,10 @@ def test_tables_of_settings_second_base_and_still_clips() -> None:
         ("gate", 0, "gate-1", 0.7), ("gate", 0, "gate-frozen", 0.6), ("gate", 9, "gate-floor", 0.5),
         ("confirmation", 9, "gate-frozen", 0.4), ("confirmation", 8, "gate-frozen", 0.3),
     ]  # fmt: skip
-    rows = [line.split("| ")[1:4:2] for line in settings([[run(*cell) for cell in cells]]).splitlines()[2:]]
-    assert rows == [["0 ", "0.600 "], ["0 ", "0.700 "], ["9 ", "0.400 "], ["9 ", "0.500 "]]
+    text = settings([[run(*cell) for cell in cells]])
+    assert "lying marks: seed 9" in text and "seed 8" not in text
+    assert " a fifth of the tokens | 0.600 | 0.400 | 0.806 | 0.804 |\n" in text
+    assert "| α = 1 | 0.700 | – | 0.807 | – |\n" in text
 
     cells = [(0, "gate-frozen", 0.6), (0, "grpo", 0.2), (1, "grpo", 0.3), (1, "gate-frozen", 0.8)]
     lines = second_base([[run("second-base", *cell) for cell in cells]]).splitlines()
@@ -131,7 +133,7 @@ def test_tables_of_settings_second_base_and_still_clips() -> None:
         for arm in ("cold-start", "grpo")
         for seed in (0, 1)
     ]
-    assert "| GRPO | 0.500 | 0.700 | 0.600 | 1.000 | 1.000 | 1.000 |\n" in still_clips([still])
+    assert "| GRPO | 0.600 (0.500 to 0.700) | 1.000 (1.000 to 1.000) |\n" in still_clips([still])
 
 
 def test_twins_have_the_answers_of_the_reversed_clips(
