@@ -163,6 +163,15 @@ def test_twins_have_the_answers_of_the_reversed_clips(
     }  # fmt: skip
 
 
+def test_accuracies_by_family_of_several_views() -> None:
+    def view(*scores: float) -> list[dict[str, Any]]:
+        sources = ("lab/after", "lab/rotation", "lab/after")
+        return [{"data_source": s, "score": score} for s, score in zip(sources, scores, strict=True)]
+
+    found = experiment.by_family(view(1, 1, 0), view(0, 1, 0))
+    assert found == {"after": [0.5, 0.0], "rotation": [1.0, 1.0]}
+
+
 def test_answers_are_packed_in_the_order_of_the_test() -> None:
     """Question 1 has no twin. Of the other three, both halves are right in question 3 alone."""
     records = [{"problem_id": f"lab-1-test-{n:06d}", "score": n % 2} for n in (2, 0, 1, 3)]
