@@ -76,6 +76,8 @@ def main() -> None:
         asked = {name: list(tempcompass(path)) for name, path in forms.items()}
     else:
         asked = {"mvbench": list(mvbench(given.folder))}
+        if not asked["mvbench"]:
+            parser.error(f"{given.folder} has neither yes_no.json nor questions of MVBench")
     found = {name: count(rows, given.sample) for name, rows in asked.items()}
     print(json.dumps(found))
 

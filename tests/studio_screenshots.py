@@ -202,7 +202,7 @@ def pictures(out: Path, demo: Path, browser: Browser) -> None:
 
 
 def paid_apart(rollouts: Path) -> tuple[int, str]:
-    """Step and question whose right answers to several options the temporal rule pays most differently."""
+    """Return step and question whose right answers the temporal rule pays most differently."""
     groups = [json.loads(line) for line in rollouts.read_text("utf-8").splitlines()]
 
     def spread(group: dict[str, Any]) -> float:

@@ -164,7 +164,7 @@ def moved(run: Run) -> float:
     return run["accuracy"]["lying"] - run["before"]
 
 
-def of_families(runs: Sequence[Run], skill: str) -> list[tuple[float, float]]:
+def family_points(runs: Sequence[Run], skill: str) -> list[tuple[float, float]]:
     """Return `looking_wins` with the family's q_T, and its change with lying marks, by run and family."""
     return [
         (looking_wins(run, looks), after - before)
@@ -182,7 +182,7 @@ def agreement(runs: Sequence[Run]) -> str:
         pairs = {"runs": [(looking_wins(run), moved(run)) for run in chosen]}
         sampled = [(looking_wins(r), r["accuracy"]["lying"] - r["cold_start"]["lying"]) for r in chosen]
         pairs["runs, before: sampled by the gates"] = sampled
-        pairs["families"] = of_families(runs, skill)
+        pairs["families"] = family_points(runs, skill)
         clear = [pair for pair in pairs["families"] if abs(pair[0]) >= CLEAR]
         pairs[f"families, beyond ±{CLEAR}"] = clear
         for name, found in pairs.items():
@@ -352,7 +352,7 @@ def claims(runs: Sequence[Run]) -> str:
 
 def picture(runs: Sequence[Run], path: Path) -> None:
     """Draw the phase diagram: change of the accuracy with lying marks by skill, cue and arm. A ring marks a
-    cell on whose sign the inequalities are wrong. Beside it: each family's change by their difference.
+    cell on whose sign the inequalities are wrong. Beside it: each family's change by the prediction.
     """
     from matplotlib import pyplot
 
@@ -378,15 +378,8 @@ def picture(runs: Sequence[Run], path: Path) -> None:
         )  # fmt: skip
     figure.colorbar(image, ax=axes[1], label="change with lying marks")
     for skill, colour in zip(skills, ("tab:blue", "tab:orange"), strict=True):
-        axes[2].plot(
-            *zip(*of_families(runs, skill), strict=True),
-            "o",
-            color=colour,
-            alpha=0.4,
-            ms=4,
-            mew=0,
-            label=skill,
-        )
+        points = zip(*family_points(runs, skill), strict=True)
+        axes[2].plot(*points, "o", color=colour, alpha=0.4, ms=4, mew=0, label=skill)
     axes[2].axhline(0, color="grey", lw=0.8)
     axes[2].axvline(0, color="grey", lw=0.8)
     axes[2].set(

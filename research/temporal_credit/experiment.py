@@ -111,6 +111,7 @@ class Cell:
 
     @property
     def sft_steps(self) -> int:
+        """Optimizer steps of the cold start."""
         return 640 if self.part == "second-base" else SFT_STEPS[self.skill]
 
     @property
@@ -349,7 +350,7 @@ def before_rl(out: Path, cell: Cell) -> list[dict[str, Any]]:
     """Test the cold start on lying marks as its runs are tested, unless that is done; return the records."""
     cold = cell.start(out) / "cold-start"
     with only_one(cell.start(out) / "lock"):
-        if not (cold / "before").exists():
+        if not (cold / "before" / "summary.json").exists():  # written last
             answers(cold, out, cell.seed, "test-lying", cold / "before", limit=cell.test, **cell.pixels)
     return predictions(cold / "before")
 
