@@ -1,12 +1,17 @@
 """Format, temporal and length rewards, and reward functions that users bring."""
 
+import asyncio
+from functools import partial
+from typing import Any
+
 import pytest
 import torch
 
 from video_r1.data.manifests.records import Sample
-from video_r1.errors import RewardError
+from video_r1.errors import ConfigError, RewardError
 from video_r1.rewards.custom import call_reward_function, reward_columns
-from video_r1.rewards.scoring import format_reward, length_reward
+from video_r1.rewards.scoring import format_reward, length_reward, reward_terms
+from video_r1.settings.training import TGRPOSettings
 from video_r1.training.metrics import has_self_reflection
 
 
@@ -103,3 +108,54 @@ def divide(prompts, completions, **columns):
 def test_what_is_wrong_with_a_reward_function_is_named(function, message: str) -> None:
     with pytest.raises(RewardError, match=message):
         call(function, [sample(1), sample("b"), sample(3)], ["x", "", "yz"])
+
+
+def near(completions, target=0, **columns):
+    return [-abs(target - len(text)) for text in completions]
+
+
+async def later(completions, **columns):
+    await asyncio.sleep(0.001)
+    return [len(text) for text in completions]
+
+
+class Length:
+    def __init__(self, of: int) -> None:
+        self.of = of
+
+    def __call__(self, completions, **columns):
+        return [self.of * len(text) for text in completions]
+
+    async def soon(self, completions, **columns):
+        return self(completions, **columns)
+
+
+chosen = partial(near, target=4)
+chosen.__name__ = "close"  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize(
+    ("functions", "names", "rewards"),
+    [
+        ([partial(near, target=1), partial(partial(near), target=3)], ["near", "near_2"], [0, -2]),
+        ([lambda completions, **_: [1], lambda completions, **_: [2]], ["lambda", "lambda_2"], [1, 2]),
+        ([Length(2), Length(3), near], ["Length", "Length_2", "near"], [2, 3, -1]),
+        ([later, partial(later), Length(5).soon], ["later", "later_2", "soon"], [1, 1, 5]),
+        ([chosen, near, chosen], ["close", "near", "close_2"], [-3, -1, -3]),
+    ],
+)
+def test_cases_of_names_of_reward_functions(
+    functions: list[Any], names: list[str], rewards: list[float]
+) -> None:
+    terms = reward_terms(["accuracy", *functions], TGRPOSettings(temporal_rule="off"))
+    assert list(terms.custom) == names
+    assert [call(each, [sample(1)], ["x"]).item() for each in terms.custom.values()] == rewards
+
+
+def test_cases_of_rewards_that_cannot_be_called() -> None:
+    def accuracy(completions, **columns):
+        return [0.0]
+
+    assert reward_terms([accuracy], TGRPOSettings(temporal_rule="off")).names == ("accuracy_2",)
+    with pytest.raises(ConfigError, match="Linear is a model; pass a function that calls it"):
+        reward_terms(torch.nn.Linear(1, 1), TGRPOSettings())

@@ -1,18 +1,38 @@
 """Reward functions of the user, with the signature of TRL's trainers."""
 
+import inspect
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Sequence
+from functools import partial
+from itertools import count
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from video_r1.chat_client import wait_for
 from video_r1.data.manifests.records import FIELDS, Sample
 from video_r1.data.manifests.trl_rows import PROMPT
-from video_r1.errors import RewardError
+from video_r1.errors import ConfigError, RewardError
 
 # reward(prompts=[str] * N, completions=[str] * N, completion_ids=…, <column>=…) -> N numbers or None
 RewardFunction = Callable[..., Sequence[float | None]]
+
+
+def reward_name(function: RewardFunction, taken: Container[str]) -> str:
+    """Return a reward function's name, numbered if it is in `taken`: near, near_2.
+
+    The name is `function.__name__`, which can be set on a partial or an instance too, else that of the
+    wrapped function or of the class. Raises ConfigError for a model.
+    """
+    named: Any = function
+    while isinstance(named, partial) and not hasattr(named, "__name__"):
+        named = named.func
+    name = str(getattr(named, "__name__", type(named).__name__)).strip("<>")
+    if isinstance(named, nn.Module):
+        raise ConfigError(f"reward_funcs: {name} is a model; pass a function that calls it")
+    numbered = (f"{name}_{number}" for number in count(2))
+    return name if name not in taken else next(other for other in numbered if other not in taken)
 
 
 def reward_columns(samples: Sequence[Sample]) -> dict[str, list[Any]]:
@@ -51,8 +71,8 @@ def call_reward_function(
     """
     arguments = reward_columns(samples) | columns
     try:
-        rewards = function(**arguments)
-        given = list(rewards)
+        rewards: Any = function(**arguments)
+        given = list(wait_for(rewards) if inspect.iscoroutine(rewards) else rewards)
     except Exception as error:  # the function is the user's: whatever it raises is reported as its error
         reason = f"{type(error).__name__}: {error}"
         raise RewardError(f"reward function {name!r} raised {reason} (problem_id {_ids(samples)})") from error

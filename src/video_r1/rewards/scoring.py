@@ -24,7 +24,7 @@ from video_r1.data.manifests.records import Sample
 from video_r1.data.reading import Question
 from video_r1.data.rollouts import Rollout, RolloutGroup
 from video_r1.errors import ConfigError
-from video_r1.rewards.custom import RewardFunction, as_said, call_reward_function
+from video_r1.rewards.custom import RewardFunction, as_said, call_reward_function, reward_name
 from video_r1.rewards.expressions import same_expression
 from video_r1.rewards.judge import JudgeScores, SampleAnswers
 from video_r1.rewards.temporal import rule_of
@@ -226,10 +226,7 @@ def reward_terms(
     names = [entry for entry in reward_funcs if isinstance(entry, str)]
     custom: dict[str, RewardFunction] = {}
     for function in (entry for entry in reward_funcs if callable(entry)):
-        name = getattr(function, "__name__", type(function).__name__)
-        if name in custom or name in BUILT_IN_TERMS:
-            raise ConfigError(f"reward_funcs: two rewards have the name {name!r}; rename the function")
-        custom[name] = function
+        custom[reward_name(function, {*custom, *BUILT_IN_TERMS})] = function
     unknown = [name for name in names if name not in BUILT_IN_TERMS]
     wrong = {
         "is empty: name rewards, pass functions, or remove it": not (names or custom),
