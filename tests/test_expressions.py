@@ -9,9 +9,9 @@ import time
 
 import pytest
 
+from video_r1.data import expressions
+from video_r1.data.scores import correctness, is_correct
 from video_r1.errors import VideoR1Error
-from video_r1.rewards import expressions
-from video_r1.rewards.scoring import correctness, is_correct
 
 pytest.importorskip("math_verify")
 

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from video_r1.data.answers import read_answer
 from video_r1.data.grounding import GROUNDING_FORMS, Located, parse_located, read_located, truth_problems
 from video_r1.data.manifests.records import check_manifest
-from video_r1.rewards.scoring import (
+from video_r1.data.scores import (
     box_iou,
     common_iou,
     correctness,

@@ -13,11 +13,11 @@ import torch
 from video_r1.data.answers import extract_answer
 from video_r1.data.decoding.decoders import read_media
 from video_r1.data.manifests.records import load_manifest
+from video_r1.data.scores import box_iou, correctness
 from video_r1.errors import RequestError
 from video_r1.lab.clips import write_lab
 from video_r1.lab.questions import FAMILIES, NAMED_FAMILIES, VIDEO_FAMILIES
 from video_r1.lab.scenes import FPS, LABEL, MARKS, MOMENTS, SECONDS, SIDE, Look, box_of, render
-from video_r1.rewards.scoring import box_iou, correctness
 from video_r1.settings.commands import LabSettings
 from video_r1.settings.frames import FrameBudget
 

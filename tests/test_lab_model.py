@@ -10,6 +10,7 @@ from video_r1.data.decoding.decoders import read_media
 from video_r1.data.decoding.media import Media
 from video_r1.data.manifests.records import Sample
 from video_r1.data.prompts import Prompt, PromptBuilder
+from video_r1.data.scores import format_reward
 from video_r1.lab.clips import write_clip
 from video_r1.lab.model import (
     FRAME_TIMES,
@@ -23,7 +24,6 @@ from video_r1.lab.scenes import FPS, SECONDS, Look, listing, render
 from video_r1.models.families import FAMILIES as KNOWN
 from video_r1.models.group_forward import group_logprobs
 from video_r1.models.loading import load_model, load_processor, size_multiple
-from video_r1.rewards.scoring import format_reward
 from video_r1.rollout.engine import SamplingSettings
 from video_r1.rollout.transformers import TransformersEngine
 from video_r1.settings.frames import FrameBudget

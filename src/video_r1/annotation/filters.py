@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 from video_r1.chat_client import Completion
 from video_r1.data.answers import extract_answer, read_answer
 from video_r1.data.manifests.records import Sample
-from video_r1.rewards.scoring import above, correctness, format_reward
+from video_r1.data.scores import above, correctness, format_reward
 from video_r1.settings.decoding import AnnotateSettings
 
 FILTERS = (

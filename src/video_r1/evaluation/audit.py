@@ -23,6 +23,7 @@ from video_r1.data.balance import ConstantAnswer, constant_answers
 from video_r1.data.manifests.records import Sample, load_manifest, placed_rows
 from video_r1.data.prompts import Prompt
 from video_r1.data.rollouts import Rollout
+from video_r1.data.scores import correctness, is_correct
 from video_r1.data.sources.media_paths import media_root_of
 from video_r1.errors import RequestError, VideoR1Error, writing_to
 from video_r1.evaluation.metrics import mean_figure, paired_difference
@@ -30,7 +31,6 @@ from video_r1.evaluation.question_loop import Answers, QuestionLoop, asked_with
 from video_r1.evaluation.summary import cell
 from video_r1.files import replace_json, replace_rows
 from video_r1.processes import claimed_by_first, decided_by_first, process_group
-from video_r1.rewards.scoring import correctness, is_correct
 from video_r1.rollout.engine import SamplingSettings
 from video_r1.rollout.engine_factory import open_engine, open_prompts
 from video_r1.settings.decoding import AuditSettings

@@ -12,13 +12,13 @@ from video_r1.data.answers import extract_answer, parse_number, read_answer
 from video_r1.data.manifests.records import Sample, question_digest
 from video_r1.data.prompts import Prompt, TextPrompts
 from video_r1.data.rollouts import Rollout
+from video_r1.data.scores import correctness, format_reward, overlaps
 from video_r1.evaluation import paper
 from video_r1.evaluation.metrics import mean_relative_accuracy
 from video_r1.evaluation.question_loop import Answers, Key, QuestionLoop, asked_with
 from video_r1.evaluation.summary import NEEDED, check_pairs, summarise
 from video_r1.files import replace_json
 from video_r1.processes import decided_by_first
-from video_r1.rewards.scoring import correctness, format_reward, overlaps
 from video_r1.rollout.engine import RolloutEngine, SamplingSettings
 from video_r1.rollout.episodes import ToolEngine
 from video_r1.settings.decoding import Answer, EvalSettings, Protocol

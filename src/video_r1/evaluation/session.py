@@ -16,9 +16,9 @@ from video_r1.data.manifests.records import Sample
 from video_r1.data.prompts import Prompt
 from video_r1.data.reading import Clips, Reader
 from video_r1.data.rollouts import Rollout
+from video_r1.data.scores import correctness, is_correct
 from video_r1.evaluation.metrics import Figure, share_difference, share_figure
 from video_r1.evaluation.question_loop import build_prompt, sampling_seed
-from video_r1.rewards.scoring import correctness, is_correct
 from video_r1.rollout.engine import RolloutEngine, SamplingSettings
 from video_r1.rollout.engine_factory import open_engine, open_prompts
 from video_r1.rollout.episodes import ToolEngine
