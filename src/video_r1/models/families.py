@@ -5,6 +5,7 @@ repeated here: placeholders, chat template, rotary positions, the multiple of a 
 have a state, DeepStack.
 """
 
+import inspect
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -121,6 +122,12 @@ def check_kind(model: Any) -> None:
 def text_of(model: Any) -> Any:
     """Return the text model, without head, of a transformers model for conditional generation."""
     return model.get_decoder() if find_family(model) is None else model.model.language_model
+
+
+def with_cache(text: Any, cache: Any) -> dict[str, Any]:
+    """Return the arguments of a text model's forward that fill or extend `cache`."""
+    renamed = "cache" in inspect.signature(text.forward).parameters  # since transformers 5.24
+    return {"cache" if renamed else "past_key_values": cache, "use_cache": True}
 
 
 def vision_parameters(model: Any) -> list[nn.Parameter]:

@@ -18,7 +18,7 @@ from video_r1.data.decoding.media import Media
 from video_r1.data.manifests.records import Sample
 from video_r1.data.prompts import Prompt, PromptBuilder
 from video_r1.errors import ConfigError
-from video_r1.models.families import family_of, find_family, text_of, tower_of, vision_parameters
+from video_r1.models.families import family_of, find_family, text_of, tower_of, vision_parameters, with_cache
 from video_r1.models.general_forward import micro_batches
 from video_r1.models.group_forward import CHUNK_LOGITS, token_logprobs, vision_language_model
 from video_r1.models.loading import size_multiple
@@ -227,7 +227,7 @@ def _prefill(model: Any, row: Row, prompts: int, visuals: dict[str, Any]) -> tup
     else:
         inputs = {"inputs_embeds": _embeddings(model, prompts, row.prompt, _vision(model, visuals))}
         inputs["position_ids"] = torch.zeros(3, prompts, row.prompt, dtype=torch.long)
-    states = text(**inputs, past_key_values=cache, use_cache=True).last_hidden_state
+    states = text(**inputs, **with_cache(text, cache)).last_hidden_state
     model.get_output_embeddings()(states[:, -1])
     stateful = [layer for layer in cache.layers if hasattr(layer, "recurrent_states")]
     kept = [state for layer in stateful for state in (layer.conv_states[0], layer.recurrent_states[0])]

@@ -158,7 +158,9 @@ class SharedPrefixCache:
             empty = (empty | (places < self.blank[:, None]))[:, None, None]
         self.own_bias = torch.zeros_like(empty, dtype=self.bias.dtype).masked_fill_(empty, -torch.inf)
 
-    def update(self, keys: Tensor, values: Tensor, layer: int, *args: Any) -> tuple[Tensor, ...]:
+    def update(
+        self, keys: Tensor, values: Tensor, layer: int, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, ...]:
         """Write one token's keys and values [B, K, 1, D]; return the room, [B, K, capacity, D]."""
         if layer == self.first:
             self.hide_empty()
@@ -169,7 +171,16 @@ class SharedPrefixCache:
     def has_previous_state(self, layer: int, *args: Any, **kwargs: Any) -> bool:
         return True  # the prompt has been read
 
-    def update_recurrent_state(self, state: Tensor, layer: int) -> None:
+    def get_conv_state(self, layer: int, *args: Any, **kwargs: Any) -> Tensor:
+        return self.layers[layer].conv_states[0]
+
+    def get_recurrent_state(self, layer: int, *args: Any, **kwargs: Any) -> Tensor:
+        return self.layers[layer].recurrent_states[0]
+
+    def is_recording_past(self, layer: int) -> bool:
+        return False
+
+    def update_recurrent_state(self, state: Tensor, layer: int, *args: Any, **kwargs: Any) -> None:
         self.layers[layer].recurrent_states[0].copy_(state)
 
     def remember(self, wanted: bool) -> None:

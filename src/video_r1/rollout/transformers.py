@@ -18,7 +18,7 @@ from transformers import DynamicCache
 from video_r1.data.prompts import Prompt
 from video_r1.data.rollouts import Rollout
 from video_r1.errors import ConfigError
-from video_r1.models.families import text_of
+from video_r1.models.families import text_of, with_cache
 from video_r1.models.group_forward import embedded, prompt_positions, row_of, visual_features
 from video_r1.models.lora import merged_adapters
 from video_r1.models.onednn import onednn_linears
@@ -158,8 +158,7 @@ class TransformersEngine(InProcessEngine):
         hidden = self._text(
             **embedded(self.model, shown, features, input_ids, in_prompt),
             position_ids=positions.to(device),
-            past_key_values=cache,
-            use_cache=True,
+            **with_cache(self._text, cache),
         ).last_hidden_state
         return _Prefilled(
             layers=[self._kept(layer) for layer in cache.layers],
@@ -183,7 +182,7 @@ class TransformersEngine(InProcessEngine):
         with replaced(self._text_config, "_attn_implementation", self._text_config._attn_implementation):
             row = row_of(self.model, firsts, [[answer.pieces[1:] for answer in group] for _, group in groups])
             cache: Any = DynamicCache(config=self._text_config)
-            hidden = self._text(**row.inputs, past_key_values=cache, use_cache=True).last_hidden_state[0]
+            hidden = self._text(**row.inputs, **with_cache(self._text, cache)).last_hidden_state[0]
         spans = [span for _, ends in row.layout.groups for span in itertools.pairwise(ends)]
         starts = [(start, ends[0]) for start, ends in row.layout.groups]
 
@@ -273,8 +272,7 @@ class TransformersEngine(InProcessEngine):
         output = self._text(
             inputs_embeds=self.model.get_input_embeddings()(tokens[:, None]),
             position_ids=position[None, :, None].expand(3, -1, 1),
-            past_key_values=cache,
-            use_cache=True,
+            **with_cache(self._text, cache),
             shared_prefix=cache,
         )
         return self.model.get_output_embeddings()(output.last_hidden_state[:, -1])
