@@ -17,12 +17,13 @@ Shuffled and reversed may act on pairs of frames, the temporal patches of the Qw
 then 6 7 4 5 2 3 0 1. A tower sees one pair at a time, so permuting pairs permutes the features.
 """
 
+import json
 import math
 import threading
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass, replace
-from itertools import chain
 from pathlib import Path
 from typing import Any, Self
 
@@ -248,6 +249,17 @@ def _text(text: str) -> list[dict[str, str]]:
     return [{"type": "text", "text": text}] if text else []
 
 
+def _texts(content: Sequence[Mapping[str, str]]) -> list[str]:
+    return [part["text"] for part in content if part["type"] == "text"]
+
+
+def _without_words(turn: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a turn of a chat with "x" in place of each text that is not blank."""
+    return {**turn, "content": [
+        {**part, "text": "x"} if part.get("text", "").strip() else part for part in turn["content"]
+    ]}  # fmt: skip
+
+
 class PromptBuilder(TextPrompts):
     """Model inputs of samples, made by the model's processor and chat template. Thread-safe.
 
@@ -272,7 +284,9 @@ class PromptBuilder(TextPrompts):
         self.end_token_id = end_token_id(processor)
         self.multiple = frame_multiple(processor)
         self.takes_videos = getattr(processor, "video_processor", None) is not None
-        self._special_tokens = sorted(special_tokens(self.tokenizer))
+        visuals = {getattr(processor, f"{kind}_token", None) for kind in ("image", "video")} - {None}
+        names = special_tokens(self.tokenizer).union(map(str, visuals))
+        self._special_ids = frozenset(self.tokenizer.convert_tokens_to_ids(sorted(names)))
         self._settings: dict[str, Any] = {"return_tensors": "pt"}
         if self.multiple is not None:
             self._settings["do_resize"] = False
@@ -286,22 +300,24 @@ class PromptBuilder(TextPrompts):
         other.max_prompt_length += self.toolbox.settings.max_tool_tokens if self.toolbox else 0
         return other
 
-    def question(self, sample: Sample) -> str:
-        """Return the user's text. Raises PromptError if it contains a special token of the tokenizer."""
-        text = super().question(sample)
-        turns = sample.messages or ({"role": "user", "content": text},)
-        pieces = between_marks(sample, turns) or [[text]]
-        self._refuse_special_tokens("\n".join(chain.from_iterable(pieces)), sample)
-        return text
-
     def build(
         self, sample: Sample, media: Shown, permutation: Tensor | None = None, contrast: Order = "shuffled"
     ) -> Prompt:
-        """Build a question's prompt. Raises PromptError if it is too long or does not fit the model."""
+        """Build a question's prompt. Raises PromptError if it is too long or does not fit the model, or if
+        its texts add special tokens to the chat.
+        """
         plain = super().build(sample, media, permutation, contrast)
-        text = prompt_text(
-            self.processor, plain.messages, plain.thinks, self.toolbox.schemas if self.toolbox else ()
+        tools = self.toolbox.schemas if self.toolbox else ()
+        text, other = (
+            prompt_text(self.processor, chat, plain.thinks, tools)
+            for chat in (plain.messages, [_without_words(turn) for turn in plain.messages])
         )
+        said = [
+            json.dumps(tools, ensure_ascii=False),
+            *("".join(_texts(turn["content"])) for turn in plain.messages),
+        ]
+        self._refuse_special_tokens(sample, "\n".join(said))  # also where visuals are left out
+        self._refuse_special_tokens(sample, text, other)
         for shown in plain.media:
             self._check_frames(sample, shown)
         try:
@@ -347,8 +363,7 @@ class PromptBuilder(TextPrompts):
 
     def _turn(self, contents: list[list[dict[str, str]]], media: tuple[Media, ...], like: Prompt) -> Prompt:
         """Build what follows the policy's end-of-turn token. Raises PromptError for special tokens."""
-        said = "".join(part.get("text", "") for content in contents for part in content)
-        if any(token in said for token in self._special_tokens):
+        if self._added_token("".join(text for content in contents for text in _texts(content))):
             raise PromptError("a tool's text holds a special token of the model")
         input_ids, features = self._encoded(turn_text(self.processor, contents, like.thinks), media)
         return replace(super()._turn(contents, media, like), input_ids=input_ids, features=features)
@@ -363,7 +378,7 @@ class PromptBuilder(TextPrompts):
         """Return the token ids [L] int64 of a turn of the assistant, with the end-of-turn token. Raises
         PromptError.
         """
-        self._refuse_special_tokens(text, sample)
+        self._refuse_special_tokens(sample, text)
         with _TOKENIZING:
             ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
         return torch.tensor([*ids, self.end_token_id])
@@ -387,11 +402,19 @@ class PromptBuilder(TextPrompts):
                 "so it has no sampling rate"
             )
 
-    def _refuse_special_tokens(self, text: str, sample: Sample) -> None:
-        found = [token for token in self._special_tokens if token in text]
-        if found:
+    def _added_token(self, text: str, plain: str = "") -> str | None:
+        """Return a special token of `text` that `plain`, the same chat with other words, does not have."""
+        with _TOKENIZING:
+            both = self.tokenizer([text, plain], add_special_tokens=False)["input_ids"]
+        own, wanted = ([number for number in ids if number in self._special_ids] for ids in both)
+        if own == wanted:
+            return None
+        return self.tokenizer.convert_ids_to_tokens([*(Counter(own) - Counter(wanted)), *wanted][0])
+
+    def _refuse_special_tokens(self, sample: Sample, text: str, plain: str = "") -> None:
+        if (token := self._added_token(text, plain)) is not None:
             raise PromptError(
-                f"question {sample.problem_id!r}: its text holds the model's special token {found[0]!r}, "
+                f"question {sample.problem_id!r}: its text holds the model's special token {token!r}, "
                 "which would break the chat; remove it from the record"
             )
 

@@ -24,7 +24,7 @@ from video_r1.data.manifests.records import Sample
 from video_r1.data.prompts import Prompt, TextPrompts, blind_prompt, contrast_prompt
 from video_r1.data.reading import Batch, Clips, Reader, Unusable, derived_generator, quarantined
 from video_r1.data.rollouts import Rollout
-from video_r1.errors import MediaError, PromptError, RequestError
+from video_r1.errors import MediaError, RequestError
 from video_r1.files import json_lines, part_of, parts_of, replacing, whole_lines, without_links
 from video_r1.fingerprint import continue_or_refuse, digest
 from video_r1.processes import decided_by_first, own_share, process_count, process_index, wait_for_everyone
@@ -119,13 +119,6 @@ def asked_with(
     sampling: SamplingSettings,
 ) -> dict[str, Any]:
     """Return the settings that answers depend on, as JSON values by name (see fingerprint.py)."""
-
-    def question_text(sample: Sample) -> str:
-        try:
-            return prompt_builder.question(sample)
-        except PromptError as error:  # raised again, and listed, when its prompt is built
-            return str(error)
-
     sizes = {name: getattr(budget, name) for name in _BUDGET_FIELDS}
     questions = [
         [s.problem_id, s.path, s.solution, s.start, s.end, *([s.fps] if s.fps else []), *s.more_paths]
@@ -137,7 +130,7 @@ def asked_with(
         "sampling": asdict(sampling),
         "budget": sizes | ({"least_pixels": budget.least_pixels} if budget.least_pixels else {}),
         "questions": digest(questions),
-        "prompts": digest([question_text(sample) for sample in samples]),
+        "prompts": digest([prompt_builder.question(sample) for sample in samples]),
         **settings.tool_values(),
         "model": settings.model,
     }
