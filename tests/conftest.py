@@ -76,6 +76,7 @@ def unchecked_fast_paths() -> None:
     """Each test starts with fast paths that have not been compared with the plain ones yet."""
     if (checked := sys.modules.get("video_r1.models.checked")) is None:
         return
+    checked.WORKING.clear()
     for name in [name for name in sys.modules if name.startswith(("video_r1.models.", "video_r1.rollout."))]:
         for value in vars(sys.modules[name]).values():
             if isinstance(value, checked.Checked):

@@ -13,17 +13,14 @@ import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn.attention.flex_attention import BlockMask
 from torch.nn.functional import scaled_dot_product_attention
-from transformers import AttentionInterface
-from transformers.integrations.flex_attention import flex_attention_forward
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
+from transformers import AttentionInterface, AttentionMaskInterface
 
 from video_r1.models.checked import Checked
 
@@ -33,8 +30,11 @@ BUCKET = 64  # completions are padded inside attention to the longest one of the
 
 # The kernel behind scaled_dot_product_attention on the CPU. It is called by name because it returns the
 # log-sum-exp, which is needed to join two partial results and which the public function does not return.
-_flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-_flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+_flash: Any = getattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu", None)
+_flash_backward: Any = getattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu_backward", None)
+
+sdpa_attention_forward: Any = AttentionInterface().get("sdpa")
+flex_attention_forward: Any = AttentionInterface().get("flex_attention")
 
 
 class GroupSpan(NamedTuple):
@@ -252,7 +252,7 @@ def groups_attention_forward(
     """Attend by transformers' interface: query [B, H, S, D], key, value [B, Hkv, S, D] -> [B, S, H, D].
 
     With `group_layout` B is 1 and S is the row's tokens: on the CPU the flash kernel runs on the row's pieces
-    one by one; elsewhere FlexAttention uses the layout's block mask, if it compiles (`row_attention`).
+    one by one; elsewhere FlexAttention uses the layout's block mask. Both are compared with SDPA (`Checked`).
     """
     if group_layout is None:
         return sdpa_attention_forward(
@@ -263,17 +263,23 @@ def groups_attention_forward(
     if torch.is_autocast_enabled(query.device.type):  # autocast does not reach the kernels below
         query, key, value = (x.to(torch.get_autocast_dtype(query.device.type)) for x in (query, key, value))
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    if group_layout.block_mask is not None:
-        return row_attention(query, key, value, group_layout, scale, module), None
-    rows = (x[0].transpose(0, 1) for x in (query, key, value))
-    out: Any = _SharedPrefixAttention.apply(*rows, group_layout, scale)
-    return out[None], None
+    attend = flash_attention if group_layout.block_mask is None else row_attention
+    return attend(query, key, value, group_layout, scale, module), None
 
 
 def _flex(
     query: Tensor, key: Tensor, value: Tensor, layout: RowLayout, scale: float, module: nn.Module
 ) -> Tensor:
-    return flex_attention_forward(module, query, key, value, cast(Any, layout.block_mask), scaling=scale)[0]
+    return flex_attention_forward(module, query, key, value, layout.block_mask, scaling=scale)[0]
+
+
+def _flash_pieces(
+    query: Tensor, key: Tensor, value: Tensor, layout: RowLayout, scale: float, module: nn.Module
+) -> Tensor:
+    out: Any = _SharedPrefixAttention.apply(
+        *(x[0].transpose(0, 1) for x in (query, key, value)), layout, scale
+    )
+    return out[None]
 
 
 def _by_spans(
@@ -293,6 +299,7 @@ def _by_spans(
 
 
 row_attention = Checked("FlexAttention", _flex, _by_spans)
+flash_attention = Checked("the CPU's flash attention", _flash_pieces, _by_spans)
 
 
 class _SharedPrefixAttention(torch.autograd.Function):
@@ -398,4 +405,4 @@ def _attend(
 
 
 AttentionInterface.register(IMPLEMENTATION, groups_attention_forward)
-AttentionMaskInterface.register(IMPLEMENTATION, sdpa_mask)
+AttentionMaskInterface.register(IMPLEMENTATION, AttentionMaskInterface()["sdpa"])

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from video_r1.models.attention import RowLayout
+from video_r1.models.attention import ForkLayout, RowLayout
 
 CONVOLUTION, RULE = "causal_conv1d_fn", "torch_chunk_gated_delta_rule"
 
@@ -35,12 +35,12 @@ def forked_convolution(convolve: Callable[..., Tensor]) -> Callable[..., Tensor]
     """Wrap a causal convolution of a row [1, C, N]: completions see the last tokens of their prompts."""
 
     @wraps(convolve)
-    def forked(states: Tensor, *args: Any, group_layout: RowLayout | None = None, **kwargs: Any) -> Tensor:
+    def forked(*args: Any, group_layout: RowLayout | None = None, **kwargs: Any) -> Tensor:
         if group_layout is None or group_layout.forks is None:
-            return convolve(states, *args, **kwargs)
+            return convolve(*args, **kwargs)
         layout = group_layout.forks
-        padded = functional.pad(states, (0, 1)).index_select(2, layout.inputs)
-        return convolve(padded, *args, **kwargs).index_select(2, layout.outputs)
+        padded = functional.pad(args[0], (0, 1)).index_select(2, layout.inputs)
+        return convolve(padded, *args[1:], **kwargs).index_select(2, layout.outputs)
 
     return forked
 
@@ -52,19 +52,21 @@ def forked_rule(rule: Callable[..., tuple[Tensor, Tensor | None]]) -> Callable[.
     """
 
     @wraps(rule)
-    def forked(
+    def forked(*args: Any, group_layout: RowLayout | None = None, **kwargs: Any) -> tuple[Tensor, Any]:
+        if group_layout is None or group_layout.forks is None:
+            return rule(*args, **kwargs)
+        return of_row(*args, layout=group_layout.forks, **kwargs)
+
+    def of_row(
         query: Tensor,
         key: Tensor,
         value: Tensor,
         *,
         g: Tensor,
         beta: Tensor,
-        group_layout: RowLayout | None = None,
+        layout: ForkLayout,
         **kwargs: Any,
-    ) -> tuple[Tensor, Tensor | None]:
-        if group_layout is None or group_layout.forks is None:
-            return rule(query, key, value, g=g, beta=beta, **kwargs)
-        layout = group_layout.forks
+    ) -> tuple[Tensor, None]:
         kwargs |= {"initial_state": None, "output_final_state": False, "cu_seqlens": None}
         outputs, states = [], []
         for rows, mask in zip(layout.prompts, layout.in_prompts, strict=True):

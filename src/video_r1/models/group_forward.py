@@ -23,6 +23,7 @@ from torch.utils.checkpoint import checkpoint
 from video_r1.data.prompts import Prompt
 from video_r1.errors import ConfigError, PromptError
 from video_r1.models.attention import IMPLEMENTATION, RowLayout, row_layout
+from video_r1.models.checked import works
 from video_r1.models.families import check_kind, family_names, family_of, find_family, text_of, tower_of
 from video_r1.models.gated_delta import fork_states
 from video_r1.models.general_forward import Encoded, encode_prompts, general_scores
@@ -132,7 +133,7 @@ def group_logprobs(
             token_logprobs, temperature=temperature, with_entropy=with_entropy,
             with_likeliest=with_likeliest, entropy_gradient=entropy_gradient,
         )  # fmt: skip
-        if find_family(inner) is None:
+        if not in_one_row(inner):
             if pieces is not None and len(all_parts(prompts, pieces)) > len(prompts):
                 raise ConfigError(f"{type(inner).__name__}: tools need a model of {family_names()}")
             visuals: Any = vision_features or encode_prompts(inner, prompts)
@@ -155,7 +156,7 @@ def encode_vision(model: nn.Module, prompts: Sequence[Prompt]) -> list[Any]:
     Gradients follow grad mode and whether the tower is frozen.
     """
     inner = vision_language_model(model)
-    encode: Callable[..., Any] = encode_prompts if find_family(inner) is None else visual_features
+    encode: Callable[..., Any] = visual_features if in_one_row(inner) else encode_prompts
     return through_wrapper(model, lambda: encode(inner, prompts))
 
 
@@ -192,14 +193,18 @@ def visual_features(model: Any, prompts: Sequence[Prompt]) -> list[VisionFeature
     return encoded
 
 
+def _small_image(model: Any, side: int) -> tuple[Tensor, Tensor]:
+    """Return pixels and grid of an image of side x side visual tokens."""
+    vision, weight = model.config.vision_config, next(tower_of(model).parameters())
+    side *= vision.spatial_merge_size
+    numbers = vision.in_channels * vision.temporal_patch_size * vision.patch_size**2
+    pixels = torch.linspace(-1, 1, side**2 * numbers, device=weight.device, dtype=weight.dtype)
+    return pixels.view(side**2, numbers), torch.tensor([[1, side, side]])
+
+
 def _nothing_seen(model: Any) -> VisionFeatures:
     """Return the features [0, d] of no visuals, with a gradient of 0 for the tower's weights."""
-    vision = model.config.vision_config
-    side = vision.spatial_merge_size
-    numbers = vision.in_channels * vision.temporal_patch_size * vision.patch_size**2
-    weight = next(tower_of(model).parameters())
-    pixels = torch.zeros(side**2, numbers, device=weight.device, dtype=weight.dtype)
-    output = encode_visuals(model, pixels, torch.tensor([[1, side, side]]))
+    output = encode_visuals(model, *_small_image(model, 1))
     layers = getattr(output, "deepstack_features", None) or []
     return VisionFeatures(output.pooler_output[0][:0], tuple(layer[0][:0] for layer in layers))
 
@@ -391,6 +396,53 @@ def through_wrapper(model: nn.Module, function: Callable[[], Result]) -> Result:
         return model(None)  # on a GPU, DDP moves the first argument there and fails without one
     finally:
         restore()
+
+
+# ---- The choice of the path
+
+
+def in_one_row(model: Any) -> bool:
+    """Return whether a group of this transformers model is one row: it is of a known family, and a library
+    newer than the tested ones has not broken the row. Otherwise it takes the general path.
+    """
+    return find_family(model) is not None and works("a group in one row", model, _by_row, _by_general_path)
+
+
+def small_question(model: Any) -> tuple[Prompt, list[Tensor]]:
+    """Return a question with an image of four tokens, and two answers, to compare paths with."""
+    config = model.config
+    special = {value for name, value in config.to_dict().items() if name.endswith("_token_id")}
+    words = list(itertools.islice((n for n in itertools.count() if n not in special), 9))
+    ids = torch.tensor([config.vision_start_token_id, *[config.image_token_id] * 4, *words[:4]])
+    pixels, grid = _small_image(model, 2)
+    kinds = (ids == config.image_token_id).long()[None]
+    features = {"pixel_values": pixels, "image_grid_thw": grid, "mm_token_type_ids": kinds}
+    return Prompt(ids, features, (), None, []), [torch.tensor(words[4:7]), torch.tensor(words[7:])]
+
+
+def _by_row(model: Any) -> Tensor:
+    """Return the log-probs of `small_question`; leave the model as it was."""
+    prompt, answers = small_question(model)
+    config, visual = text_of(model).config, tower_of(model)
+    before = config._attn_implementation
+    try:
+        hidden = _predicting_states(model, [prompt], [[[tokens] for tokens in answers]], None)
+    finally:
+        config._attn_implementation = before
+        for block in visual.blocks:
+            block.attn.config = visual.config
+    return _of_tokens(model.get_output_embeddings()(hidden), torch.cat(answers))
+
+
+def _by_general_path(model: Any) -> Tensor:
+    prompt, answers = small_question(model)
+    visuals = encode_prompts(model, [prompt])
+    score: Any = lambda _, logits, targets, **names: _of_tokens(logits, targets)  # noqa: E731
+    return torch.cat(list(general_scores(model, [prompt], [answers], visuals, score)))
+
+
+def _of_tokens(logits: Tensor, tokens: Tensor) -> Tensor:
+    return logits.float().log_softmax(-1).gather(-1, tokens[:, None].to(logits.device))
 
 
 # ---- The head

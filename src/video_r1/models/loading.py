@@ -15,7 +15,6 @@ from transformers import (
     PreTrainedModel,
     ProcessorMixin,
 )
-from transformers.core_model_loading import Transpose
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 
@@ -125,11 +124,11 @@ def keep_angles_exact(model: Any) -> None:
 def keep_published_layout(model: Any) -> None:
     """Let a model save its experts' tensors in the layout of published checkpoints, which vLLM reads.
 
-    transformers (5.19) transposes them when it loads such a file, and does not transpose them back.
+    transformers transposes them when it loads such a file, and does not transpose them back.
     """
     for conversion in model._weight_conversions:
         for operation in getattr(conversion, "operations", ()):
-            if isinstance(operation, Transpose):
+            if type(operation).__name__ == "Transpose":
                 operation.check_dims = False
 
 

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from video_r1.models.checked import Checked
 from video_r1.models.families import text_of, tower_of
 from video_r1.models.vision import PatchProjection
 
@@ -32,7 +33,10 @@ def onednn_linears(model: Any, rows: int) -> Iterator[None]:
     """
     decoding: list[Any] = []
     once: list[Any] = []
-    if torch.backends.mkldnn.is_available() and not torch.is_autocast_enabled("cpu"):
+    available = torch.backends.mkldnn.is_available() and not torch.is_autocast_enabled("cpu")
+    if available:
+        kernels(torch.ones(2, 16), torch.linspace(-1, 1, 128).view(8, 16))
+    if available and kernels.agrees:
         text = [*text_of(model).modules(), model.get_output_embeddings()]
         plain = [layer for layer in text if _plain(layer)]
         decoding = [layer for layer in plain if rows * layer.weight.numel() >= LEAST_PRODUCTS]
@@ -61,6 +65,14 @@ def _plain(module: Any) -> bool:
         return False
     weight = module.weight
     return type(weight.data) is Tensor and weight.device.type == "cpu" and weight.dtype == torch.float32
+
+
+def _arranged_product(inputs: Tensor, weight: Tensor) -> Tensor:
+    arranged = torch.ops.mkldnn._reorder_linear_weight(weight, len(inputs))
+    return torch.ops.mkldnn._linear_pointwise.default(inputs, arranged, None, "none", [], None)
+
+
+kernels = Checked("linear layers through oneDNN", _arranged_product, functional.linear)
 
 
 def _linear(weight: Tensor, arranged: Tensor, bias: Tensor | None, inputs: Tensor) -> Tensor:

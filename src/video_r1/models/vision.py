@@ -17,12 +17,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import AttentionInterface
-from transformers.vision_utils import (
-    get_vision_cu_seqlens,
-    get_vision_interpolation_indices_and_weights,
-    get_vision_position_ids,
-    get_vision_window_index,
-)
 
 from video_r1.models.checked import Checked
 from video_r1.models.families import Family, family_of, tower_of
@@ -100,21 +94,24 @@ def encode_visuals(model: Any, pixels: Tensor, grids: Tensor) -> Any:
 
 def tower_arguments(family: Family, visual: Any, grids: Tensor, device: torch.device) -> dict[str, Any]:
     """Return the arguments that a family's tower would otherwise compute from the grids."""
+    from transformers import vision_utils  # private: a release without it takes the general path
+
     merge = visual.spatial_merge_size
-    frames = Segments.of(get_vision_cu_seqlens(grids), device)
+    frames = Segments.of(vision_utils.get_vision_cu_seqlens(grids), device)
     arguments: dict[str, Any] = {
-        "position_ids": get_vision_position_ids(grids, merge).to(device),
+        "position_ids": vision_utils.get_vision_position_ids(grids, merge).to(device),
         "cu_seqlens": frames.starts,
         "max_seqlen": frames.longest,
         "segments": [frames],
     }
     if family.windows:
-        index, starts = get_vision_window_index(grids, merge, visual.window_size, visual.patch_size)
+        size = visual.window_size
+        index, starts = vision_utils.get_vision_window_index(grids, merge, size, visual.patch_size)
         windows = Segments.of(starts, device)
         arguments |= {"window_index": index.to(device), "cu_window_seqlens": windows.starts}
         arguments |= {"max_window_seqlen": windows.longest, "segments": [frames, windows]}
     if family.resampled_positions:
-        indices, weights = get_vision_interpolation_indices_and_weights(
+        indices, weights = vision_utils.get_vision_interpolation_indices_and_weights(
             grids,
             num_grid_per_side=visual.num_grid_per_side,
             mode=visual.interpolation_mode,

@@ -14,7 +14,7 @@ from video_r1.data.prompts import PromptBuilder, TextPrompts
 from video_r1.data.tools import Toolbox
 from video_r1.errors import ConfigError
 from video_r1.models.families import family_names, find_family
-from video_r1.models.group_forward import vision_language_model
+from video_r1.models.group_forward import in_one_row, vision_language_model
 from video_r1.models.loading import (
     PIXELS_OF_ANY_MODEL,
     load_config,
@@ -121,8 +121,11 @@ def _engine(settings: DecodingSettings, processor: Any) -> RolloutEngine:
 
 def in_process_engine(model: Any, processor: Any) -> RolloutEngine:
     """Return the engine for a model in this process, which may be within PEFT or DistributedDataParallel."""
-    known = find_family(vision_language_model(model)) is not None
-    return (TransformersEngine if known else GeneralEngine)(model, processor)
+    if in_one_row(vision_language_model(model)):
+        engine = TransformersEngine(model, processor)
+        if engine.works():
+            return engine
+    return GeneralEngine(model, processor)
 
 
 def check_vllm_supports(model: Any) -> None:

@@ -18,8 +18,16 @@ from transformers import DynamicCache
 from video_r1.data.prompts import Prompt
 from video_r1.data.rollouts import Rollout
 from video_r1.errors import ConfigError
+from video_r1.models.checked import works
 from video_r1.models.families import text_of, with_cache
-from video_r1.models.group_forward import embedded, prompt_positions, row_of, visual_features
+from video_r1.models.group_forward import (
+    embedded,
+    group_logprobs,
+    prompt_positions,
+    row_of,
+    small_question,
+    visual_features,
+)
 from video_r1.models.lora import merged_adapters
 from video_r1.models.onednn import onednn_linears
 from video_r1.rollout.engine import (
@@ -75,6 +83,22 @@ class TransformersEngine(InProcessEngine):
         if "sliding_attention" in kinds:
             raise ConfigError("rollouts: models with sliding-window attention are not supported")
         self._stateful = {number for number, kind in enumerate(kinds) if kind == "linear_attention"}
+
+    def works(self) -> bool:
+        """Return whether the log-probs of sampled tokens are those of a forward (`checked.works`)."""
+        tokens: list[Tensor] = []
+
+        def sampled(model: Any) -> Tensor:
+            prompt, _ = small_question(model)
+            (group,) = self.generate([prompt], SamplingSettings(n=2, max_tokens=4, seed=0))
+            tokens[:] = [rollout.token_ids for rollout in group]
+            return torch.cat([rollout.logprobs for rollout in group])
+
+        def scored(model: Any) -> Tensor:
+            prompt, _ = small_question(model)
+            return group_logprobs(model, [prompt], [tokens]).logprobs.cpu()
+
+        return works("decoding over a shared prompt", self.model, sampled, scored)
 
     @torch.no_grad()
     def generate(

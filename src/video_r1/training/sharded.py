@@ -19,8 +19,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.serialization import get_unsafe_globals_in_checkpoint
 
 from video_r1.errors import ConfigError, VideoR1Error
-from video_r1.models.families import find_family
-from video_r1.models.group_forward import through_wrapper, vision_language_model
+from video_r1.models.group_forward import in_one_row, through_wrapper, vision_language_model
 
 FORWARD_HOOKS = ("_forward_pre_hooks", "_forward_hooks")  # of a torch module
 
@@ -99,7 +98,7 @@ def check_sharding_of(model: nn.Module, accelerator: Accelerator) -> None:
                 )
     kind = "FSDP2" if accelerator.is_fsdp2 else "ZeRO-3" if zero_stage(accelerator) == 3 else None
     inner = vision_language_model(model)
-    if kind is not None and find_family(inner) is None:
+    if kind is not None and not in_one_row(inner):
         raise ConfigError(
             f"{type(inner).__name__} takes the general path, which does not work with weights that {kind} "
             "shards; use DDP or ZeRO-2"

@@ -54,13 +54,14 @@ from video_r1.data.tools import overview
 from video_r1.errors import ConfigError
 from video_r1.evaluation.validation import temporal_accuracy
 from video_r1.files import append_line, tolerated, warn_once
-from video_r1.models.families import find_family, vision_parameters
+from video_r1.models.families import vision_parameters
 from video_r1.models.group_forward import (
     GroupLogprobs,
     Pieces,
     VisualFeatures,
     encode_groups,
     group_logprobs,
+    in_one_row,
     vision_language_model,
 )
 from video_r1.processes import gather, gather_lists, process_count
@@ -398,7 +399,7 @@ class TGRPOTrainer(QuestionTrainer):
         args, size = self.settings, self.settings.per_device_train_batch_size
         if self.rule.contrast != "scored":
             return None, None
-        known = find_family(vision_language_model(cast(nn.Module, self.model))) is not None
+        known = in_one_row(vision_language_model(cast(nn.Module, self.model)))
         engine = self.engine.engine if isinstance(self.engine, ToolEngine) else self.engine
         here = not args.use_vllm and isinstance(engine, InProcessEngine)
         with self.meter.seconds("contrast"), self.whole_policy() as model, torch.no_grad():

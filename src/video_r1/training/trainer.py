@@ -1,5 +1,6 @@
 """Base of both trainers: `transformers.Trainer` over questions whose media are prefetched."""
 
+import inspect
 import logging
 import math
 import shutil
@@ -12,6 +13,7 @@ from pathlib import Path
 from typing import Any, TypeVar, cast
 
 import torch
+import transformers
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import (
@@ -36,8 +38,8 @@ from video_r1.data.reading import Reader
 from video_r1.data.tools import Toolbox
 from video_r1.errors import ConfigError, VideoR1Error
 from video_r1.files import follow_umask, is_finished
-from video_r1.models.families import find_family
-from video_r1.models.group_forward import vision_language_model
+from video_r1.models.checked import NEWEST_TESTED
+from video_r1.models.group_forward import in_one_row, vision_language_model
 from video_r1.models.loading import load_model, size_multiple
 from video_r1.models.lora import record_four_bits
 from video_r1.processes import (
@@ -75,6 +77,25 @@ logger = logging.getLogger(__name__)
 Kind = TypeVar("Kind", bound=TrainerCallback)
 
 
+def check_replaced(kind: type[Trainer]) -> None:
+    """Raise ConfigError if transformers' Trainer calls methods otherwise than the trainers here replace them.
+
+    Private methods of trainers in this package all replace the Trainer's.
+    """
+    own = [owner for owner in kind.__mro__ if owner.__module__.startswith("video_r1.")]
+    for name, method in ((n, m) for owner in own for n, m in vars(owner).items() if inspect.isfunction(m)):
+        theirs, takes = getattr(Trainer, name, None), list(inspect.signature(method).parameters)
+        if name.startswith("__") or (theirs is None and not name.startswith("_")):
+            continue
+        expected = None if theirs is None else list(inspect.signature(theirs).parameters)
+        if expected is None or (takes != expected and "kwargs" not in takes):
+            raise ConfigError(
+                f"transformers {transformers.__version__} is not supported: Trainer.{name} takes "
+                f"{expected or 'nothing (it is gone)'}, and the method in its place here {takes}. Install "
+                f"transformers {NEWEST_TESTED[transformers]}"
+            )
+
+
 class QuestionTrainer(Trainer, ABC):
     """A trainer on a manifest. A subclass reads a sample (`load`, cached in memory), builds its training
     input (`build`), validates, and turns pending questions into a step's inputs in `get_batch_samples`.
@@ -98,6 +119,7 @@ class QuestionTrainer(Trainer, ABC):
         optimizers: tuple[Any, Any] = (None, None),
         tools: Sequence[Callable[..., Any]] | None = None,
     ) -> None:
+        check_replaced(type(self))
         args = self.default_settings() if args is None else args
         check_trackers(args.report_to)
         check_optimizer(args.optim.value)
@@ -139,7 +161,7 @@ class QuestionTrainer(Trainer, ABC):
             callbacks=[*(callbacks or []), self.guard, run_folder, StepSeconds(self.meter)],
         )
         sharded.check_sharding_of(trained, self.accelerator)
-        if args.ddp_find_unused_parameters is None and find_family(vision_language_model(trained)) is None:
+        if args.ddp_find_unused_parameters is None and not in_one_row(vision_language_model(trained)):
             args.ddp_find_unused_parameters = True  # a rank of text alone leaves the tower without gradient
         sharded.keep_figures_exact(self.accelerator)
         # The loss is normalised over the optimizer step, so the Trainer must not divide it again.
