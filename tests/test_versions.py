@@ -37,13 +37,13 @@ def newer(monkeypatch: Patch) -> None:
 def no_patched_functions(patch: Patch) -> None:
     patch.setattr(gated_delta, "RULE", "the_rule_by_its_new_name")
     patch.setattr(group_forward, "fork_states", gated_delta.fork_states.__wrapped__)
-    module = gated_delta.import_module(families.QWEN3_5.state_functions)
+    module = gated_delta.import_module(str(families.QWEN3_5.state_functions))
     patch.setattr(module, gated_delta.CONVOLUTION, getattr(module, gated_delta.CONVOLUTION))
 
 
 def unused_functions(patch: Patch) -> None:
     """The functions are there, but the layers use others."""
-    module = gated_delta.import_module(families.QWEN3_5.state_functions)
+    module = gated_delta.import_module(str(families.QWEN3_5.state_functions))
     for name in (gated_delta.CONVOLUTION, gated_delta.RULE):
         function = getattr(module, name)
         patch.setattr(module, name, lambda *args, group_layout=None, f=function, **kw: f(*args, **kw))
