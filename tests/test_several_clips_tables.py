@@ -104,7 +104,7 @@ def test_pictures_of_trl_tables(tmp_path: Path) -> None:
         [{"prompt": [user(parts)], "images": pictures}, {"prompt": "Which?", "images": pictures}], tmp_path
     )
     assert [len(sample.paths) for sample in samples] == [2, 2] and samples[0].paths == samples[1].paths
-    assert samples[0].messages[0]["content"] == "<image>\nor\n<image>\n?"
+    assert samples[0].messages[0]["content"] == "<image>or<image>?"
     assert samples[1].messages[0]["content"] == "Which?"
     seen = [{"role": "system", "content": [parts[0]]}, user([parts[1], parts[2]])]  # not all the user's
     (sample,) = trl_samples([{"prompt": seen, "images": pictures}], tmp_path)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import inspect
+import io
 import json
 import re
 from pathlib import Path
 from typing import Any, cast
 
 import datasets
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -25,7 +27,7 @@ from video_r1 import (
     read_media,
 )
 from video_r1.data.manifests.trl_rows import trl_samples
-from video_r1.errors import ManifestError
+from video_r1.errors import ConfigError, ManifestError
 from video_r1.rollout.endpoint_engine import chat_request
 from video_r1.rollout.engine import SamplingSettings
 
@@ -148,6 +150,130 @@ def test_rows_that_are_no_question_are_all_named(tmp_path: Path) -> None:
     assert sample.messages == ({"role": "user", "content": "What?"},) and sample.answer == ""
     (words,) = trl_samples([{"prompt": "What?", "images": []}], tmp_path)
     assert words.data_type == "text" and words.paths == ()
+
+
+def parts(*each: Any) -> list[dict[str, Any]]:
+    return [{"role": "user", "content": list(each)}]
+
+
+TEXT = {"type": "text", "text": "Which way?"}
+CLIP, OTHER = {"type": "video", "video": "c.mp4"}, {"type": "video_url", "video_url": {"url": "d.mp4"}}
+
+
+@pytest.mark.parametrize(
+    ("row", "shown", "said"),
+    [
+        ({"prompt": "Which way?", "video": "c.mp4"}, ["c.mp4"], "Which way?"),
+        ({"prompt": "Which way?", "videos": ["c.mp4", Path("d.mp4")]}, ["c.mp4", "d.mp4"], "Which way?"),
+        ({"prompt": parts(CLIP, TEXT)}, ["c.mp4"], "<video>Which way?"),
+        ({"prompt": parts(TEXT, CLIP, {**TEXT, "image": None})}, ["c.mp4"], "Which way?<video>Which way?"),
+        ({"prompt": parts(CLIP, TEXT, OTHER)}, ["c.mp4", "d.mp4"], "<video>Which way?<video>"),
+        ({"prompt": parts({"type": "video", "index": 0}, TEXT), "videos": ["d.mp4"]}, ["d.mp4"], None),
+        ({"prompt": parts({"type": "image", "path": "p.jpg"}, TEXT)}, ["p.jpg"], "<image>Which way?"),
+        ({"prompt": "Which way?", "image": {"path": "p.jpg", "bytes": None}}, ["p.jpg"], "Which way?"),
+        ({"prompt": "Which way?", "answer": "page.png"}, [], "Which way?"),
+    ],
+)
+def test_cases_of_media_in_trl_tables(row: Any, shown: list[str], said: str | None, tmp_path: Path) -> None:
+    (sample,) = trl_samples([row], tmp_path)
+    assert sample.paths == tuple(str(Path(name).resolve()) for name in shown)
+    assert sample.data_type == ("text" if not shown else "image" if "p.jpg" in shown else "video")
+    assert said is None or sample.messages[-1]["content"] == said
+    assert "c.mp4" not in str(sample.extra)
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"prompt": "Which way?", "clip": "c.mp4"}, "its column clip holds a picture or clip"),
+        ({"prompt": "Which way?", "path": ["c.MP4"]}, "its column path holds"),
+        ({"prompt": "Which way?", "photo": Image.new("L", (9, 9))}, "its column photo holds"),
+        ({"prompt": parts({"type": "video"}, TEXT)}, "has places for 1 files, and the row has 0"),
+        ({"prompt": parts({"type": "image"}, TEXT), "video": "c.mp4"}, "images and videos"),
+        ({"prompt": parts(CLIP, TEXT), "video": "c.mp4"}, "holds files, and so does its column"),
+        ({"prompt": parts({**CLIP, "max_pixels": 9}, TEXT)}, "has max_pixels, which is not read"),
+        ({"prompt": parts({"type": "audio", "audio": "a.wav"}, TEXT)}, "part of the type audio"),
+        ({"prompt": "<video> or <video>?", "videos": ["c.mp4"] * 3}, "mark <video> 2 times for 3 files"),
+        (
+            {"prompt": [{"role": "tool", "content": "x"}, *parts(TEXT)]},
+            "its prompt must be a text, or a list",
+        ),
+        ({"prompt": [{"role": "user", "content": None}]}, "its prompt must be"),
+        ({"prompt": parts(3)}, "its prompt must be"),
+        (
+            {"prompt": "Which way?", "video": "https://host/c.mp4"},
+            "a URL; these are refused unless allow_urls",
+        ),
+        ({"prompt": "Which way?", "video": [Image.new("L", (9, 9))]}, "its video is a Image; use a file"),
+        ({"question": "Which way?"}, "prompt is missing"),
+    ],
+)
+def test_cases_of_rows_that_would_be_trained_blind(row: Any, message: str, tmp_path: Path) -> None:
+    with pytest.raises(ManifestError, match=f"row 2: .*{re.escape(message)}"):
+        trl_samples([{"prompt": "Which way?"}, row], tmp_path)
+
+
+def test_cases_of_a_video_table_show_the_clip(checkpoint: Path, manifest: Path, tmp_path: Path) -> None:
+    clip = {"type": "video", "video": str(manifest.parent / "0.mp4")}
+    rows = [{"prompt": "Which way?", "videos": [clip["video"]]}, {"prompt": parts(TEXT, clip), "solution": 3}]
+    trainer = make_trainer(checkpoint, rows, tmp_path / "run", max_steps=1, per_device_train_batch_size=2)
+    trainer.train()
+    for group in trainer.step.batches[0].groups:
+        assert trainer.builder.visual_tokens(group.prompt.input_ids) == 8  # 4 frames: 2 patches of 4 tokens
+
+
+@pytest.mark.parametrize(
+    ("answer", "solution", "problem_type"),
+    [
+        (3, "3", "numerical"), (3.5, "3.5", "numerical"), (np.int64(0), "0", "numerical"),
+        (True, "True", "free-form"), ("3", "3", "free-form"), ("<answer>3</answer>", "3", "free-form"),
+        (float("nan"), "", "free-form"), (["a"], "", "free-form"), (None, "", "free-form"),
+    ],
+)  # fmt: skip
+def test_cases_of_answers(
+    answer: Any, solution: str, problem_type: str, checkpoint: Path, tmp_path: Path
+) -> None:
+    (sample,) = trl_samples([{"prompt": "How many?", "answer": answer}], tmp_path)
+    assert (sample.answer, sample.problem_type) == (solution, problem_type)
+    if answer is None:
+        with pytest.raises(ManifestError, match="1 of 1 rows have no text or number in solution, ans"):
+            make_trainer(checkpoint, [{"prompt": "How many?"}], tmp_path, "accuracy")
+
+
+@pytest.mark.parametrize("mode", ["CMYK", "RGBA", "LA", "P", "I;16", "F", "YCbCr", "1", "turned"])
+def test_cases_of_pictures_are_the_same_at_both_doors(mode: str, tmp_path: Path) -> None:
+    """A file of a manifest, and the same picture inside a table."""
+    pixels = np.arange(48 * 80 * 3).reshape(48, 80, 3).astype(np.uint8)
+    picture, name = Image.fromarray(pixels), tmp_path / "p.tif"
+    if mode == "turned":
+        name = tmp_path / "p.jpg"
+        exif = Image.Exif()
+        exif[0x0112] = 6
+        picture.save(name, exif=exif)
+    else:
+        picture = Image.fromarray(pixels[..., 0].astype(np.uint16) * 257) if mode == "I;16" else picture
+        picture.convert(mode).save(name)
+    opened = Image.open(name)
+    (sample,) = trl_samples([{"prompt": "What?", "image": opened}], tmp_path / "media")
+    row = {"problem_id": 1, "problem": "?", "data_type": "image", "problem_type": "OCR", "path": name.name}
+    (other,) = load_manifest([row | {"solution": "<answer>x</answer>"}], tmp_path)
+    budget = FrameBudget(image_pixels=80 * 80, size_multiple=16)
+    first, second = (read_media(one, budget).frames for one in (sample, other))
+    assert torch.equal(first, second) and opened.mode == (mode if mode != "turned" else "RGB")
+
+
+def test_cases_of_streams_splits_and_ids(checkpoint: Path, tmp_path: Path) -> None:
+    rows = [{"prompt": "What?", "image": Image.new("RGB", (56, 56)), "id": "same"} for _ in range(2)]
+    stream = datasets.IterableDataset.from_generator(lambda: iter(rows))
+    trainer = make_trainer(checkpoint, stream, tmp_path)
+    assert [sample.problem_id for sample in cast(Any, trainer.train_dataset)] == [1, 2]
+    nested = datasets.Dataset.from_list([{"prompt": "What?", "images": [row["image"]]} for row in rows])
+    assert [sample.data_type for sample in trl_samples(nested, tmp_path)] == ["image"] * 2
+    with pytest.raises(ConfigError, match="train_dataset has the splits train, test; pass one"):
+        make_trainer(checkpoint, datasets.DatasetDict({"train": nested, "test": nested}), tmp_path)
+    broken = Image.open(io.BytesIO((tmp_path / "media").glob("*.png").__next__().read_bytes()[:60]))
+    with pytest.raises(ManifestError, match="row 1: its image cannot be read"):
+        trl_samples([{"prompt": "What?", "image": broken}], tmp_path)
 
 
 CHAT = [

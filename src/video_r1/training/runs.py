@@ -5,7 +5,7 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import datasets
 import torch
@@ -17,6 +17,7 @@ from video_r1.availability import check_optimizer
 from video_r1.data.manifests.records import Sample, kept_samples, load_manifest
 from video_r1.data.manifests.trl_rows import is_trl_table, trl_samples
 from video_r1.data.prompts import PromptBuilder
+from video_r1.data.sources.media_paths import MediaPaths, media_root_of
 from video_r1.errors import ConfigError
 from video_r1.files import is_finished, replace_json
 from video_r1.fingerprint import refuse_changed
@@ -242,7 +243,9 @@ def as_samples(questions: Questions | dict[str, Questions] | None, places: RunAr
     if isinstance(questions, (list, tuple)) and all(isinstance(question, Sample) for question in questions):
         return list(questions)
     if is_trl_table(questions):
-        return trl_samples(cast(Any, questions), Path(str(places.output_dir)) / "media")
+        root = media_root_of("", places.media_root)
+        paths = MediaPaths(root, places.allow_urls, places.allowed_roots)
+        return trl_samples(questions, Path(str(places.output_dir)) / "media", paths, places.bad_rows)
     return load_manifest(questions, **places.manifest_options())
 
 

@@ -47,11 +47,12 @@ from torch.optim.lr_scheduler import LRScheduler
 from transformers import PreTrainedModel, ProcessorMixin, TrainerCallback
 
 from video_r1.data.manifests.records import Sample
+from video_r1.data.manifests.trl_rows import ANSWERS, NO_ANSWER
 from video_r1.data.prompts import Prompt
 from video_r1.data.reading import Clips, Question, build_question
 from video_r1.data.rollouts import Rollout, RolloutGroup
 from video_r1.data.tools import overview
-from video_r1.errors import ConfigError
+from video_r1.errors import ConfigError, ManifestError
 from video_r1.evaluation.validation import temporal_accuracy
 from video_r1.files import append_line, tolerated, warn_once
 from video_r1.models.families import vision_parameters
@@ -263,6 +264,12 @@ class TGRPOTrainer(QuestionTrainer):
             optimizers, tools,
         )  # fmt: skip
         self.add_callback(StartChecks(self.check_start))
+        asked = cast(list[Sample], self.train_dataset or [])
+        if "accuracy" in terms.built_in and (bare := [one for one in asked if one.solution == NO_ANSWER]):
+            raise ManifestError(
+                f"{len(bare)} of {len(asked)} rows have no text or number in {', '.join(ANSWERS)} for the "
+                f"reward accuracy (the first: {bare[0].problem_id!r}); add it, or name other reward_funcs"
+            )
         policy = cast(PreTrainedModel, self.model)
         self.reference = Reference(policy, self.accelerator) if args.beta != 0 else None
         self.teacher: Teacher | None = None

@@ -120,6 +120,10 @@ class QuestionTrainer(Trainer, ABC):
         tools: Sequence[Callable[..., Any]] | None = None,
     ) -> None:
         check_replaced(type(self))
+        if isinstance(train_dataset, dict):
+            raise ConfigError(
+                f"train_dataset has the splits {', '.join(map(str, train_dataset))}; pass one of them"
+            )
         args = self.default_settings() if args is None else args
         check_trackers(args.report_to)
         check_optimizer(args.optim.value)

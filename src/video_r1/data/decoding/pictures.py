@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 from PIL.TiffImagePlugin import BITSPERSAMPLE
 from torch import Tensor
 
@@ -56,9 +56,7 @@ def read_picture(file: Part) -> Tensor:
                 if image.width * image.height > MAX_PIXELS:
                     raise Image.DecompressionBombError(f"{image.width}×{image.height}; limit {MAX_PIXELS:,}")
                 image.load()
-                with suppress(Exception):  # damaged EXIF: the picture is read as stored
-                    ImageOps.exif_transpose(image, in_place=True)
-                pixels = np.asarray(_as_rgb(image))
+                pixels = np.asarray(upright(image))
     except Image.DecompressionBombError as error:
         raise ValueError(f"declares more pixels than are decoded ({error})") from error
     except UnidentifiedImageError as error:
@@ -78,8 +76,13 @@ def _image_formats() -> tuple[str, ...]:
     return tuple(name for name in _IMAGE_FORMATS if name in Image.OPEN)  # AVIF is not in every Pillow
 
 
-def _as_rgb(image: Any) -> Any:
-    """Convert to RGB: transparency on white; greys of more than 8 bits are scaled, not clipped."""
+def upright(image: Image.Image) -> Image.Image:
+    """Return a picture in RGB, upright as EXIF says: transparency on white; greys of more than 8 bits are
+    scaled, not clipped.
+    """
+    with suppress(Exception):  # damaged EXIF: the picture is read as stored
+        if image.getexif().get(ExifTags.Base.Orientation, 1) != 1:
+            image = ImageOps.exif_transpose(image)
     if image.mode in ("I", "F") or image.mode.startswith("I;16"):
         return Image.fromarray(_eight_bits(image)).convert("RGB")
     if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:

@@ -314,7 +314,7 @@ def _is_time(value: Any) -> bool:
     return _is_number(value) and 0 <= value < 1e9  # false for NaN as well
 
 
-def _read_chat(value: Any) -> tuple[tuple[Mapping[str, str], ...], tuple[Work, ...]]:
+def read_chat(value: Any) -> tuple[tuple[Mapping[str, str], ...], tuple[Work, ...]]:
     """Split messages into the chat up to the last user's and the work behind it.
 
     Raises ValueError, TypeError or RecursionError for anything else.
@@ -357,13 +357,13 @@ def _read_call(call: Any) -> tuple[str, Mapping[str, Any]]:
 
 def _is_chat(value: Any) -> bool:
     try:
-        _read_chat(value)
+        read_chat(value)
     except (ValueError, TypeError, RecursionError):
         return False
     return True
 
 
-_CHAT = '{"role": "system" | "user" | "assistant", "content": a text}'
+CHAT_FORM = '{"role": "system" | "user" | "assistant", "content": a text}'
 _WORK = (
     'the assistant\'s with "tool_calls", each followed by a {"role": "tool"} for each call (its final answer '
     "is `process` and `solution`)"
@@ -400,7 +400,10 @@ _FIELDS: dict[str, tuple[Callable[[Any], object], str]] = {
     "end": (_is_time, "it must be a time in seconds from the beginning"),
     "subtitles": (lambda value: isinstance(value, str), "it must be a string"),
     "play": (lambda value: value in ("forward", "reversed"), "it must be forward or reversed"),
-    "messages": (_is_chat, f"it must be a list of {_CHAT}, the last one the user's; behind it only {_WORK}"),
+    "messages": (
+        _is_chat,
+        f"it must be a list of {CHAT_FORM}, the last one the user's; behind it only {_WORK}",
+    ),
 }
 """For each field with a meaning here: the test of its value, and what the value must be."""
 FIELDS = tuple(_FIELDS)
@@ -426,7 +429,7 @@ def check_row(row: Any, places: MediaPaths, min_options: int) -> tuple[Sample | 
     if found:
         return None, found
     data_type, problem_type = sys.intern(given["data_type"]), sys.intern(given["problem_type"])
-    options, (messages, work) = tuple(given.get("options", ())), _read_chat(given.get("messages", ()))
+    options, (messages, work) = tuple(given.get("options", ())), read_chat(given.get("messages", ()))
     if not given.get("problem") and not messages:
         return None, ["problem is missing"]
     problem = given.get("problem") or messages[-1]["content"]
