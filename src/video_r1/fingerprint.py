@@ -1,33 +1,101 @@
-"""Fingerprints: settings that must be equal for a run, an evaluation, an annotation or a cache to continue.
+"""Fingerprints: what must be equal for a run, an evaluation, an annotation or a cache to continue.
 
-Long values (all questions of a manifest) are recorded as their `digest`.
+Contents decide, not paths: a model is its files' bytes (`contents`), a manifest its rows (`samples_digest`),
+a media file its size and time of change (`media_state`). A folder that was moved or copied is the same; one
+whose files were replaced is not.
 """
 
 import hashlib
 import json
-from collections.abc import Container, Iterator, Mapping
+import os
+import re
+from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+from video_r1.availability import is_hub_id
 from video_r1.errors import RequestError, VideoR1Error
 from video_r1.files import replace_json
 
 Changes = dict[str, tuple[Any, Any]]  # setting: (recorded value, value now)
 
+ADAPTERS = "adapter_config.json"
+MODEL_FILES = (
+    *("*.safetensors", "*config.json", "tokenizer*", "vocab*", "merges.txt", "added_tokens.json"),
+    *("*.model", "*.jinja", "chat_template.json", "*.py"),
+)
+"""Files that a model's answers depend on."""
+BY_CONTENTS = {"model": "model_files", "teacher": "model_files"}
+"""Settings that are names: they may differ where the setting that holds their contents does not."""
+REMEDY = "Choose another output folder, or delete this one"
+_PART = 1 << 24  # bytes that a thread hashes at once
+
 
 def digest(value: Any, size: int = 8) -> str:
-    """Return `size` bytes of a JSON value's hash as hexadecimal digits."""
-    return hashlib.blake2b(json.dumps(value).encode(), digest_size=size).hexdigest()
+    """Return `size` bytes of a JSON value's hash as hexadecimal digits. Values that JSON lacks count as text,
+    without their place in memory.
+    """
+    text = json.dumps(value, default=lambda other: re.sub(" at 0x[0-9a-f]+", "", str(other)))
+    return hashlib.blake2b(text.encode(), digest_size=size).hexdigest()
 
 
-def changed(recorded: Any, now: Mapping[str, Any], may_change: Container[str] = ()) -> Changes:
+def contents(name: str | Path) -> str | None:
+    """Return a digest of a file's bytes, or of a model's: a folder's MODEL_FILES, with adapters those of
+    their base too, or the commit of a model from the hub. None if there is no such file, or no model yet.
+    """
+    path = Path(name).expanduser()
+    if os.path.isfile(path):
+        return _bytes_digest(str(path), *_stamp(path))
+    files = model_stamps(path)
+    if not files:
+        if not is_hub_id(str(name)):
+            return None
+        from huggingface_hub import try_to_load_from_cache
+
+        cached = try_to_load_from_cache(str(name), "config.json")
+        return Path(cached).parent.name if isinstance(cached, str) else None
+    found: list[Any] = [(name, _bytes_digest(str(path / name), *stamp)) for name, *stamp in files]
+    if (path / ADAPTERS).is_file():
+        base = json.loads((path / ADAPTERS).read_text(encoding="utf-8")).get("base_model_name_or_path")
+        found.append(contents(str(base)))
+    return digest(found)
+
+
+def model_stamps(folder: Path) -> list[tuple[str, int, int]]:
+    """Return name, bytes and time of change of a model's files; none for a folder that holds no model."""
+    if not any(os.path.isfile(folder / name) for name in ("config.json", ADAPTERS)):
+        return []
+    names = {path.name for pattern in MODEL_FILES for path in folder.glob(pattern) if path.is_file()}
+    return [(name, *_stamp(folder / name)) for name in sorted(names)]
+
+
+def _stamp(path: Path) -> tuple[int, int]:
+    facts = os.stat(path)
+    return facts.st_size, facts.st_mtime_ns
+
+
+@lru_cache(1000)
+def _bytes_digest(path: str, size: int, changed_at: int) -> str:
+    """Return a digest of a file of this size and time of change. Threads hash its parts (2 GB/s a core)."""
+    with open(path, "rb") as file, ThreadPoolExecutor() as pool:
+
+        def part(at: int) -> bytes:
+            return hashlib.sha256(os.pread(file.fileno(), _PART, at)).digest()
+
+        return hashlib.sha256(b"".join(pool.map(part, range(0, size, _PART)))).hexdigest()[:16]
+
+
+def changed(recorded: Any, now: Mapping[str, Any]) -> Changes:
     """Return the settings whose JSON values differ: {name: (recorded value, value now)}, sorted by name.
 
     recorded: a JSON object that was read from a file; anything else counts as empty. A setting that only one
-    side has differs too (None on the other side). may_change: names that are not compared.
+    side has differs too (None on the other side). Names of equal contents are equal (BY_CONTENTS).
     """
     old, new = recorded if isinstance(recorded, dict) else {}, json.loads(json.dumps(now))
-    names = [name for name in sorted(old.keys() | new.keys()) if name not in may_change]
+    same = {name for name, kept in BY_CONTENTS.items() if old.get(kept) and old[kept] == new.get(kept)}
+    names = sorted((old.keys() | new.keys()) - same)
     return {name: (old.get(name), new.get(name)) for name in names if old.get(name) != new.get(name)}
 
 
@@ -58,6 +126,5 @@ def continue_or_refuse(path: Path, made_with: Mapping[str, Any], what: str) -> N
     """
     if path.is_file():
         changes = changed(json.loads(path.read_text(encoding="utf-8")), made_with)
-        remedy = "Choose another output folder, or delete this one"
-        refuse_changed(f"{path.parent} holds {what}", changes, remedy)
+        refuse_changed(f"{path.parent} holds {what}", changes, REMEDY)
     replace_json(path, made_with)

@@ -25,13 +25,13 @@ from video_r1.annotation.filters import FILTERS, Verdict, judge, rationale_of
 from video_r1.annotation.teachers import Answered, EndpointTeacher, EngineTeacher
 from video_r1.chat_client import Completion, Endpoint, endpoint_urls, open_endpoint
 from video_r1.console import table
-from video_r1.data.decoding.frame_cache import open_frame_cache
-from video_r1.data.manifests.records import Sample, load_manifest, manifest_row
+from video_r1.data.decoding.frame_cache import media_state, open_frame_cache
+from video_r1.data.manifests.records import Sample, load_manifest, manifest_row, samples_digest
 from video_r1.data.reading import Reader
 from video_r1.data.sources.media_paths import media_root_of
 from video_r1.data.templates import load_template
 from video_r1.errors import RequestError, VideoR1Error, writing_to
-from video_r1.evaluation.question_loop import own_file, run_share
+from video_r1.evaluation.question_loop import CLIP_FIELDS, changed_media, engine_facts, own_file, run_share
 from video_r1.files import json_lines, lock, parts_of, whole_lines, without_links, writing_rows
 from video_r1.fingerprint import changed, digest, refuse_changed
 from video_r1.processes import (
@@ -45,8 +45,10 @@ from video_r1.processes import (
 )
 from video_r1.recipe import plain
 from video_r1.settings.decoding import AnnotateSettings, TeacherSettings
+from video_r1.settings.frames import FrameBudget
 
 Found = TypeVar("Found")
+KEEP = "Continue with the same ones, choose another --out, or move the file away"
 
 # Kinds of questions without rationales, and their names in the table.
 FAILURES = {"media": "not asked: media", "prompt": "not asked: prompt", "endpoint": "not answered"}
@@ -117,7 +119,7 @@ def answered(
         name, frames_as = open_endpoint(endpoint, settings.model, settings.frames_as)
         drawn_with |= {"teacher": name, "frames_as": frames_as}
         open_teacher = partial(EndpointTeacher, settings, endpoint, name, frames_as)
-    samples = samples[: settings.limit]
+    samples, budget = samples[: settings.limit], settings.frame_budget(1)
     journals: list[Journal] = []  # rank 0 has it
     with ExitStack() as opened:
 
@@ -126,6 +128,8 @@ def answered(
                 raise RequestError(f"{out} exists and was not written by an annotation; choose another --out")
             journals.append(opened.enter_context(closing(Journal(path, drawn_with))))
             journals[0].merge(parts_of(path), drawn_with)
+            states = {one.problem_id: journals[0].media(one.problem_id) for one in samples}
+            refuse_changed(f"{path} holds an annotation", changed_media(samples, states, budget), KEEP)
             return {one.problem_id for one in samples if journals[0].is_answered(one.problem_id)}
 
         def end() -> Found:
@@ -146,7 +150,7 @@ def answered(
                     run_share(
                         [batch for batch in batches if any(one.problem_id not in done for one in batch)],
                         lambda batch: sum(one.problem_id not in done for one in batch),
-                        lambda share: _record(asked.answers(share, done), journal),
+                        lambda share: _record(asked.answers(share, done), journal, budget),
                         "asking",
                     )
             except KeyboardInterrupt as stop:
@@ -157,21 +161,11 @@ def answered(
 
 def drawing(settings: TeacherSettings, samples: Sequence[Sample]) -> dict[str, Any]:
     """Return the settings that the teacher's answers depend on besides the teacher (see fingerprint.py)."""
-    engine = "server" if settings.engine.startswith("http") else settings.engine
+    fields = [*CLIP_FIELDS, "problem", "problem_type", "options", "messages"]
     return {
-        "manifest": digest(
-            [
-                [s.problem_id, s.problem, s.options, s.solution, s.path, s.start, s.end]
-                + ([s.subtitles] if settings.subtitles else [])
-                + ([s.fps] if s.fps else [])
-                + [*s.more_paths]
-                + ([s.play] if s.play != "forward" else [])
-                + [[turn["role"], turn["content"]] for turn in s.messages]
-                for s in samples
-            ]
-        ),
+        "manifest": samples_digest(samples, [*fields, *(["subtitles"] if settings.subtitles else [])]),
         "prompt_template": digest(asdict(load_template(settings.prompt_template, settings.subtitles))),
-        "engine": "endpoint" if settings.at_endpoint else engine,
+        **({"engine": "endpoint"} if settings.at_endpoint else engine_facts(settings, settings.teacher)),
         **plain({name: getattr(settings, name) for name in _DRAWN_WITH}),
         **settings.tool_values(),
     }
@@ -188,11 +182,14 @@ def _local_teacher(settings: TeacherSettings) -> EngineTeacher:
     return EngineTeacher(engine, builder, Reader(budget, cache, settings.workers), settings)
 
 
-def _record(answers: Generator[list[Answered]], journal: "Journal") -> Generator[int]:
+def _record(answers: Generator[list[Answered]], journal: "Journal", budget: FrameBudget) -> Generator[int]:
     """Append the answers to the journal as they come; yield their number."""
     with closing(answers):
         for finished in answers:
-            journal.append({"problem_id": sample.problem_id, **entry} for sample, entry in finished)
+            journal.append(
+                {"problem_id": sample.problem_id, "media": media_state(sample, budget), **entry}
+                for sample, entry in finished
+            )
             yield len(finished)
 
 
@@ -274,9 +271,8 @@ class Journal:
                 )
             self._note(entry, place)
             if number == 1:
-                remedy = "Continue with the same ones, choose another --out, or move the file away"
                 changes = changed(entry["settings"], settings)
-                refuse_changed(f"{self.path} holds an annotation", changes, remedy)
+                refuse_changed(f"{self.path} holds an annotation", changes, KEEP)
         if self._file.seek(0, os.SEEK_END) == 0:
             self.append([{"settings": settings}])
 
@@ -286,6 +282,10 @@ class Journal:
     def is_answered(self, problem_id: str | int) -> bool:
         """Return whether the last entry of a question has completions; a failure is no answer."""
         return self._entries.get(str(problem_id), (0, False))[1]
+
+    def media(self, problem_id: str | int) -> str:
+        """Return the state of the media when the question was answered; "" without an answer."""
+        return self[problem_id].get("media", "") if self.is_answered(problem_id) else ""
 
     def __getitem__(self, problem_id: str | int) -> dict[str, Any]:
         self._file.seek(self._entries[str(problem_id)][0])

@@ -38,6 +38,7 @@ from video_r1.settings.filters import PASS_RATES
 from video_r1.settings.frames import Contrast, Order
 
 SETTINGS_FILE = "settings.json"
+SCORED_FIELDS = ("problem_type", "options", "solution")  # the answers are kept as they were read by these
 # From showing nothing of a clip to showing all of it.
 VIEWS: tuple[Order, ...] = ("blind", "single", "frozen", "dropped", "shuffled", "reversed", "ordered")
 ANSWERED = 0.5  # a question counts as answered when more than this share of its answers is right
@@ -89,10 +90,10 @@ def _audited_path(settings: AuditSettings) -> Path:
 def _audit(samples: Sequence[Sample], settings: AuditSettings, out: Path) -> dict[str, Any]:
     builder, budget = open_prompts(settings)
     sampling = SamplingSettings.of(settings, settings.samples)
-    made_with = asked_with(samples, builder, budget, settings, sampling)
     wanted = ("blind", "frozen", settings.temporal_contrast, "ordered")
     orders: list[Order] = [view for view in VIEWS if view in wanted]
     with closing(open_engine(settings, builder)) as engine:
+        made_with = asked_with(samples, builder, budget, settings, sampling, engine, SCORED_FIELDS)
         loop = Audit(
             samples[: settings.limit], engine, builder, budget, settings, out.with_suffix(""), sampling,
             orders, [settings.max_frames],

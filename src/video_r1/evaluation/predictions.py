@@ -48,7 +48,7 @@ def evaluate(
     for sample in samples:
         check_pairs(sample.problem_id, sample.extra.get("pairs", {}))
     sampling = SamplingSettings.of(settings)
-    made_with = asked_with(samples, prompt_builder, budget, settings, sampling)
+    made_with = asked_with(samples, prompt_builder, budget, settings, sampling, engine)
     orders: list[Order] = [order for order in settings.order if order != "no-look"]
     loop = _Evaluation(
         samples, engine, prompt_builder, budget, settings, folder, sampling,
@@ -64,7 +64,7 @@ def evaluate(
             loop, engine=engine.engine if isinstance(engine, ToolEngine) else engine, prompt_builder=builder,
             budget=budget, settings=plain, folder=folder / "no-look", orders=["no-look"], counts=counts,
         )  # fmt: skip
-        control.run(asked_with(samples, builder, budget, plain, sampling))
+        control.run(asked_with(samples, builder, budget, plain, sampling, engine))
     return decided_by_first(lambda: loop.summary(made_with, control))
 
 
@@ -81,26 +81,40 @@ class _Evaluation(QuestionLoop):
         self, sample: Sample, prompt: Prompt, rollouts: Sequence[Rollout], frames: int
     ) -> dict[str, Any]:
         (rollout,) = rollouts
-        scored = score_output(sample, rollout.text, self.settings.protocol)
-        overlap = overlaps(sample.problem_type, scored.prediction, sample.answer)
         return {
             "problem_id": sample.problem_id,
-            "question": question_digest(sample.problem, sample.options, sample.answer, sample.paths),
             "order": prompt.order,
             "output": rollout.text,
-            **scored._asdict(),
-            **({"overlaps": overlap} if overlap else {}),
-            "answer": sample.answer,
+            **self.scored(sample, rollout.text),
             "frames": frames,
             "tokens": len(rollout.token_ids),
             "finish_reason": rollout.finish_reason,
             **({"calls": len(rollout.calls), "transcript": rollout.transcript} if rollout.turns else {}),
+        }
+
+    def scored(self, sample: Sample, output: str) -> dict[str, Any]:
+        """Return what a record has from its row: scores of the output, truth and groups."""
+        scored = score_output(sample, output, self.settings.protocol)
+        overlap = overlaps(sample.problem_type, scored.prediction, sample.answer)
+        return {
+            "question": question_digest(sample.problem, sample.options, sample.answer, sample.paths),
+            **scored._asdict(),
+            **({"overlaps": overlap} if overlap else {}),
+            "answer": sample.answer,
             "problem_type": sample.problem_type,
             "data_type": sample.data_type,
             "data_source": sample.data_source,
             "task_type": sample.extra.get("task_type", sample.extra.get("family", "")),
             **({"pairs": sample.extra["pairs"]} if "pairs" in sample.extra else {}),
         }
+
+    def revised(self, sample: Sample, record: dict[str, Any]) -> dict[str, Any]:
+        """Score the answer again if its row has another type, solution or options than when it was asked."""
+        question = question_digest(sample.problem, sample.options, sample.answer, sample.paths)
+        if (record.get("question"), record.get("problem_type")) == (question, sample.problem_type):
+            return record
+        record = {name: value for name, value in record.items() if name != "overlaps"}
+        return record | self.scored(sample, record["output"])
 
     def summary(self, made_with: Mapping[str, Any], control: "_Evaluation | None" = None) -> dict[str, Any]:
         """On rank 0: merge the files of all ranks and write the summary. control: the questions without tools

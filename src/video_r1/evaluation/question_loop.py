@@ -10,31 +10,36 @@ so the number of ranks leaves no trace.
 """
 
 import os
+import sys
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence, Set
 from contextlib import closing
 from dataclasses import asdict, dataclass, replace
+from itertools import islice
 from pathlib import Path
 from typing import Any, ClassVar, Generic, NamedTuple, TypeVar, get_args
 
 from video_r1.console import Progress
-from video_r1.data.decoding.frame_cache import open_frame_cache
+from video_r1.data.decoding.frame_cache import media_state, open_frame_cache
 from video_r1.data.decoding.media import Shown, clips_of
-from video_r1.data.manifests.records import Sample
+from video_r1.data.manifests.records import Sample, samples_digest
 from video_r1.data.prompts import Prompt, TextPrompts, blind_prompt, contrast_prompt
 from video_r1.data.reading import Batch, Clips, Reader, Unusable, derived_generator, quarantined
 from video_r1.data.rollouts import Rollout
 from video_r1.errors import MediaError, RequestError
 from video_r1.files import json_lines, part_of, parts_of, replacing, whole_lines, without_links
-from video_r1.fingerprint import continue_or_refuse, digest
+from video_r1.fingerprint import REMEDY, Changes, contents, continue_or_refuse, digest, refuse_changed
 from video_r1.processes import decided_by_first, own_share, process_count, process_index, wait_for_everyone
+from video_r1.rollout.endpoint_engine import EndpointEngine
 from video_r1.rollout.engine import RolloutEngine, SamplingSettings
+from video_r1.rollout.engine_factory import inference_dtype, is_endpoint
 from video_r1.seeds import derived_seed
 from video_r1.settings.decoding import Answer, AuditSettings, DecodingSettings, EvalSettings
 from video_r1.settings.frames import FrameBudget, Order
 
 # Fields that decide a prompt's pixels, without the frame count: each has its own file.
 _BUDGET_FIELDS = ("fps", "min_frames", "frame_pixels", "image_pixels", "size_multiple")
+CLIP_FIELDS = ("problem_id", "data_type", "start", "end", "fps", "play")
 _BATCHES_AHEAD = 3  # batches whose media are decoded while the engine is busy
 DIRECT_TOKENS = 128  # longest direct answer
 
@@ -117,23 +122,48 @@ def asked_with(
     budget: FrameBudget,
     settings: DecodingSettings,
     sampling: SamplingSettings,
+    engine: RolloutEngine | None = None,
+    fields: Sequence[str] = (),
 ) -> dict[str, Any]:
-    """Return the settings that answers depend on, as JSON values by name (see fingerprint.py)."""
+    """Return the settings that answers depend on, as JSON values by name (see fingerprint.py).
+
+    engine: knows the name of the model at an endpoint. fields: of the samples, that count besides the clips
+    and the prompts. Every rank calls it.
+    """
     sizes = {name: getattr(budget, name) for name in _BUDGET_FIELDS}
-    questions = [
-        [s.problem_id, s.path, s.solution, s.start, s.end, *([s.fps] if s.fps else []), *s.more_paths]
-        + ([s.play] if s.play != "forward" else [])
-        for s in samples
-    ]
+    inner = getattr(engine, "engine", engine)  # within a ToolEngine
+    model = inner.model if isinstance(inner, EndpointEngine) else settings.model
     return {
         "seed": settings.seed,
         "sampling": asdict(sampling),
         "budget": sizes | ({"least_pixels": budget.least_pixels} if budget.least_pixels else {}),
-        "questions": digest(questions),
+        "questions": samples_digest(samples, (*CLIP_FIELDS, *fields)),
         "prompts": digest([prompt_builder.question(sample) for sample in samples]),
         **settings.tool_values(),
-        "model": settings.model,
+        "model": model,
+        **engine_facts(settings, model),
     }
+
+
+def engine_facts(settings: DecodingSettings, model: str | None) -> dict[str, Any]:
+    """Return the kind of engine and, except for an endpoint, the model's contents and the number format."""
+    if is_endpoint(settings.engine):
+        return {"engine": "endpoint"}
+    files = decided_by_first(lambda: contents(str(model)))
+    dtype = settings.dtype if files is None else inference_dtype(settings, str(model))
+    kind = "server" if settings.engine.startswith("http") else settings.engine
+    return {"engine": kind, "model_files": files, "dtype": dtype}
+
+
+def changed_media(samples: Sequence[Sample], recorded: Mapping[Any, Any], budget: FrameBudget) -> Changes:
+    """Return up to three media that have changed since their question was answered; a missing file has not.
+
+    recorded: the `media_state` at that time by problem_id.
+    """
+    asked = (sample for sample in samples if recorded.get(sample.problem_id))
+    states = ((one, recorded[one.problem_id], media_state(one, budget)) for one in asked)
+    other = ((f"media {one.path}", (old, now)) for one, old, now in states if now not in (None, old))
+    return dict(islice(other, 3))
 
 
 @dataclass(frozen=True)
@@ -168,6 +198,10 @@ class QuestionLoop(ABC):
     ) -> dict[str, Any]:
         """Return the record of the answers to one prompt, with all `needed` fields."""
 
+    def revised(self, sample: Sample, record: dict[str, Any]) -> dict[str, Any]:
+        """Return an earlier record, scored again if the sample's row is scored in another way now."""
+        return record
+
     def orders_of(self, sample: Sample) -> list[Order]:
         """Return the orders in which the sample is asked: images only in their own."""
         return [order for order in self.orders if order == "ordered" or sample.data_type == "video"]
@@ -194,7 +228,11 @@ class QuestionLoop(ABC):
             continue_or_refuse(self.folder / self.settings_file, made_with, self.what)
             for path in (self.quarantine, *parts_of(self.quarantine)):
                 path.unlink(missing_ok=True)
-            return {each: set(self.answered(each)) for each in self.rounds}
+            found = {each: self.answered(each) for each in self.rounds}
+            states = {key[0]: one.get("media") for each in found.values() for key, one in each.items()}
+            other = changed_media(self.samples, states, self.budget)
+            refuse_changed(f"{self.folder} holds {self.what}", other, REMEDY)
+            return {each: set(records) for each, records in found.items()}
 
         done = decided_by_first(begin)
         batches = self.open_batches(done)
@@ -275,7 +313,7 @@ class QuestionLoop(ABC):
         sampling = replace(self.sampling, seed=seeds, max_tokens=longest)
         outputs = self.engine.generate([prompt for _, prompt in asked], sampling)
         records = [
-            self.record(sample, prompt, rollouts, count)
+            {**self.record(sample, prompt, rollouts, count), "media": media_state(sample, self.budget)}
             for (sample, prompt), rollouts in zip(asked, outputs, strict=True)
             if (sample.problem_id, prompt.order) not in done
         ]
@@ -284,21 +322,22 @@ class QuestionLoop(ABC):
     def merge(self) -> dict[Round, Answers]:
         """On rank 0: merge the files of all ranks in the manifest's order; return the answers by round."""
         places = {sample.problem_id: place for place, sample in enumerate(self.samples)}
+        found = {}
 
         def place(record: Mapping[str, Any]) -> tuple[int, int]:  # questions not asked now come last
             rank = get_args(Order).index(record["order"]) if "order" in record else record["frames"]
             return places.get(record["problem_id"], len(places)), rank
 
-        found = {each: self.answered(each) for each in self.rounds}
-        merged = {self.answers_path(each): list(answered.values()) for each, answered in found.items()}
-        merged[self.quarantine] = _with_parts(self.quarantine, {"problem_id", "frames"})
-        for path, records in merged.items():
-            ordered, parts = sorted(records, key=place), parts_of(path)
-            if parts or ordered != records:
-                with replacing(path) as file:
-                    file.write(json_lines(ordered).decode())
-            for part in parts:
-                part.unlink()
+        for each in self.rounds:
+            path, answered = self.answers_path(each), self.answered(each)
+            before, here = list(answered.values()), [key for key in answered if key[0] in places]
+            answered |= {key: self.revised(self.samples[places[key[0]]], answered[key]) for key in here}
+            found[each], now = answered, sorted(answered.values(), key=place)
+            if anew := sum(one is not other for one, other in zip(before, answered.values(), strict=True)):
+                print(f"{path}: {anew:,} answers are scored anew: their rows have changed", file=sys.stderr)
+            _replace_if_new(path, before, now)
+        bad = _with_parts(self.quarantine, {"problem_id", "frames"})
+        _replace_if_new(self.quarantine, bad, sorted(bad, key=place))
         return found
 
 
@@ -309,6 +348,15 @@ def _asked(batch: Batch) -> int:
 def own_file(path: Path) -> Path:
     """Return the file to which this rank writes its share of `path`."""
     return path if process_count() == 1 else part_of(path, process_index())
+
+
+def _replace_if_new(path: Path, before: list[Any], records: list[Any]) -> None:
+    """Write the records to `path` unless they are its content (`before`), and remove its parts."""
+    if (parts := parts_of(path)) or records != before:
+        with replacing(path) as file:
+            file.write(json_lines(records).decode())
+    for part in parts:
+        part.unlink()
 
 
 def _with_parts(path: Path, needed: Set[str]) -> list[dict[str, Any]]:

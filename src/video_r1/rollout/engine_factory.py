@@ -109,14 +109,23 @@ def _engine(settings: DecodingSettings, processor: Any) -> RolloutEngine:
             settings=VLLMSettings(vllm_gpu_memory_utilization=0.9),
             frames=largest_frames(replace(budget, max_frames=max(counts)), settings),
         )
-    device = settings.device or own_device()
-    remote, dtype = settings.trust_remote_code, settings.dtype
-    if dtype == "auto" and torch.device(device).type == "cuda" and torch.cuda.is_bf16_supported():
-        # For float32 files: half the memory and several times the speed. `dtype float32` keeps float32.
-        written = load_config(settings.model, remote).dtype
-        dtype = "bfloat16" if written in (None, torch.float32) else "auto"
+    dtype, remote = inference_dtype(settings, settings.model), settings.trust_remote_code
     model: Any = load_model(settings.model, dtype, settings.attn_implementation, remote)
-    return in_process_engine(model.to(device), processor)
+    return in_process_engine(model.to(settings.device or own_device()), processor)
+
+
+def inference_dtype(settings: DecodingSettings, model: str) -> str:
+    """Return the number format in which a model is loaded; "auto" is that of its files.
+
+    On a GPU float32 files are loaded as bfloat16: half the memory and several times the speed. `dtype
+    float32` keeps float32.
+    """
+    if settings.dtype == "auto" and settings.engine == "transformers":
+        device = torch.device(settings.device or own_device())
+        if device.type == "cuda" and torch.cuda.is_bf16_supported():
+            written = load_config(model, settings.trust_remote_code).dtype
+            return "bfloat16" if written in (None, torch.float32) else "auto"
+    return settings.dtype
 
 
 def in_process_engine(model: Any, processor: Any) -> RolloutEngine:

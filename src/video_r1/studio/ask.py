@@ -25,7 +25,7 @@ from video_r1.data.sources.media_paths import data_type_of
 from video_r1.errors import ManifestError, RequestError
 from video_r1.evaluation.ask import labelled, solution_of
 from video_r1.files import append_line, draft_of
-from video_r1.fingerprint import digest
+from video_r1.fingerprint import digest, model_stamps
 from video_r1.report.values import as_list, as_table, finite, parse, text, whole
 from video_r1.settings.decoding import addresses, has_path
 from video_r1.settings.frames import Contrast
@@ -186,12 +186,8 @@ def _question(request: Request, asked: dict[str, Any]) -> tuple[tuple[Any, ...],
     temperature = finite(asked.get("temperature"))
     if temperature is not None:
         settings |= {"temperature": temperature, "top_p": 1.0}
-    try:  # a training may replace the checkpoint's weights
-        weights = Path(model["model"]).glob("*.safetensors")
-        written = max((path.stat().st_mtime_ns for path in weights), default=0)
-    except OSError:
-        written = 0
-    return (*model.values(), written, "tools" in settings), {
+    written = model_stamps(Path(model["model"]))  # a training may replace the checkpoint's weights
+    return (*model.values(), *written, "tools" in settings), {
         "settings": settings,
         "orders": ["ordered", *contrasts],
     }

@@ -6,7 +6,7 @@ run therefore sees exactly what an uninterrupted one sees.
 """
 
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, fields, is_dataclass, replace
 from functools import lru_cache, partial
@@ -30,6 +30,7 @@ from video_r1.training.recording import group_facts
 
 Loaded = TypeVar("Loaded")
 Content = TypeVar("Content")
+QUARANTINE = "quarantine.jsonl"
 MAX_DRAWS = 100
 """Unusable questions in a row after which training stops: then all media are missing."""
 
@@ -104,7 +105,8 @@ class QuestionSource(Generic[Loaded, Content]):
 
     `load(sample)` reads the media, which are kept in memory until their tensors fill `cache_bytes`;
     `build(sample, loaded, generator)` makes the training input. If either raises MediaError or PromptError,
-    the question is written to `quarantine` (JSON lines) once, and another question replaces it.
+    the question is written to `quarantine` (JSON lines) once, unless its id is `listed` there already, and
+    another question replaces it.
     """
 
     samples: Sequence[Sample]
@@ -114,6 +116,7 @@ class QuestionSource(Generic[Loaded, Content]):
     reader: Reader
     quarantine: Path
     cache_bytes: int = 0
+    listed: Collection[str | int] = ()
 
     def __post_init__(self) -> None:
         self.kept: dict[int, Loaded] = {}
@@ -177,7 +180,8 @@ class QuestionSource(Generic[Loaded, Content]):
             if index in self.unusable:
                 return
             self.unusable.add(index)
-            append_line(self.quarantine, quarantined(self.samples[index], error))
+            if self.samples[index].problem_id not in self.listed:
+                append_line(self.quarantine, quarantined(self.samples[index], error))
 
 
 def with_shuffled_options(sample: Sample, generator: torch.Generator) -> Sample:

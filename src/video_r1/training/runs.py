@@ -14,13 +14,14 @@ from transformers import PreTrainedModel, ProcessorMixin, Trainer, TrainingArgum
 from transformers.trainer_utils import SaveStrategy
 
 from video_r1.availability import check_optimizer
-from video_r1.data.manifests.records import Sample, kept_samples, load_manifest
+from video_r1.data.decoding.frame_cache import media_state
+from video_r1.data.manifests.records import Sample, kept_samples, load_manifest, samples_digest
 from video_r1.data.manifests.trl_rows import is_trl_table, trl_samples
 from video_r1.data.prompts import PromptBuilder
 from video_r1.data.sources.media_paths import MediaPaths, media_root_of
 from video_r1.errors import ConfigError
 from video_r1.files import is_finished, replace_json
-from video_r1.fingerprint import refuse_changed
+from video_r1.fingerprint import contents, digest, refuse_changed
 from video_r1.models.loading import add_lora, load_model, load_processor, with_trained_parts
 from video_r1.processes import claimed_by_first, decided_by_first, process_count
 from video_r1.recipe import Recipe, plain, resolved
@@ -37,6 +38,7 @@ from video_r1.training.checkpoints import check_writable, last_whole_checkpoint
 
 logger = logging.getLogger(__name__)
 
+MEDIA_COMPARED = 1000  # files of the training questions, evenly spread: a network disk is slow to say more
 LENGTHS = ("max_steps", "num_train_epochs")
 MAY_CHANGE = frozenset(
     f"""
@@ -105,25 +107,59 @@ def adopt(args: Any, model: Any) -> None:
         setattr(args, name, value)
 
 
-def record_training(folder: Path, args: Any, builder: PromptBuilder, model: Any) -> None:
+def record_training(
+    folder: Path, args: Any, builder: PromptBuilder, model: Any, known: Mapping[str, str]
+) -> None:
     dtype = "bfloat16" if args.bf16 else "float16" if args.fp16 else str(model.dtype).removeprefix("torch.")
     facts = {"prompt_template": str(builder.template), "dtype": dtype}
     if rule := rule_of_training(model.config):
         facts["positions"] = rule
     facts |= {"processes": args.world_size, "questions_per_step": questions_per_step(vars(args))}
+    facts |= {"contents": known} if known else {}
     replace_json(folder / RECORD, {name: getattr(args, name) for name in BUDGET} | facts)
 
 
-def earlier_run(folder: Path, settings: Mapping[str, Any]) -> tuple[Path | None, bool]:
-    """Return the folder's last complete checkpoint, if any, and whether the run is finished. Raises
-    ConfigError for other settings, or a number of ranks that cannot resume it.
+def contents_of(settings: Mapping[str, Any], training: Any, validation: Any, args: Any) -> dict[str, str]:
+    """Return digests of what a run is made from, by setting: models, files, the questions as they are read,
+    and as `media_root` sizes and times of MEDIA_COMPARED training media.
+    """
+    sets = validation if isinstance(validation, dict) else {"eval_manifest": validation}
+    sets = {name: samples for name, samples in {**sets, "train_manifest": training}.items() if samples}
+    named = {name: value for name, value in settings.items() if isinstance(value, str) and name not in sets}
+    found = {
+        name: contents(value)
+        for name, value in named.items()
+        if name.endswith("model_name_or_path") or os.path.isfile(value)
+    }
+    found |= {name: f"{len(samples)} questions, {samples_digest(samples)}" for name, samples in sets.items()}
+    some = (training or [])[:: 1 + len(training or ()) // MEDIA_COMPARED]
+    found["media_root"] = digest([media_state(sample, args.frame_budget(1)) for sample in some])
+    return {name: state for name, state in found.items() if state is not None}
+
+
+def earlier_run(
+    folder: Path, settings: Mapping[str, Any], known: Mapping[str, str]
+) -> tuple[Path | None, bool]:
+    """Return the folder's last complete checkpoint, if any, and whether the run is finished.
+
+    known: see `contents_of`; where it is equal, a path may differ. Raises ConfigError for other settings or
+    contents, or a number of ranks that cannot resume it.
     """
     checkpoint = last_whole_checkpoint(folder)
     if checkpoint is None:
         return None, False
     check_processes(checkpoint, settings)
     changed = changed_settings(settings, folder)
-    refused = {name: values for name, values in changed.items() if name not in MAY_CHANGE}
+    before = read_record(checkpoint / RECORD).get("contents", {})
+    other = {name: (before[name], state) for name, state in known.items() if before.get(name, state) != state}
+    if "media_root" in other and "media_root" not in changed:
+        logger.warning(
+            "%s: the training media have changed since the run began; it resumes with them", folder
+        )
+        del other["media_root"]
+    same = {name for name, state in known.items() if before.get(name) == state}
+    refused = {name: values for name, values in changed.items() if name not in MAY_CHANGE | same}
+    refused |= {f"contents of {name}": states for name, states in other.items()}
     remedy = "Choose another output_dir, or remove the folder to start again"
     refuse_changed(f"output_dir {folder} holds a run", refused, remedy, ConfigError)
     finished = is_finished(folder) and not any(name in changed for name in LENGTHS)
@@ -176,20 +212,22 @@ def run_recipe(recipe: Recipe, trainer: Callable[..., Trainer], config: type[Any
             "output_dir; to start another run from a checkpoint's weights, set model_name_or_path to it"
         )
     args = config(**recipe.arguments_for(config))
-    folder = Path(args.output_dir)
-    _, finished = decided_by_first(lambda: earlier_run(folder, resolved(recipe)))
+    folder, data = Path(args.output_dir), recipe.section(DataSettings)
+    training, validation = (
+        None if path is None else load_manifest(path, **data.manifest_options())
+        for path in (data.train_manifest, data.eval_manifest)
+    )
+    if training is not None and data.keep is not None:
+        training = kept_samples(training, data.keep)
+    settings = resolved(recipe)
+    _, finished = decided_by_first(
+        lambda: earlier_run(folder, settings, contents_of(settings, training, validation, args))
+    )
     if finished:
         return folder
     check_optimizer(args.optim.value)  # before weights are loaded
     check_writable(folder)
     with claimed_by_first(folder):
-        data = recipe.section(DataSettings)
-        training, validation = (
-            None if path is None else load_manifest(path, **data.manifest_options())
-            for path in (data.train_manifest, data.eval_manifest)
-        )
-        if training is not None and data.keep is not None:
-            training = kept_samples(training, data.keep)
         model, processor = model_of(recipe)
         sets = {"train_dataset": training, "eval_dataset": validation}
         run: Any = trainer(model, args=args, **sets, processing_class=processor, recipe=recipe)

@@ -60,14 +60,16 @@ from video_r1.training.callbacks import (
     StopWhenAsked,
     UpdateGuard,
     check_trackers,
+    keep_until,
     let_trackers_fail,
 )
 from video_r1.training.metrics import Meter
-from video_r1.training.questions import EpochSlots, QuestionSource, Ready, Slot, StepBatches
+from video_r1.training.questions import QUARANTINE, EpochSlots, QuestionSource, Ready, Slot, StepBatches
 from video_r1.training.runs import (
     Questions,
     adopt,
     as_samples,
+    contents_of,
     earlier_run,
     given_model,
     record_training,
@@ -135,6 +137,9 @@ class QuestionTrainer(Trainer, ABC):
         set_seed(args.seed)  # new adapters are drawn at random
         trained, processing_class = given_model(model, processing_class, peft_config, args)
         self.settings = args
+        self.named = {"model_name_or_path": str(model)} if isinstance(model, str | Path) else {}
+        self.contents: dict[str, str] = {}  # see contents_of
+        self.listed: Sequence[str | int] = ()  # questions in quarantine since before the run was resumed
         self.folder = Path(args.output_dir)
         self.unfinished = self.folder / checkpoints.UNFINISHED
         self.builder = PromptBuilder(
@@ -211,8 +216,9 @@ class QuestionTrainer(Trainer, ABC):
             self.build,
             seed=args.seed if args.data_seed is None else args.data_seed,
             reader=self.reader,
-            quarantine=self.folder / "quarantine.jsonl",
+            quarantine=self.folder / QUARANTINE,
             cache_bytes=args.media_cache_mb * 2**20,
+            listed=self.listed,
         )
         step_batches = args.gradient_accumulation_steps * args.world_size
         iterations = getattr(args, "num_iterations", 1)
@@ -325,7 +331,7 @@ class QuestionTrainer(Trainer, ABC):
         (folder / TRAINING_ARGS_NAME).unlink(missing_ok=True)
         record_four_bits(self.model, folder)
         if self.args.should_save:
-            record_training(folder, self.settings, self.builder, self.model)
+            record_training(folder, self.settings, self.builder, self.model, self.contents)
             follow_umask(folder)
 
     def publish_model(self) -> None:
@@ -385,17 +391,27 @@ class QuestionTrainer(Trainer, ABC):
         finished run only loads its model. Raises ConfigError for other settings, RequestError when another
         command writes the folder, and VideoR1Error for what else ends a run.
         """
+        settings = {**resolved(self.described_by), **self.named}
+        quarantine = self.folder / QUARANTINE
+
+        def begin() -> tuple[Path | None, bool, dict[str, str], list[str | int]]:
+            known = contents_of(settings, self.train_dataset, self.eval_dataset, self.settings)
+            checkpoint, finished = (
+                (None, False) if resume_from_checkpoint else earlier_run(self.folder, settings, known)
+            )
+            if checkpoint is None and not resume_from_checkpoint:
+                quarantine.unlink(missing_ok=True)  # of an earlier start
+            return checkpoint, finished, known, [line["problem_id"] for line in keep_until(quarantine, 0)]
+
         with naming_lost_processes(self.folder), claimed_by_first(self.folder):
-            if not resume_from_checkpoint:
-                settings = resolved(self.described_by)
-                checkpoint, finished = decided_by_first(lambda: earlier_run(self.folder, settings))
-                if checkpoint is not None:
-                    state = checkpoints.read_state(checkpoint)
-                    steps = self.set_initial_training_values(self.args, self.get_train_dataloader())[-1]
-                    if finished or checkpoints.stopped_early(state) or state["global_step"] >= steps:
-                        return self.load_finished(checkpoint)
-                    logger.warning("%s: resuming from %s", self.folder, checkpoint.name)
-                    resume_from_checkpoint = str(checkpoint)
+            checkpoint, finished, self.contents, self.listed = decided_by_first(begin)
+            if checkpoint is not None:
+                state = checkpoints.read_state(checkpoint)
+                steps = self.set_initial_training_values(self.args, self.get_train_dataloader())[-1]
+                if finished or checkpoints.stopped_early(state) or state["global_step"] >= steps:
+                    return self.load_finished(checkpoint)
+                logger.warning("%s: resuming from %s", self.folder, checkpoint.name)
+                resume_from_checkpoint = str(checkpoint)
             output = self.train_on(resume_from_checkpoint, *args, **kwargs)
             if self.args.save_strategy != SaveStrategy.NO:
                 self.publish_model()

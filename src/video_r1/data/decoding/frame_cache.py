@@ -24,7 +24,7 @@ from video_r1.data.decoding.decoders import read_media_at
 from video_r1.data.decoding.media import Media
 from video_r1.data.sources.archives import split_member
 from video_r1.data.sources.bounded_folder import BoundedFolder
-from video_r1.data.sources.media_types import ShowsClips, clip_of, frame_stamps
+from video_r1.data.sources.media_types import ClipRef, ShowsClips, clip_of, frame_stamps
 from video_r1.data.sources.remote import local_file, open_remote_cache
 from video_r1.fingerprint import digest
 from video_r1.settings.frames import FrameBudget
@@ -89,30 +89,42 @@ def open_frame_cache(folder: str | None, gigabytes: float) -> FrameCache | None:
 
 
 def cache_key(source: ShowsClips, budget: FrameBudget, count: int) -> str | None:
-    """Return the frame-cache key for at most `count` frames; None for a missing file. It changes when the
-    file does; the file at an address never changes, except tables and archives.
-    """
+    """Return the frame-cache key for at most `count` frames; None for a missing file."""
     clip = clip_of(source)
-    file: tuple[object, ...] = (clip.path,)
-    if (local := local_file(clip.path)) is not None:
-        try:
-            facts = os.stat(local)
-            file = (clip.path, facts.st_size, facts.st_mtime_ns)
-            if local != clip.path:  # inside that file, and perhaps a folder of frames there
-                file = (*file, clip.fps)
-            elif stat.S_ISDIR(facts.st_mode):
-                file = (clip.path, clip.fps, *frame_stamps(clip.path))
-        except OSError:
-            return None
-    elif inside := split_member(clip.path):
-        file = (*file, *open_remote_cache(budget.remote_cache, budget.remote_bytes).state(inside[1]))
+    if (state := file_state(clip, budget)) is None:
+        return None
     rule: tuple[object, ...] = ("image", budget.image_pixels)
     if clip.data_type == "video":
         frames = (budget.fps, budget.min_frames, count)
         rule = ("video", budget.frame_pixels, *frames, clip.start, clip.end)
         rule = (*rule, budget.least_pixels) if budget.least_pixels else rule
         rule = (*rule, clip.play) if clip.play != "forward" else rule
-    return digest((VERSION, *file, budget.size_multiple, *rule), size=20)
+    return digest((VERSION, clip.path, *state, budget.size_multiple, *rule), size=20)
+
+
+def file_state(clip: ClipRef, budget: FrameBudget) -> tuple[object, ...] | None:
+    """Return what changes when a file does: its size and time of change; None for a missing file. The file at
+    an address never changes, except tables and archives.
+    """
+    if (local := local_file(clip.path)) is not None:
+        try:
+            facts = os.stat(local)
+            if local != clip.path:  # inside that file, and perhaps a folder of frames there
+                return facts.st_size, facts.st_mtime_ns, clip.fps
+            if stat.S_ISDIR(facts.st_mode):
+                return clip.fps, *frame_stamps(clip.path)
+            return facts.st_size, facts.st_mtime_ns
+        except OSError:
+            return None
+    if inside := split_member(clip.path):
+        return open_remote_cache(budget.remote_cache, budget.remote_bytes).state(inside[1])
+    return ()
+
+
+def media_state(source: ShowsClips, budget: FrameBudget) -> str | None:
+    """Return a digest of the `file_state` of a sample's files, wherever they lie; None if one is missing."""
+    states = [file_state(clip, budget) for clip in source.files]
+    return None if None in states else digest(states)
 
 
 def _checksum(media: Media) -> str:

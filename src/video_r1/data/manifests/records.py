@@ -18,7 +18,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TextIO, cast, get_args
 
@@ -172,6 +172,22 @@ def question_digest(problem: str, options: Sequence[str], answer: str, paths: Se
     problem = problem.replace("<video>", "").replace("<image>", "")
     names = ["::".join(part.rstrip("/").rpartition("/")[2] for part in path.split("::")) for path in paths]
     return digest([problem, list(options), answer, names])
+
+
+def samples_digest(samples: Sequence[Sample], names: Sequence[str] = ()) -> str:
+    """Return a digest of these fields of the samples (default: all), in order. Paths count from the folder
+    that contains all files, so that a data set may be moved.
+    """
+    names = names or [field.name for field in fields(Sample)]
+    folders = {os.path.dirname(path.rpartition("::")[2]) for sample in samples for path in sample.paths}
+    local = [folder for folder in folders if os.path.isabs(folder)]
+    root = os.path.commonpath(local).rstrip(os.sep) + os.sep if local else os.sep
+
+    def values(sample: Sample) -> list[Any]:
+        paths = [path.replace(root, "", 1) for path in sample.paths]
+        return [paths, *(getattr(sample, name) for name in names if name not in ("path", "more_paths"))]
+
+    return digest([digest(values(sample)) for sample in samples])
 
 
 @dataclass(frozen=True, slots=True)
