@@ -53,6 +53,10 @@ class Clip:
     duration: float  # seconds of the window
 
 
+# Titles need not be UTF-8; from version 19 PyAV takes care of that itself.
+_ANY_TITLES: Any = {"metadata_errors": "ignore"} if int(av.__version__.split(".")[0]) < 19 else {}
+
+
 class _Unlisted(Exception):
     """The packet list does not lead to the frames."""
 
@@ -397,8 +401,8 @@ def open_video(file: Part, threads: int | None = None) -> Iterator[tuple[Any, An
         "protocol_whitelist": "file,subfile",
         "max_streams": str(MAX_STREAMS + 1),
     }
-    try:  # titles need not be UTF-8
-        opened = av.open(file.url, options=options, metadata_errors="ignore")
+    try:
+        opened = av.open(file.url, options=options, **_ANY_TITLES)
     except av.error.ArgumentError as error:  # FFmpeg's answer to a format outside _CONTAINERS
         raise ValueError("is not a kind of file that holds videos, or one that is not read") from error
     except av.error.MemoryError as error:  # and of some demuxers to too many streams
