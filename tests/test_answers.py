@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from video_r1.data.answers import extract_answer, parse_number, read_answer
+from video_r1.data.answers import extract_answer, is_doubtful_number, parse_number, read_answer
 
 OPTIONS = ("A. left", "B. right", "C. dark red", "D. red")
 
@@ -31,7 +31,8 @@ def test_strict_answer_is_the_first_pair_of_tags(text: str, answer: str) -> None
     [
         ("12", 12.0), (" -3.50 ", -3.5), (".5", 0.5), ("1,200", 1200.0), ("1,234,567.89", 1234567.89),
         ("2e3", 2000.0), (",", None), ("three", None), ("12 m", None), ("nan", None), ("1e999", None),
-        ("1_000", None),
+        ("1_000", None), ("−5", -5.0), ("1 200", 1200.0), ("12\u00a0345.5", 12345.5), ("1\u202f200", 1200.0),
+        ("1 2", None), ("1 200 30", None),
     ],
 )  # fmt: skip
 def test_parse_number(text: str, number: float | None) -> None:
@@ -132,6 +133,36 @@ def test_options_without_letters_and_no_options_at_all() -> None:
     assert read_answer("Answer: G", "multiple choice") == "G"
 
 
+DECIMAL_COMMAS = [
+    "3,5",
+    "12,5",
+    "0,5",
+    "0,500",
+    "1.234,5",
+    "1 234,5",
+    "1234,567",
+    "12,34,567",
+    "-3,25",
+    "1'200,5",
+]
+
+
+@pytest.mark.parametrize("number", DECIMAL_COMMAS)
+@pytest.mark.parametrize(
+    "form",
+    ["{}", "<answer>{}</answer>", "I saw 3. The answer is {} m.", "7 or {}", r"{} \times 10^3", "{}/2"],
+)
+def test_cases_a_comma_separates_groups_of_three_digits_only(number: str, form: str) -> None:
+    """Elsewhere it may be a decimal comma: no other number of the text is taken in its place, either."""
+    assert parse_number(number) is None and is_doubtful_number(number)
+    assert read_answer(form.format(number), "numerical") == ""
+
+
+@pytest.mark.parametrize("text", ["3", "1,200", "1 200", "12.5.2024", "1, 2", "a 3,5", ""])
+def test_numbers_and_other_texts_are_not_doubtful(text: str) -> None:
+    assert not is_doubtful_number(text)
+
+
 @pytest.mark.parametrize("problem_type", ["numerical", "regression"])
 @pytest.mark.parametrize(
     ("output", "number"),
@@ -170,6 +201,12 @@ def test_options_without_letters_and_no_options_at_all() -> None:
         ("9^999", None),
         ("5 m^2", 5),
         ("about 1 200 people", 1200),
+        ("1 200, I think", 1200),
+        ("12 345.5 m", 12345.5),
+        (r"1{,}200", 1200),
+        ("1,2 or 7", 7),
+        ("1/2.5", 0.4),
+        ("3...5", 5),
         ("many", None),
     ],
 )

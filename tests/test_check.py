@@ -84,6 +84,31 @@ def test_the_command_prints_all_problems_and_counts(media, capsys):
     assert "usable questions: 4; rows with problems: 2; questions with unusable media: 4" in out
 
 
+def test_what_a_row_says_about_its_clip_is_inside_of_it(media, capsys):
+    """good.mp4 has two seconds."""
+    pictures = [Image.fromarray(np.full((56, 56, 3), level, np.uint8)) for level in (0, 100, 200)]
+    for name in ("moves.webp", "moves.png"):
+        pictures[0].save(media / name, save_all=True, append_images=pictures[1:])
+    pictures[0].save(media / "pages.tiff", save_all=True, append_images=pictures[1:])
+    spans = [(0, 1.5), (1, 2.9), (1, 3.5), (2, 2.5)]
+    rows = [
+        row(n, "good.mp4", "temporal grounding")
+        | {"solution": f'<answer>{{"time": [{start}, {end}]}}</answer>'}
+        for n, (start, end) in enumerate(spans)
+    ]
+    rows += [row(10, "moves.webp") | {"data_type": "image"}, row(11, "moves.png")]
+    rows += [row(12, "pages.tiff") | {"data_type": "image"}]
+    assert run_check(manifest(media, rows, "spans.json"), workers=2) == 1
+    found = [line for line in capsys.readouterr().out.splitlines() if line.startswith("row ")]
+    assert [line.split(": ")[0] for line in found] == [
+        f"row {n}" for n in ("3 (id 2)", "4 (id 3)", "5 (id 10)", "6 (id 11)")
+    ]
+    assert found[0].endswith("the solution goes from 1 s to 3.5 s; the clip has 2.0 s")
+    assert all(
+        "is an animation of 3 frames, of which an image shows only the first" in line for line in found[2:]
+    )
+
+
 def test_the_command_without_media(media, capsys):
     assert run_check(manifest(media, ROWS, "m2.json"), media=False) == 0
     out = capsys.readouterr().out

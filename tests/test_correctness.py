@@ -2,6 +2,9 @@
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from rouge_score.rouge_scorer import RougeScorer
 
 from video_r1.data.answers import extract_answer
 from video_r1.data.manifests.records import Sample
@@ -28,6 +31,7 @@ from video_r1.rewards.scoring import answer_scores, correct_mask, correctness, i
         ("free-form", "a red ball", "a red ball rolls left", (3 / 4 + 2 / 3 + 3 / 4) / 3),
         ("free-form", "cats running", "cat runs", 1.0),  # stems
         ("free-form", "", "", 0.0),
+        ("free-form", "ball", "ball", 2 / 3),  # one word has no pairs
         ("regression", "3", "4", 0.75),
         ("regression", "1,000", "2000", 0.5),
         ("regression", "9", "4", 0.0),  # off by 125 %
@@ -36,6 +40,61 @@ from video_r1.rewards.scoring import answer_scores, correct_mask, correctness, i
 )
 def test_scores(problem_type: str, answer: str, truth: str, score: float) -> None:
     assert correctness(problem_type, answer, truth) == pytest.approx(score, abs=1e-8)
+
+
+@pytest.mark.parametrize(
+    ("problem_type", "answer", "truth", "score"),
+    [
+        ("free-form", "黑白条纹", "黑白条纹", 1.0),
+        # two of four characters, one of three pairs, a common sequence of two
+        ("free-form", "3个香蕉", "3个苹果", (2 / 4 + 1 / 3 + 2 / 4) / 3),
+        ("free-form", "кошка спит", "Кошка СПИТ", 1.0),
+        ("free-form", "кошка спит", "собака спит", (1 / 2 + 0 + 1 / 2) / 3),
+        ("free-form", "القطة تحت الطاولة", "القطة تحت الطاولة", 1.0),
+        ("free-form", "แมว", "หมา", (1 / 3 + 0 + 1 / 3) / 3),
+        ("free-form", "की किताब", "का किताब", (1 / 2 + 0 + 1 / 2) / 3),  # they differ in a vowel sign
+        ("free-form", "caf\u00e9 noir", "cafe\u0301 NOIR", 1.0),
+        ("free-form", "cafe noir", "café noir", (1 / 2 + 0 + 1 / 2) / 3),
+        ("free-form", "it’s 3 balls", "it's 3 balls", 1.0),
+        ("free-form", "👍👎", "👍 👎\ufe0f", 1.0),
+        ("free-form", "?", "¿?", 0.0),
+        ("OCR", "在成年人的监督下使用他", "在成年人的监督下使用它", 10 / 11),
+        ("OCR", "营业中 OPEN", "营业中 open", 3 / 4),
+        ("OCR", "Caf\u00e9 du Nord", "Cafe\u0301 du\u00a0Nord", 1.0),
+        ("OCR", "Привет мир", "Привет, мир", 1 / 2),
+    ],
+)
+def test_cases_texts_of_any_script(problem_type: str, answer: str, truth: str, score: float) -> None:
+    assert correctness(problem_type, answer, truth) == pytest.approx(score, abs=1e-8)
+
+
+_ROUGE = RougeScorer(["rouge1", "rouge2", "rougeL"], use_stemmer=True)
+_PIECES = [
+    "cats",
+    "cat",
+    "running",
+    "It's",
+    "U.S.",
+    "3.5",
+    "$5",
+    "_x_",
+    "re-enter",
+    "happily",
+    "a",
+    ", ",
+    "\n",
+]
+_TEXTS = st.lists(
+    st.sampled_from(_PIECES) | st.text(st.characters(max_codepoint=127), max_size=5), max_size=8
+)
+
+
+@given(_TEXTS.map(" ".join), _TEXTS.map(" ".join))
+def test_free_form_scores_of_ascii_are_those_of_rouge_score(answer: str, truth: str) -> None:
+    answer, truth = answer.strip(), truth.strip()
+    for said in (answer, truth):
+        scores = _ROUGE.score(truth, said)
+        assert correctness("free-form", said, truth) == sum(s.fmeasure for s in scores.values()) / 3
 
 
 def test_scores_of_whole_completions() -> None:

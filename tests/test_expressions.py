@@ -32,6 +32,10 @@ def afresh() -> None:
         ("(0,1)", "[0, 1)", 0.0),
         ("0.333", r"\frac{1}{3}", 0.0),  # agrees at three decimals, not at six
         (r"\frac{1}{", "4", 0.0),
+        ("1 200", "1200", 1.0),
+        ("−5", "-5", 1.0),
+        ("5,3", "3,5", 1.0),  # a set
+        ("35", "3,5", 0.0),
     ],
 )
 def test_one_value_in_its_forms(answer: str, truth: str, score: float) -> None:

@@ -74,6 +74,16 @@ def test_columns_of_options(names: list[str], options: Any) -> None:
     assert guess_columns(names, {}).names.get("options") == options
 
 
+def test_cases_numbers_of_other_countries(shelf: Path, tmp_path: Path) -> None:
+    answers = ["3,5", "1.234,5", "12'000", "−5", "1\u00a0200", "3, 5", "12.5.2024"]
+    table = written(
+        tmp_path, "t.jsonl", [{"video": "ball", "question": "?", "answer": text} for text in answers]
+    )
+    rows, refused = make(shelf, table)
+    assert [line["reason"] for line in refused] == ["doubtful number"] * 3
+    assert [row["problem_type"] for row in rows] == ["numerical", "numerical", "free-form", "free-form"]
+
+
 @pytest.mark.parametrize("kind", ["parquet", "folder", "json of one list"])
 def test_other_files(kind: str, shelf: Path, tmp_path: Path) -> None:
     made = [

@@ -67,6 +67,10 @@ def test_prompts() -> None:
         ("regression", "10", "<answer>8.5 m</answer>", "8.5 m", 0, 0.7),
         ("regression", "10", "<answer>nan</answer>", "nan", 0, 0),
         ("regression", "0", "<answer>0</answer>", "0", 1, 1),
+        ("numerical", "−5", "<answer>-5</answer>", "-5", 1, 1),
+        ("numerical", "1 200", "<answer>1200</answer>", "1200", 1, 1),
+        ("numerical", "35", "<answer>35</answer>3,5", "35", 1, 1),
+        ("numerical", "35", "<answer>3,5</answer>", "3,5", 0, 0),
     ],
 )
 def test_answers_that_are_read_there_and_here(

@@ -8,10 +8,13 @@ import datasets
 import pytest
 from datasets import config as datasets_config
 
+from video_r1.data.grounding import GROUNDING_FORMS
 from video_r1.data.manifests import records
 from video_r1.data.manifests.records import PROBLEM_TYPES, Sample, check_manifest, load_manifest
+from video_r1.data.scores import correctness, format_reward
 from video_r1.data.sources.media_paths import path_below
 from video_r1.errors import ManifestError
+from video_r1.evaluation.metrics import answer_score
 
 CHOICE = {
     "problem_id": 7,
@@ -91,6 +94,7 @@ def test_spellings_of_one_manifest_agree(tmp_path, monkeypatch, spell, piece):
     assert [(s.problem_id, s.problem) for s in samples] == [(r["problem_id"], r["problem"]) for r in made]
 
 
+TEXT = {"options": [], "problem_type": "free-form"}
 PROBLEMS = [
     ({"problem_id": None}, "problem_id is missing"),
     ({"problem_id": 7.5}, "problem_id is 7.5; it must be an integer or a string"),
@@ -115,6 +119,10 @@ PROBLEMS = [
     ({"data_type": "image", "end": 3}, "start and end are for videos"),
     ({"path": "/etc/passwd"}, "path '/etc/passwd' is absolute; it must be relative to the media root"),
     ({"problem_type": "numerical", "options": [], "solution": "<answer>1e999</answer>"}, "finite number"),
+    ({**TEXT, "solution": "<answer>¿…?</answer>"}, "must have a word or a symbol to compare, unlike '¿…?'"),
+    ({**TEXT, "solution": "<answer>a <think> b</answer>"}, "has a tag in it, so that no completion with it"),
+    ({**TEXT, "problem_type": "OCR", "solution": "<answer></think></answer>"}, "has a tag in it"),
+    ({"options": ["A. a  ball", "B.  a ball "]}, "the options A and B are the same, 'a ball'"),
     ({"path": "../7.mp4"}, "path '../7.mp4' leads out of the media root"),
     ({"path": "clips\\7.mp4"}, "path 'clips\\\\7.mp4' has backslashes; write / between folders"),
     ({"path": "a\0.mp4"}, "contains a null character"),
@@ -127,6 +135,79 @@ def test_each_problem_is_found_alone_and_named(tmp_path, change, text):
     assert len(found) == 1
     assert found[0].startswith("row 2")
     assert text in found[0]
+
+
+@pytest.mark.parametrize(
+    "process",
+    [
+        "<think>a</think><think>b</think>",
+        "<think>first <think>nested</think>",
+        "<think>so it is <answer>A</answer></think>",
+        "<think>I see.</think> Revised: <think>really</think>",
+        "<think>a</think> so",
+        "<think>a</answer></think>",
+    ],
+)
+def test_cases_rationales_with_further_tags(tmp_path, process):
+    (found,) = problems_of(tmp_path, CHOICE | {"process": process})
+    assert "it must be <think>…</think>, without further tags" in found
+
+
+NUMBERS = [
+    ("3,5", "must be a finite number, not '3,5'; a comma stands only before groups of three digits"),
+    ("1.234,5", "a comma stands only before"),
+    ("three", "must be a finite number, not 'three'"),
+    ("−5", ""),
+    ("1 200", ""),
+    ("1,200", ""),
+]
+
+
+@pytest.mark.parametrize(("number", "text"), NUMBERS)
+@pytest.mark.parametrize("problem_type", ["numerical", "regression"])
+def test_cases_numbers_are_read_in_one_way(tmp_path, number, text, problem_type):
+    row = NUMBER | {"problem_type": problem_type, "solution": f"<answer>{number}</answer>"}
+    found = check_manifest([row], tmp_path)
+    assert len(found.problems) == bool(text) and text in "".join(map(str, found.problems))
+    if not text:
+        plain = "".join(number.split()).replace("−", "-")
+        assert correctness(problem_type, plain, found.samples[0].answer) == pytest.approx(1)
+
+
+def test_a_regression_truth_of_zero_is_paid_by_an_evaluation_only(tmp_path):
+    row = NUMBER | {"problem_type": "regression", "solution": "<answer>0.0</answer>"}
+    (problem,) = check_manifest([row], tmp_path).problems
+    assert "is '0.0': errors are relative to it, so that no answer is paid; use numerical" in problem.text
+    assert load_manifest([row], tmp_path, score=answer_score)[0].answer == "0.0"
+    assert load_manifest([row | {"problem_type": "numerical"}], tmp_path)
+
+
+def test_cases_truths_in_any_script_are_paid(tmp_path):
+    """Whatever a row's type accepts as its truth, a copy of it earns the full reward (one word: 2/3)."""
+    texts = [
+        "黑白条纹",
+        "Чёрная кошка",
+        "القطة السوداء",
+        "แมวดำ",
+        "काली बिल्ली",
+        "검은 고양이",
+        "café noir",
+        "👍 → 😀",
+    ]
+    truths = [(kind, text) for kind in ("free-form", "OCR") for text in texts] + [("free-form", "ball")]
+    truths += [("math", r"\frac{1}{2}"), ("regression", "1e-3"), ("numerical", "0"), ("numerical", "1e-9")]
+    truths += GROUNDING_FORMS.items()
+    rows = [
+        CHOICE
+        | {"problem_id": n, "options": [], "problem_type": kind, "solution": f"<answer>{truth}</answer>"}
+        for n, (kind, truth) in enumerate(truths)
+    ]
+    samples, _, problems = check_manifest(rows, tmp_path)
+    assert problems == []
+    for sample in samples:
+        least = 2 / 3 if sample.answer == "ball" else 0.999
+        assert correctness(sample.problem_type, sample.answer, sample.answer) >= least
+        assert format_reward(f"<think>x</think>{sample.solution}", sample.problem_type) == 1
 
 
 @pytest.mark.parametrize(("solution", "first"), [("B.", "A: left"), ("(B)", "(A) left"), ("B. right", "A")])

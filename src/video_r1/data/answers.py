@@ -18,19 +18,22 @@ _SIGN = r"(?:(?<![\dA-Za-z.)%°])[-+])?"
 _SPACED_SIGN = re.compile(
     r"(\A(?!.*\n)|[=:(≈]|\bis\b)[ \t]*([-+])[ \t]+(?=[\d.])"
 )  # "= - 5", no list's "- 5"
-_DIGITS = (
-    r"\d{1,3}(?:,\d{3})+(?:\.\d+)?(?!\d)|\d{1,3}(?:[ \u00a0\u2009\u202f]\d{3})+(?!\d)|\d+(?:\.\d+)?|\.\d+"
+_SPACE = "[ \u00a0\u2007\u2009\u202f]"  # between thousands: plain, no-break, figure, thin, narrow no-break
+_PLAIN_NUMBER = re.compile(
+    rf"[-+]?(?:[1-9]\d{{0,2}}(?:(?:,\d{{3}})+|(?:{_SPACE}\d{{3}})+)(?:\.\d*)?|\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?"
 )
+_PARTED = r"\d+(?:[.,'’_٫٬]\d+)*"  # a number, or what looks like one: "3,5", "1'200"
+_DOTTED = re.compile(r"[\d. ]+")  # a date, a version
 _NUMBER = re.compile(  # 1: number, 2: part behind a whole number, 3: denominator, 4: power
-    rf"(?<![\d^])({_SIGN}(?:{_DIGITS})(?:[eE][-+]?\d+)?)"
-    r"(?:(?: +(\d+))? ?/ ?(\d+)(?![\d/])|\^([-+]?\d{1,3})(?!\d))?"
+    rf"(?<![\d^])({_SIGN}(?:(?:[1-9]\d{{0,2}}(?:{_SPACE}\d{{3}})*{_SPACE}(?=\d{{3}}(?!\d)))?{_PARTED}|(?<!\.)\.\d+)"
+    rf"(?:[eE][-+]?\d+)?)(?:(?: +(\d+))? ?/ ?({_PARTED})(?![\d/])|\^([-+]?\d{{1,3}})(?!\d))?"
 )
 _LATEX = (  # 2 \times 10^{3}, \frac{1}{2}
     (re.compile(r"\s*(?:\\times|\\cdot|[×·*])\s*10\s*\^\s*\{?([-+]?\d+)\}?"), r"e\1"),
     (re.compile(r"\\[dt]?frac\s*\{(\d+)\}\s*\{(\d+)\}"), r" \1/\2"),
     (re.compile(r"\^\s*\{([-+]?\d+)\}"), r"^\1"),
+    (re.compile(r"(?<=\d)(?:\{,\}|\\,)(?=\d)"), ","),  # 1{,}200
 )
-_PLAIN_NUMBER = re.compile(r"[-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?")
 # "Answer: B", "the final answer is (B)", "**Answer**: 12"
 _CUE = re.compile(r"(?i)answer\W{0,4}(?:\s+is\b|\s*[:=])\W*?(?=[\w(.+-])")
 _LETTERED = re.compile(r"\s*\(?([A-Z])[.):]\s*")  # "A. text", "(A) text"
@@ -172,13 +175,28 @@ def extract_answer(text: str) -> str:
     return answer.strip() if closed else ""
 
 
-def parse_number(text: str) -> float | None:
-    """Return the finite decimal number that `text` spells, thousands commas allowed; None for other texts."""
-    plain = text.strip().replace(",", "")
-    if not _PLAIN_NUMBER.fullmatch(plain):
+def plain_number(text: str) -> str | None:
+    """Return the digits of a text that is one finite decimal number, without separators; None for others.
+
+    Thousands may be separated by commas or spaces, and "−" is a minus. A comma anywhere but before groups of
+    three digits is no separator: "3,5", "0,500" and "1.234,5" are no numbers.
+    """
+    text = text.strip().replace("−", "-")
+    if not _PLAIN_NUMBER.fullmatch(text):
         return None
-    number = float(plain)
-    return number if math.isfinite(number) else None
+    plain = re.sub(r"[,\s]", "", text)
+    return plain if math.isfinite(float(plain)) else None
+
+
+def parse_number(text: str) -> float | None:
+    """Return the value of `plain_number`; None for other texts."""
+    return None if (plain := plain_number(text)) is None else float(plain)
+
+
+def is_doubtful_number(text: str) -> bool:
+    """Return whether a text seems to be a number, but it is not sure which: "3,5", "1.234,5", "1'200"."""
+    seems = re.fullmatch(rf"[-+−]?{_PARTED}", re.sub(_SPACE, "", text.strip())) and ", " not in text
+    return plain_number(text) is None and bool(seems) and not _DOTTED.fullmatch(text.strip())
 
 
 def read_answer(output: str, problem_type: str, options: Sequence[str] = ()) -> str:
@@ -217,12 +235,14 @@ def _after_cue(text: str) -> str:
 
 
 def _read_number(text: str, first: bool) -> str:
-    """Return the first number of a tagged answer; in free text the number after a cue, or else the last."""
-    if parse_number(text) is not None:
-        return text
+    """Return the first number of a tagged answer; in free text the number after a cue, or else the last. ""
+    for one that cannot be read for sure, such as "3,5".
+    """
+    if (plain := plain_number(text)) is not None:
+        return plain
     text = _SPACED_SIGN.sub(r"\1 \2", text.replace("−", "-"))
-    for written, plain in _LATEX:
-        text = written.sub(plain, text)
+    for written, value in _LATEX:
+        text = written.sub(value, text)
     stated = _after_cue(text)
     numbers = list(_NUMBER.finditer(stated))
     if not numbers:
@@ -233,19 +253,21 @@ def _read_number(text: str, first: bool) -> str:
 def _in_digits(match: re.Match[str]) -> str:
     """Return a number without spaces in it, a fraction or power as its value; "" if it has none."""
     number, part, below, power = match.groups()
-    number = re.sub(r"\s", "", number)
+    plain, divisor = plain_number(number), parse_number(below or "1")
+    if plain is None or divisor is None:
+        return ""
     if not (below or power):
-        return number
+        return plain
     if match.string[: match.start()].endswith("/"):  # a date
         return ""
-    value = float(number.replace(",", ""))
+    value = float(plain)
     try:
         if power:
             value = value ** int(power)
         elif part:  # "1 1/2"
-            value += math.copysign(float(part) / float(below), value)
+            value += math.copysign(float(part) / divisor, value)
         else:
-            value /= float(below)
+            value /= divisor
     except ArithmeticError:
         return ""
     return f"{value:.12g}"

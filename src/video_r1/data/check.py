@@ -9,6 +9,7 @@ from typing import cast
 
 from video_r1.console import Progress, table
 from video_r1.data.balance import constant_answers
+from video_r1.data.grounding import ON_VIDEOS, outside_of, parse_located
 from video_r1.data.manifests.records import Problem, Sample, check_manifest
 from video_r1.data.reading import Batch, Reader
 from video_r1.data.sources.media_types import ClipRef
@@ -59,12 +60,9 @@ def check_media(
         for places, (found,) in zip(files.values(), durations, strict=True):
             if isinstance(found, float):
                 video_seconds += found
+                outside = {place: _outside(samples[place], found) for place in places}
                 failed |= {
-                    place: f"its messages look at {arguments['start']:g} s; the clip has {found:.1f} s"
-                    for place in places
-                    for turn in samples[place].work
-                    for name, arguments in turn.calls
-                    if name == "look" and arguments["start"] >= found
+                    place: f"{said}; the clip has {found:.1f} s" for place, said in outside.items() if said
                 }
             else:
                 failed.update(dict.fromkeys(places, str(found)))
@@ -72,6 +70,15 @@ def check_media(
     problems = [Problem(numbers[place], samples[place].problem_id, failed[place]) for place in sorted(failed)]
     usable = [sample for place, sample in enumerate(samples) if place not in failed]
     return MediaCheck(problems, usable, len(files), video_seconds)
+
+
+def _outside(sample: Sample, duration: float) -> str:
+    """Return which time of a row is outside of its clip; "" for none."""
+    looks = [given["start"] for turn in sample.work for name, given in turn.calls if name == "look"]
+    if late := [start for start in looks if start >= duration]:
+        return f"its messages look at {late[0]:g} s"
+    truth = parse_located(sample.answer, sample.problem_type) if sample.problem_type in ON_VIDEOS else None
+    return outside_of(truth, duration) if truth else ""
 
 
 def format_counts(samples: Sequence[Sample]) -> str:

@@ -10,6 +10,7 @@ import sys
 import threading
 from functools import lru_cache
 
+from video_r1.data.answers import plain_number
 from video_r1.errors import VideoR1Error
 from video_r1.processes import OneAProcess
 
@@ -37,10 +38,11 @@ def same_expression(answer: str, truth: str) -> bool:
     """Whether both texts are the same value, expression, set, interval or equation, LaTeX or plain.
 
     "\\frac{1}{2}", "$0.5$", "1/2" and "50%" are one value; "x = 3" answers "3". Floats agree at six decimals.
+    Plain numbers are read as `plain_number` reads them; "3,5" is a set.
     Texts that cannot be parsed or compared within `SECONDS` are different. Raises VideoR1Error without the
     package.
     """
-    answer, truth = answer.strip(), truth.strip()
+    answer, truth = (plain_number(text) or text.strip() for text in (answer, truth))
     if not answer or not truth:
         return False
     return answer == truth or _comparer.one.ask(_delimited(truth), _delimited(answer))

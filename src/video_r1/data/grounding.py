@@ -17,6 +17,7 @@ import math
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import islice
 from typing import Any
 
@@ -60,7 +61,8 @@ _UNIT = r"(?:\s*(?:seconds?|secs?|s)\b)?"
 _ONE_TIME = re.compile(rf"\s*({_TIME}){_UNIT}\s*")
 _TIMES = re.compile(rf"(?<![\d.:])({_TIME})(?![\d:]){_UNIT}")
 _SPAN = re.compile(
-    rf"(?<![\d.:])({_TIME}){_UNIT}\s*(?:-|–|—|,|\bto\b|\band\b|\buntil\b|\btill\b)\s*({_TIME})(?![\d:])"
+    rf"(?<![\d.:])(?<!\d,)({_TIME}){_UNIT}\s*(?:-|–|—|,(?!\d)|\bto\b|\band\b|\buntil\b|\btill\b)"
+    rf"\s*({_TIME})(?![\d:]|,\d)"  # a comma between digits may be one of "2,5 s to 4,5 s"
 )
 _NUMBERS = re.compile(rf"(?<![\w.])-?{_NUMBER}")
 _DECODER = json.JSONDecoder()
@@ -85,6 +87,7 @@ class Located:
         return json.dumps(parsed)
 
 
+@lru_cache(256)  # a truth is compared with many answers
 def parse_located(text: str, problem_type: str) -> Located | None:
     """Parse an answer in the exact form that training requires: one JSON object with the type's keys (others
     are ignored) and finite numbers. Return None for any other text.
@@ -144,11 +147,8 @@ def truth_problems(text: str, problem_type: str, data_type: str, window: float |
         start, end = found.time
         if not 0 <= start < end:
             yield f"the solution's span goes from {start:g} s to {end:g} s; it needs 0 <= start < end"
-        elif window is not None and start >= window:
-            yield (
-                f"the solution's span begins at {start:g} s, but the window lasts {window:g} s; its seconds "
-                "count from the window's start"
-            )
+    if window is not None and (outside := outside_of(found, window)):
+        yield f"{outside}, and the window lasts {window:g} s; its seconds count from the window's start"
     boxes = [found.box] if found.box else [*(found.boxes or {}).values()]
     if not boxes and problem_type != "temporal grounding":
         yield f"the solution has no box; it must be JSON such as {form}"
@@ -164,6 +164,15 @@ def truth_problems(text: str, problem_type: str, data_type: str, window: float |
         else:
             continue
         return
+
+
+def outside_of(truth: Located, duration: float) -> str:
+    """Return what of a true answer is outside of a clip or window of `duration` s; "" for nothing."""
+    start, end = truth.time or (0.0, 0.0)
+    seconds = max([end, *(truth.boxes or ())])
+    if start < duration and seconds <= duration + 1:  # a span may be rounded up to the next second
+        return ""
+    return f"the solution goes from {start:g} s to {seconds:g} s"
 
 
 def _number(value: Any) -> float | None:

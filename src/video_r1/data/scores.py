@@ -9,11 +9,11 @@ tIoU, boxes by their IoU, boxes over time by the mean of their IoUs: over the se
 """
 
 import re
-from collections.abc import Callable, Mapping
+import unicodedata
+from collections.abc import Callable, Iterator, Mapping
 from functools import cache, partial
-
-import jiwer
-from rouge_score.rouge_scorer import RougeScorer
+from types import SimpleNamespace
+from typing import Any
 
 from video_r1.data.answers import parse_number
 from video_r1.data.expressions import same_expression
@@ -21,7 +21,12 @@ from video_r1.data.grounding import GROUNDING_FORMS, Box, Located, Span, parse_l
 
 _FORMAT = re.compile(r"<think>(.*?)</think>\s*<answer>(.*?)</answer>", re.DOTALL)
 _TAGS = ("<think>", "</think>", "<answer>", "</answer>")
-_rouge = cache(RougeScorer)  # making one takes a while
+_ASCII_WORD = re.compile(r"[a-z0-9]+")
+# Names of characters whose scripts have no spaces between words.
+_UNSPACED = re.compile(
+    r"(?:CJK|IDEOGRAPHIC|HIRAGANA|(?:HALFWIDTH )?KATAKANA|THAI|LAO|KHMER|MYANMAR|TIBETAN|JAVANESE|BALINESE|"
+    r"(?:NEW )?TAI)\b"
+)
 _CONTINUOUS = ("OCR", "free-form", "regression", *GROUNDING_FORMS)
 
 
@@ -69,18 +74,69 @@ def numerical(answer: str, truth: str) -> float:
 
 
 def ocr(answer: str, truth: str) -> float:
-    """Return 1 − word error rate (word edit distance ÷ words of the truth); both empty: 1."""
-    words, expected = answer.split(), truth.split()
-    if not expected:
-        return float(not words)
-    # jiwer splits on single blanks only: other white space has to become one first.
+    """Return 1 − word error rate (edit distance of words ÷ words of the truth); both empty: 1.
+
+    Of scripts without spaces, each character is a word.
+    """
+    words, expected = (_parted(unicodedata.normalize("NFC", text), False) for text in (answer, truth))
+    if words == expected or not expected:
+        return float(words == expected)
+    import jiwer  # here and below: a check of truths needs neither, and nltk takes a second to import
+
     return max(0.0, 1.0 - jiwer.wer(" ".join(expected), " ".join(words)))
 
 
 def free_form(answer: str, truth: str) -> float:
-    """Return the mean F of ROUGE-1, -2 and -L, words stemmed (Lin 2004); Latin letters and digits only."""
-    scores = _rouge(("rouge1", "rouge2", "rougeL"), use_stemmer=True).score(truth, answer)
+    """Return the mean F of ROUGE-1, -2 and -L, words of ASCII letters stemmed (Lin 2004).
+
+    Of text in ASCII, words and scores are those of the package rouge_score. Of other text, a word is a run of
+    letters, marks and digits in any script, a character of scripts without spaces, or a symbol such as "→". A
+    truth of one word has no pair of words, so that even its copy has a ROUGE-2 of 0 and scores 2/3.
+    """
+    if answer == truth:
+        return (0.0, 2 / 3, 1.0)[min(2, len(_words(truth)))]
+    scores = _rouge().score(truth, answer)
     return sum(score.fmeasure for score in scores.values()) / len(scores)
+
+
+@cache
+def _rouge() -> Any:
+    from nltk.stem.porter import PorterStemmer
+    from rouge_score.rouge_scorer import RougeScorer
+
+    stem = PorterStemmer().stem
+
+    def tokenize(text: str) -> list[str]:
+        return [stem(word) if len(word) > 3 and word.isascii() else word for word in _words(text)]
+
+    return RougeScorer(("rouge1", "rouge2", "rougeL"), tokenizer=SimpleNamespace(tokenize=tokenize))
+
+
+def _words(text: str) -> list[str]:
+    if text.isascii():
+        return _ASCII_WORD.findall(text.lower())
+    return _parted(unicodedata.normalize("NFKC", text).casefold(), True)
+
+
+def _parted(text: str, words_only: bool) -> list[str]:
+    """Split a text at white space and around each character of a script without spaces.
+
+    words_only: also around symbols, and at everything else that is no letter, mark or digit.
+    """
+    if not text.isascii():
+        text = "".join(_apart(character, words_only) for character in text)
+    return text.split()
+
+
+@cache
+def _apart(character: str, words_only: bool) -> str:
+    kind, name = unicodedata.category(character), unicodedata.name(character, "")
+    if kind == "Cf" or name.startswith("VARIATION SELECTOR"):  # joiners, direction marks: not seen
+        return ""
+    symbol = words_only and kind[0] == "S" and not character.isascii()
+    if words_only and kind[0] not in "LMN" and not symbol:
+        return " "
+    return f" {character} " if symbol or _UNSPACED.match(name) else character
 
 
 def regression(answer: str, truth: str) -> float:
@@ -167,3 +223,25 @@ _SCORERS: dict[str, Callable[[str, str], float]] = {
     "math": lambda answer, truth: float(same_expression(answer, truth)),
     **{kind: partial(grounding, kind) for kind in GROUNDING_FORMS},
 }
+
+
+# ---- Truths
+
+
+def unpaid(
+    problem_type: str, truth: str, score: Callable[[str, str, str], float] = correctness
+) -> Iterator[str]:
+    """Yield why a completion with a row's own truth as its answer would not earn the full reward."""
+    of_kind, shown = f"the solution of a {problem_type} problem", repr(truth[:80])
+    earned = score(problem_type, truth, truth)
+    if problem_type in ("numerical", "regression") and parse_number(truth) is None:
+        comma = "; a comma stands only before groups of three digits" * ("," in truth)
+        yield f"{of_kind} must be a finite number, not {shown}{comma}"
+    elif problem_type == "regression" and earned < 0.99:
+        yield f"{of_kind} is {shown}: errors are relative to it, so that no answer is paid; use numerical"
+    elif problem_type == "free-form" and earned < 0.66:  # one word earns 2/3
+        yield f"{of_kind} must have a word or a symbol to compare, unlike {shown}; OCR compares every sign"
+    elif problem_type != "free-form" and earned < 0.99:
+        yield f"{of_kind} earns {earned:g} of 1 when it is copied: {shown}"
+    elif not format_reward(f"<think></think><answer>{truth}</answer>", problem_type):
+        yield f"{of_kind} has a tag in it, so that no completion with it earns the format reward: {shown}"

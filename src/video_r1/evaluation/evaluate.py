@@ -19,6 +19,7 @@ from video_r1.errors import RequestError, writing_to
 from video_r1.evaluation import paper
 from video_r1.evaluation.benchmarks.loading import Questions, load_questions
 from video_r1.evaluation.figures import gap_page
+from video_r1.evaluation.metrics import answer_score
 from video_r1.evaluation.summary import ORDERS, cell, summary_table
 from video_r1.files import replace_json, replace_text
 from video_r1.processes import claimed_by_first, decided_by_first, process_group, process_index
@@ -44,7 +45,8 @@ def run_eval(settings: EvalSettings, bench: BenchmarkSettings | None = None) -> 
     def questions() -> Any:
         if settings.manifest is None:
             return _load_benchmarks(settings, bench, folder)
-        return load_manifest(settings.manifest, **settings.manifest_options())[: settings.limit]
+        options = settings.manifest_options()
+        return load_manifest(settings.manifest, **options, score=answer_score)[: settings.limit]
 
     with process_group(folder):
         asked = decided_by_first(questions)

@@ -12,6 +12,9 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from video_r1.data.answers import parse_number
+from video_r1.data.scores import correctness
+
 RESAMPLES = 2_000
 OVERLAP_SHARES = {"R@0.3": 0.3, "R@0.5": 0.5, "R@0.7": 0.7}  # least overlaps
 _DRAWS_AT_ONCE = 2_000_000  # bounds the memory of a bootstrap: 16 MB of indices
@@ -43,6 +46,14 @@ def mean_relative_accuracy(predicted: float, truth: float) -> float:
     relative = error / size if size else 0.0 if error == 0 else math.inf
     # An error of exactly 1 − θ is not below it; 1 − 0.9 in binary is below 0.1, hence the margin.
     return sum(relative < step / 20 - 1e-9 for step in range(1, 11)) / 10
+
+
+def answer_score(problem_type: str, answer: str, truth: str) -> float:
+    """Return an answer's score in an evaluation: MRA for regression, else the training reward."""
+    if problem_type != "regression":
+        return correctness(problem_type, answer, truth)
+    predicted, expected = parse_number(answer), parse_number(truth)
+    return 0.0 if predicted is None or expected is None else mean_relative_accuracy(predicted, expected)
 
 
 def bootstrap_means(

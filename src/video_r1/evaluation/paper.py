@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from video_r1.console import table
-from video_r1.data.answers import extract_answer
+from video_r1.data.answers import extract_answer, parse_number
 from video_r1.data.manifests.records import ProblemType, Sample
 from video_r1.data.templates import ANSWER_HINTS, Template
 from video_r1.settings.decoding import PROTOCOLS, EvalSettings
@@ -80,7 +80,7 @@ def score(problem_type: str, answer: str, truth: str) -> float:
         return 0.0
     if problem_type == "numerical" and _has_mark(answer) != _has_mark(truth):
         return 0.0
-    predicted, expected = _number(answer), _number(truth)
+    predicted, expected = _number(answer), parse_number(truth)
     if predicted is None or expected is None:
         return 0.0
     if problem_type == "numerical":

@@ -8,13 +8,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
-from video_r1.data.answers import extract_answer, parse_number, read_answer
+from video_r1.data.answers import extract_answer, read_answer
 from video_r1.data.manifests.records import Sample, question_digest
 from video_r1.data.prompts import Prompt, TextPrompts
 from video_r1.data.rollouts import Rollout
-from video_r1.data.scores import correctness, format_reward, overlaps
+from video_r1.data.scores import format_reward, overlaps
 from video_r1.evaluation import paper
-from video_r1.evaluation.metrics import mean_relative_accuracy
+from video_r1.evaluation.metrics import answer_score
 from video_r1.evaluation.question_loop import Answers, Key, QuestionLoop, asked_with
 from video_r1.evaluation.summary import NEEDED, check_pairs, summarise
 from video_r1.files import replace_json
@@ -173,13 +173,6 @@ def score_output(sample: Sample, output: str, by: Protocol | None = None) -> Sco
         score = paper.score(kind, prediction, truth)
     else:
         prediction = read_answer(output, kind, sample.options)
-        score = _score(kind, prediction, truth)
-    strict = _score(kind, extract_answer(output), truth)
+        score = answer_score(kind, prediction, truth)
+    strict = answer_score(kind, extract_answer(output), truth)
     return Scored(prediction, score, strict, format_reward(output, kind))
-
-
-def _score(problem_type: str, prediction: str, truth: str) -> float:
-    if problem_type != "regression":
-        return correctness(problem_type, prediction, truth)
-    predicted, expected = parse_number(prediction), parse_number(truth)
-    return 0.0 if predicted is None or expected is None else mean_relative_accuracy(predicted, expected)

@@ -131,7 +131,7 @@ class ManifestIndex:
     def questions(self, problem_id: str) -> Iterator[tuple[int, Sample]]:
         """Yield the good rows with this problem_id, also those whose files may not be read from here."""
         for row in np.flatnonzero(np.array(self.ids) == hash(problem_id)).tolist():
-            sample, _ = check_row(self.row(row), self.named, 0)
+            sample, _ = check_row(self.row(row), self.named, None)
             if sample is not None and str(sample.problem_id) == problem_id:
                 yield row, sample
 
@@ -139,7 +139,7 @@ class ManifestIndex:
         """Return a row's sample, or None, and its problems: those of data check, short of damaged media."""
         if row is None:
             return None, ["the row is not there any more"]
-        sample, problems = check_row(row, self.places, 2)
+        sample, problems = check_row(row, self.places)
         for path in sample.paths if sample else ():
             if not os.path.exists(local_file(path) or path):
                 problems.append(f"there is no file {short_path(path)}")

@@ -19,6 +19,7 @@ from video_r1.data.sources.media_types import FOLDER_FPS, ClipRef
 
 # Pillow reads more formats, some of them by starting other programs (EPS).
 _IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000", "AVIF")
+_ANIMATED = ("GIF", "WEBP", "PNG", "AVIF")  # pages of a TIFF and second views of a JPEG are no animation
 _MAX_SAMPLE_VALUE = 281  # TIFF's tag
 
 
@@ -55,6 +56,7 @@ def read_picture(file: Part) -> Tensor:
             with Image.open(BytesIO(file.read()), formats=_image_formats()) as image:
                 if image.width * image.height > MAX_PIXELS:
                     raise Image.DecompressionBombError(f"{image.width}×{image.height}; limit {MAX_PIXELS:,}")
+                frames = getattr(image, "n_frames", 1) if image.format in _ANIMATED else 1
                 image.load()
                 pixels = np.asarray(upright(image))
     except Image.DecompressionBombError as error:
@@ -67,6 +69,11 @@ def read_picture(file: Part) -> Tensor:
         raise ValueError(f"the image is damaged or unpacks to too much ({error})") from error
     except (OSError, SyntaxError) as error:  # SyntaxError: a broken PNG
         raise ValueError(f"the image is damaged or cut short ({error})") from error
+    if frames > 1:
+        raise ValueError(
+            f"is an animation of {frames} frames, of which an image shows only the first: save that frame as "
+            "a picture, or the clip as a video (MP4 or GIF, data_type video)"
+        )
     return torch.from_numpy(pixels.copy()).permute(2, 0, 1)
 
 

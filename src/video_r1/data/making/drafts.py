@@ -12,6 +12,7 @@ from typing import Any, Literal, get_args
 
 from video_r1.data.answers import (
     LETTERS,
+    is_doubtful_number,
     option_prefix,
     options_of,
     parse_number,
@@ -148,6 +149,8 @@ def _problem_type(given: Any, options: list[str], answer: str) -> str:
         return _TYPES[name]
     if options:
         return "multiple choice"
+    if is_doubtful_number(answer):
+        raise Rejected("doubtful number", f"the answer {answer!r}: a comma stands only before three digits")
     return "free-form" if parse_number(answer) is None else "numerical"
 
 

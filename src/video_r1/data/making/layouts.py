@@ -37,6 +37,7 @@ REMEDIES = {
     "no such clip": "put the file below --media_root, or correct its name in the table",
     "several clips": "several files have this name; write its folder too, e.g. clips/move_1.mp4",
     "clip elsewhere": "name its folder with --allowed_roots, or move it; URLs need --allow_urls",
+    "doubtful number": "write it with a point and without separators (3.5), or give --problem_type free-form",
     "options": "give two to 26 different options: a list, or a column for each (--columns options=a0+a1+a2)",
     "answer is no option": "give the answer as an option's letter, text or position (--answers from_0 or "
     "from_1)",

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TextIO, cast, get_args
 
 from video_r1.availability import check_math_verify, is_hub_id
-from video_r1.data.answers import parse_number
+from video_r1.data.answers import option_prefix
 from video_r1.data.grounding import GROUNDING_FORMS, truth_problems
 from video_r1.data.manifests.tables import (
     ENDING,
@@ -36,6 +36,7 @@ from video_r1.data.manifests.tables import (
     table_rows,
     tables_of,
 )
+from video_r1.data.scores import correctness, format_reward, unpaid
 from video_r1.data.sources.archives import split_member
 from video_r1.data.sources.media_paths import MediaPaths, is_pattern, media_root_of, path_below
 from video_r1.data.sources.media_types import MANIFEST_EXTENSIONS, ClipRef, Play
@@ -66,7 +67,7 @@ TABLE_EXTENSIONS = (".csv", ".tsv", ".tab")
 _PROBLEMS_IN_MESSAGE = 20
 # One pair of tags; the text inside, stripped, is not empty.
 _SOLUTION = re.compile(r"\s*<answer>\s*(?=\S)((?:(?!</?answer>).)+?)\s*</answer>\s*", re.DOTALL)
-_PROCESS = re.compile(r"\s*<think>.*?</think>\s*", re.DOTALL)
+Score = Callable[[str, str, str], float]  # problem type, answer, truth: in [0, 1]
 _NO_EXTRA: Mapping[str, Any] = {}
 
 
@@ -212,9 +213,10 @@ class CheckedManifest(NamedTuple):
     rows: list[int]
     problems: list[Problem]
 
-    def without_problems(self, name: object, bad_rows: BadRows = "stop") -> list[Sample]:
+    def without_problems(self, name: object, bad_rows: BadRows | None = None) -> list[Sample]:
         """Return the samples. Raises ManifestError with all problems of the manifest called `name`; with
-        `leave_out` rank 0 warns instead, and only a manifest without any good row raises.
+        `leave_out` rank 0 warns instead, and only a manifest without any good row raises. None: `stop`, where
+        the setting does not exist.
         """
         if (problems := self.problems) and self.samples and bad_rows == "leave_out":
             if process_index() == 0:
@@ -227,6 +229,8 @@ class CheckedManifest(NamedTuple):
             shown = "; ".join(map(str, problems[:_PROBLEMS_IN_MESSAGE]))
             more = len(problems) - _PROBLEMS_IN_MESSAGE
             rest = f"; and {more} more (`video-r1 data check` lists all)" if more > 0 else ""
+            if self.samples and bad_rows:
+                rest += f"; correct them, or use the other {len(self.samples):,} with --bad_rows leave_out"
             count = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
             raise ManifestError(f"{name}: {count}: {shown}{rest}", tuple(problems))
         return self.samples
@@ -239,6 +243,7 @@ def load_manifest(
     split: str = "train",
     allowed_roots: Sequence[str | Path] = (),
     bad_rows: BadRows = "stop",
+    score: Score | None = correctness,
 ) -> list[Sample]:
     """Read and check a manifest.
 
@@ -252,13 +257,15 @@ def load_manifest(
         split: the split of a dataset that has several.
         allowed_roots: further folders that absolute paths and links may lead to.
         bad_rows: `leave_out` skips bad rows, and later rows with a repeated id, with a warning.
+        score: a row whose own solution does not get the full score is bad. None: published questions are
+            taken as they are, also with one option or equal ones.
 
     Raises:
         ManifestError: with all problems of all rows in `problems`.
         ConfigError: a URL, or a question's type, needs a package that is not installed.
     """
     name = source if isinstance(source, (str, Path)) else type(source).__name__
-    checked = check_manifest(source, media_root, allow_urls, split, allowed_roots=allowed_roots)
+    checked = check_manifest(source, media_root, allow_urls, split, allowed_roots, score)
     samples = checked.without_problems(name, bad_rows)
     if any(sample.problem_type == "math" for sample in samples):
         check_math_verify(name)
@@ -270,12 +277,10 @@ def check_manifest(
     media_root: str | Path | None = None,
     allow_urls: bool = False,
     split: str = "train",
-    min_options: int = 2,
     allowed_roots: Sequence[str | Path] = (),
+    score: Score | None = correctness,
 ) -> CheckedManifest:
     """Read a manifest as `load_manifest` does, but return the problems of bad rows instead of raising.
-
-    min_options: smallest number of options of a multiple-choice question.
 
     Raises:
         ManifestError: no such source, or a media root is not a folder.
@@ -301,7 +306,7 @@ def check_manifest(
         if isinstance(row, Unreadable):
             problems.append(Problem(number, None, row.reason))
             continue
-        sample, found = check_row(row, places, min_options)
+        sample, found = check_row(row, places, score)
         problem_id = row.get("problem_id") if isinstance(row, dict) else None
         if not isinstance(problem_id, (int, str)):
             problem_id = None
@@ -408,8 +413,10 @@ _FIELDS: dict[str, tuple[Callable[[Any], object], str]] = {
         "it must be a list of strings",
     ),
     "process": (
-        lambda value: isinstance(value, str) and (not value or _PROCESS.fullmatch(value)),
-        "it must be <think>…</think>",
+        lambda value: (
+            isinstance(value, str) and (not value or format_reward(f"{value.strip()}<answer></answer>"))
+        ),
+        "it must be <think>…</think>, without further tags",
     ),
     "data_source": (lambda value: isinstance(value, str), "it must be a string"),
     "start": (_is_time, "it must be a time in seconds from the beginning"),
@@ -426,9 +433,11 @@ FIELDS = tuple(_FIELDS)
 _REQUIRED = ("problem_id", "problem", "data_type", "problem_type", "solution", "path")
 
 
-def check_row(row: Any, places: MediaPaths, min_options: int) -> tuple[Sample | None, list[str]]:
+def check_row(
+    row: Any, places: MediaPaths, score: Score | None = correctness
+) -> tuple[Sample | None, list[str]]:
     """Return a row's sample, or None and what is wrong with the row: with its fields, or else with what they
-    say together.
+    say together. score: as for `load_manifest`.
     """
     if not isinstance(row, dict):
         return None, [f"is {quoted(row)}, not an object with fields"]
@@ -468,19 +477,17 @@ def check_row(row: Any, places: MediaPaths, min_options: int) -> tuple[Sample | 
             found.append(str(error))
     if problem_type == "multiple choice":
         try:
-            letter = _letter(options, answer, min_options)
+            letter = _letter(options, answer, published=score is None)
             solution = f"<answer>{letter}</answer>"  # in one spelling: answers are compared exactly
         except ValueError as error:
             found.append(str(error))
     elif options:
         found.append(f"options are given, but the problem is {problem_type}, not multiple choice")
-    if problem_type in ("numerical", "regression") and parse_number(answer) is None:
-        found.append(
-            f"the solution of a {problem_type} problem must be a finite number, not {quoted(answer)}"
-        )
+    misplaced = []
     if problem_type in GROUNDING_FORMS:
         window = None if end is None else end - (start or 0.0)
-        found.extend(truth_problems(answer, problem_type, data_type, window))
+        misplaced = [*truth_problems(answer, problem_type, data_type, window)]
+    found += misplaced or (unpaid(problem_type, answer, score) if score else ())
     if end is not None and end <= (start or 0.0):
         found.append(f"the window ends ({end:g} s) before it starts ({start or 0.0:g} s)")
     asked = [given for turn in work for name, given in turn.calls if name == "look"]
@@ -527,9 +534,9 @@ def check_row(row: Any, places: MediaPaths, min_options: int) -> tuple[Sample | 
     return sample, []
 
 
-def _letter(options: Sequence[str], answer: str, min_options: int) -> str:
+def _letter(options: Sequence[str], answer: str, published: bool) -> str:
     """Return the letter of the option that `answer` names. Raises ValueError."""
-    if len(options) < min_options:
+    if len(options) < 2 and not published:
         raise ValueError(f"a multiple choice problem needs two options or more, found {len(options)}")
     letters = [match[1] if (match := _LETTER.match(option)) else "" for option in options]
     if "" in letters:
@@ -537,6 +544,10 @@ def _letter(options: Sequence[str], answer: str, min_options: int) -> str:
         raise ValueError(f"option {option} does not begin with its letter, as in 'A. the man sits'")
     if twice := sorted({letter for letter in letters if letters.count(letter) > 1}):
         raise ValueError(f"options use the letter {', '.join(twice)} more than once")
+    texts = [" ".join(option[len(option_prefix(option)) :].split()) for option in options]
+    if not published and (same := next((text for text in texts if text and texts.count(text) > 1), None)):
+        which = " and ".join(letter for letter, text in zip(letters, texts, strict=True) if text == same)
+        raise ValueError(f"the options {which} are the same, {quoted(same)}")
     if (match := _LETTER.match(answer)) is None:
         wanted = f"an option's letter, not {quoted(answer)}"
         raise ValueError(f"the solution of a multiple choice problem must be {wanted}")

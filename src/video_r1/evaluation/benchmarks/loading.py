@@ -16,6 +16,7 @@ from video_r1.data.sources.remote import local_file
 from video_r1.errors import RequestError
 from video_r1.evaluation.benchmarks import BENCHMARKS
 from video_r1.evaluation.benchmarks.spec import Benchmark, annotation_files, manifest_rows, reference_rows
+from video_r1.evaluation.metrics import answer_score
 from video_r1.files import replace_json
 
 Annotation = Literal["published", "reference"]
@@ -78,7 +79,7 @@ def load_questions(
     benchmark, problems = BENCHMARKS.get(name), []
     if benchmark is None:
         check_benchmark(name)
-        samples, source = load_manifest(name, media_root), ""
+        samples, source = load_manifest(name, media_root, score=answer_score), ""
         name = title = Path(name).stem
         kind, whole = None, len(samples)
     else:
@@ -87,7 +88,7 @@ def load_questions(
         manifest_folder.mkdir(parents=True, exist_ok=True)
         manifest = manifest_folder / "manifest.json"
         replace_json(manifest, list(rows))
-        checked = check_manifest(manifest, root, min_options=min(2, benchmark.options[0]))
+        checked = check_manifest(manifest, root, score=None)
         samples, source = checked.without_problems(manifest), f"; download: {where_to_get(benchmark)}"
         problems = _count_problems(benchmark, samples)
     present, missing = _split_by_media(samples)
