@@ -27,7 +27,7 @@ from video_r1.settings.training import TGRPOSettings
 def test_help_imports_nothing_slow(words: str) -> None:
     code = (
         "import sys\nfrom video_r1.cli import main\ncode = main(sys.argv[1:])\n"
-        "print(code, {'torch', 'transformers', 'datasets', 'matplotlib', 'openai'} & sys.modules.keys())"
+        "print(code, {'torch', 'transformers', 'datasets', 'matplotlib', 'httpx2'} & sys.modules.keys())"
     )
     done = subprocess.run([sys.executable, "-c", code, *words.split()], capture_output=True, text=True)
     assert done.stdout.endswith("0 set()\n"), done.stderr

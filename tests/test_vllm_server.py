@@ -127,12 +127,12 @@ def test_training_goes_on_when_the_server_is_killed(
         sampled.append(([settings.n] * len(given) if counts is None else list(counts), groups))
         return groups
 
-    def counted(self: ServerEngine, choice: dict[str, Any]) -> Rollout:
+    def counted(self: ServerEngine, *given: Any) -> Rollout:
         answers.append(1)
         if len(sampled) == 2 and killing.acquire(blocking=False):  # the first call is the check before all
             server.kill()
             restart.start()
-        return rollout(self, choice)
+        return rollout(self, *given)
 
     # Few requests at once, so that some are under way and others not yet sent.
     defaults: Any = ServerEngine.__init__.__kwdefaults__

@@ -1,8 +1,10 @@
-"""Requests to OpenAI-compatible endpoints and vLLM servers, by the `openai` package.
+"""Requests to OpenAI-compatible endpoints and vLLM servers, and the one place that reads their replies.
 
-Retries are made here, because a retry goes to another address at once (`Failover`), and because a body is
-freed when it is sent and built again for a retry: thousands of requests wait on one event loop while the
-frames of a few are in memory.
+A retry goes to another address at once (`Failover`), and a body is freed when it is sent and built again for
+a retry: thousands of requests wait on one event loop while the frames of a few are in memory.
+
+A reply is trusted in nothing: its size and the pause that it asks for are bounded, and what is read of it has
+a checked type (`shape_of`). A wrong one is a ServerFailure, as if the server were down.
 """
 
 from __future__ import annotations
@@ -13,13 +15,15 @@ import json
 import logging
 import queue
 import random
+import re
 import resource
 import ssl
 import threading
 import time
+import zlib
 from collections.abc import AsyncIterator, Callable, Coroutine, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import islice
@@ -33,7 +37,10 @@ logger = logging.getLogger(__name__)
 
 ATTEMPTS = 8  # of one request
 PAUSE = 0.25  # seconds; doubled for each attempt
+LONGEST_PAUSE = 60.0  # seconds that a server may ask to wait
 SKIP = 5.0  # seconds for which a failed address is skipped
+LARGEST_REPLY = 16 << 20  # bytes, unpacked, besides what the caller expects
+MOST_TOKENS = 1 << 20  # of a completion
 OTHER_FILES = 256  # files that a process may have open besides one per request
 # Statuses of a request that is wrong in itself. Any other refusal (wrong key, unknown model) would meet all.
 REFUSED_QUESTION = (400, 413, 415, 422)
@@ -108,55 +115,79 @@ async def request(
     body: bytes | AsyncIterator[bytes] | None = None,
     size: int | None = None,
     on_line: Callable[[str], object] | None = None,
+    expected: int = 0,
 ) -> Any:
     """Send one request from the event loop and return its JSON answer; None for an empty one.
 
     timeout: seconds for the whole answer. body: JSON to post, None for a GET; the bytes of an iterator,
     `size` in all, are freed once they are sent. on_line: called with each line of a streamed answer, which is
-    not returned. Raises ServerFailure and ServerRefusal.
+    not returned. expected: bytes of the answer besides LARGEST_REPLY. Raises ServerFailure and ServerRefusal.
     """
-    import httpx2  # here: importing both takes a second
-    import openai
+    import httpx2  # here: importing it takes a while
 
-    headers = {"Authorization": f"Bearer {key}" if key else openai.omit}
+    headers = {"Accept-Encoding": "identity"}
+    headers |= {"Authorization": f"Bearer {key}"} if key else {}
+    headers |= {} if body is None else {"Content-Type": "application/json"}
     headers |= {} if size is None else {"Content-Length": str(size)}
-    given: Any = {"cast_to": httpx2.Response, "options": {"headers": headers}}
     try:
         # Each request has its own connection: a pool would search thousands of them for each request.
         async with (
             asyncio.timeout(timeout),
             httpx2.AsyncClient(verify=_certificates(), timeout=None) as http,
+            http.stream("GET" if body is None else "POST", url, headers=headers, content=body) as reply,
         ):
-            client = openai.AsyncOpenAI(api_key="-", base_url="http://-", max_retries=0, http_client=http)
-            send = client.get if body is None else partial(client.post, content=body)
-            if on_line is not None:
-                async for line in (await send(url, **given, stream=True)).aiter_lines():
-                    on_line(line)
-                return None
-            content = (await send(url, **given)).content
-            return json.loads(content) if content else None
+            if not reply.is_success:
+                raise await _status_error(reply)
+            rest = bytearray()
+            async for piece in _unpacked(reply, LARGEST_REPLY + expected):
+                rest += piece
+                if on_line is not None and b"\n" in piece:
+                    *lines, rest = rest.split(b"\n")
+                    for line in lines:
+                        on_line(line.decode())
+            return json.loads(rest) if rest and on_line is None else None
     except TimeoutError as error:
         raise ServerFailure(f"no answer within {timeout:g} s at {urlsplit(url).path}") from error
-    except openai.APIStatusError as error:
-        raise _status_error(error) from error
-    except openai.APIConnectionError as error:  # httpx only says that all attempts failed
+    except httpx2.TransportError as error:  # it only says that all attempts failed
         first: BaseException = error
         while getattr(first, "errno", None) is None and (cause := first.__cause__ or first.__context__):
             first = cause
         raise NoConnection(f"{type(first).__name__}: {first}") from error
-    # Half an answer, or no JSON.
-    except (openai.OpenAIError, httpx2.HTTPError, httpx2.InvalidURL, ValueError) as error:
+    # No JSON, or nested too deeply.
+    except (httpx2.HTTPError, httpx2.InvalidURL, ValueError, RecursionError, zlib.error) as error:
         raise ServerFailure(f"{type(error).__name__}: {error}") from error
 
 
-def _status_error(error: Any) -> ServerFailure | ServerRefusal:
-    reply, body = error.response, error.body if isinstance(error.body, dict) else {}
-    said = str(reply.headers.get("Location") or body.get("message") or reply.text)
-    message = f"HTTP {reply.status_code} at {reply.url.path}: {said[:300]}"
+async def _unpacked(reply: Any, most: int) -> AsyncIterator[bytes]:
+    """Yield the bytes of a reply. Raises ServerFailure after `most`, and for an unknown compression."""
+    packed = reply.headers.get("Content-Encoding", "identity").lower()
+    if packed not in ("identity", "gzip", "deflate"):
+        raise ServerFailure(f"its answer at {reply.url.path} is compressed by {packed[:20]!r}, unasked")
+    unpacker = None if packed == "identity" else zlib.decompressobj(32 + zlib.MAX_WBITS)  # finds out which
+    left = most
+    async for piece in reply.aiter_raw():
+        part = piece if unpacker is None else unpacker.decompress(piece, left + 1)
+        if (left := left - len(part)) < 0:
+            raise ServerFailure(f"its answer at {reply.url.path} has more than {most >> 20} MiB")
+        yield part
+
+
+async def _status_error(reply: Any) -> ServerFailure | ServerRefusal:
+    text, said = "", reply.headers.get("Location")
+    with suppress(ServerFailure, zlib.error):  # the status counts, whatever the text is
+        async for piece in _unpacked(reply, LARGEST_REPLY):
+            text += piece.decode(errors="replace")
+            if len(text) > 10_000:
+                break
+    with suppress(ValueError, RecursionError, AttributeError):
+        body = json.loads(text)
+        message = body.get("error", body).get("message")
+        said = said or (message if isinstance(message, str) else None)
+    message = f"HTTP {reply.status_code} at {reply.url.path}: {(said or text)[:300]}"
     # 408, 429: too slow, too many. 5xx: an engine that dies answers so before its process ends.
     if reply.status_code in (408, 429) or reply.is_server_error:
-        pause = reply.headers.get("Retry-After", "").strip()  # seconds, or a date
-        return ServerFailure(message, float(pause) if pause.isdigit() else None)
+        pause = re.fullmatch(r"\s*([0-9]+)\s*", reply.headers.get("Retry-After", ""))  # or it is a date
+        return ServerFailure(message, min(float(pause[1]), LONGEST_PAUSE) if pause else None)
     return ServerRefusal(message, reply.status_code)
 
 
@@ -327,7 +358,7 @@ class ChatClient:
                 if isinstance(failure, NoConnection):
                     await self._reach()
                 if not self._failover.any_ready():  # the pauses of all who wait differ
-                    pause = failure.retry_after or PAUSE * 2**attempt
+                    pause = min(failure.retry_after or PAUSE * 2**attempt, max(PAUSE, self.endpoint.wait))
                     await asyncio.sleep(pause * random.uniform(1.0, 1.5))
 
     async def _reach(self) -> None:
@@ -372,16 +403,40 @@ def allow_open_files(requests: int) -> None:
 # ---- Reading answers
 
 
+@contextmanager
+def shape_of(reply: Any, what: str) -> Iterator[None]:
+    """Raise ServerFailure, with the beginning of the reply, if the block cannot read `what` in it."""
+    try:
+        yield
+    except (LookupError, TypeError, AttributeError, ValueError, ArithmeticError, RecursionError) as error:
+        beginning = "it is nested too deeply"
+        with suppress(RecursionError):
+            beginning = json.dumps(reply)[:200]
+        raise ServerFailure(f"its answer is no {what}: {beginning}") from error
+
+
+def number(value: Any, least: float, most: float, kind: Any = (int, float)) -> Any:
+    """Return a finite JSON number within bounds; kind: int for an integer. Raises ValueError."""
+    if isinstance(value, bool) or not isinstance(value, kind) or not least <= value <= most:
+        raise ValueError(f"no number from {least:g} to {most:g}")
+    return value
+
+
+def word(value: Any) -> str:
+    """Return a text of one to 1,000 characters, such as a name. Raises ValueError."""
+    if not isinstance(value, str) or not 0 < len(value) <= 1000:
+        raise ValueError("no name")
+    return value
+
+
 def completions_of(reply: Any) -> list[Completion]:
     """Return the completions in an answer, in order. Reasoning in a field of its own becomes the rationale.
 
     Raises ServerFailure when the answer is no chat completion, or the server aborted a completion.
     """
-    try:
+    with shape_of(reply, "chat completion"):
         choices = sorted(reply["choices"], key=lambda choice: choice.get("index", 0))
         completions = [_completion(choice["message"], choice.get("finish_reason")) for choice in choices]
-    except (KeyError, TypeError, AttributeError) as error:
-        raise ServerFailure(f"its answer is no chat completion: {json.dumps(reply)[:200]}") from error
     if not completions:
         raise ServerFailure("its answer has no completions")
     for completion in completions:
@@ -390,7 +445,7 @@ def completions_of(reply: Any) -> list[Completion]:
     return completions
 
 
-def _completion(message: dict[str, Any], finish_reason: str | None) -> Completion:
+def _completion(message: dict[str, Any], finish_reason: Any) -> Completion:
     content = message.get("content") or ""
     if not isinstance(content, str):
         content = "".join(part.get("text", "") for part in content)
@@ -399,9 +454,11 @@ def _completion(message: dict[str, Any], finish_reason: str | None) -> Completio
         content = f"<think>{reasoning.strip()}</think>\n{content.strip()}"
     elif "</think>" in content and "<think>" not in content:  # the server's template wrote the first tag
         content = f"<think>{content.lstrip()}"
-    if message.get("refusal"):
-        return Completion(str(message["refusal"]), "content_filter")
-    return Completion(content, str(finish_reason or "stop"))
+    if refusal := message.get("refusal"):
+        return Completion(refusal if isinstance(refusal, str) else "", "content_filter")
+    return Completion(
+        content.encode(errors="replace").decode(), word(finish_reason or "stop")
+    )  # no surrogates
 
 
 # ---- Which model an endpoint serves
@@ -476,11 +533,13 @@ def served_model(endpoint: Endpoint, wanted: str | None, prefix: str = "") -> tu
     if status == 404 and wanted is not None:
         return wanted, False
     try:
-        owners = {str(entry["id"]): entry.get("owned_by") for entry in listed["data"]}
-    except (KeyError, TypeError, AttributeError) as error:  # or it is a refusal
-        said = listed if status else f"no list of models: {json.dumps(listed)[:200]}"
+        if status:
+            raise listed
+        with shape_of(listed, "list of models"):
+            owners = {word(entry["id"]): entry.get("owned_by") for entry in listed["data"]}
+    except (ServerFailure, ServerRefusal) as error:
         raise ConfigError(
-            f"{url}: {said}; give the address of an OpenAI-compatible endpoint, which mostly ends in /v1, "
+            f"{url}: {error}; give the address of an OpenAI-compatible endpoint, which mostly ends in /v1, "
             f"the model's name with --{prefix}model, and the key in the environment (--{prefix}key_variable)"
         ) from error
     shown = ", ".join(sorted(owners)[:10])

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from video_r1.chat_client import (
     ATTEMPTS,
+    MOST_TOKENS,
     ChatClient,
     Endpoint,
     FramesAs,
@@ -26,6 +27,8 @@ from video_r1.chat_client import (
     ServerRefusal,
     completions_of,
     event_loop,
+    number,
+    shape_of,
 )
 from video_r1.data.decoding.media import Media
 from video_r1.data.prompts import Prompt
@@ -115,8 +118,9 @@ class EndpointEngine(RolloutEngine):
 def rollouts_of(reply: Any) -> list[Rollout]:
     """Return the completions in an answer, each with their mean number of tokens. Raises ServerFailure."""
     completions = completions_of(reply)
-    usage = reply.get("usage") or {}
-    tokens = round((usage.get("completion_tokens") or 0) / len(completions))
+    with shape_of(reply, "chat completion"):
+        counted = (reply.get("usage") or {}).get("completion_tokens") or 0
+        tokens = round(number(counted / len(completions), 0, MOST_TOKENS))
     return [
         Rollout(
             torch.full((tokens,), UNNAMED_TOKEN),

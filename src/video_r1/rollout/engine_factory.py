@@ -153,7 +153,7 @@ def warn_of_positions(checkpoint: str, endpoint: Endpoint) -> None:
         return
     for one in endpoint.each():
         try:
-            rule = describe(one.url.removesuffix("/v1"), one.key, one.timeout)["positions"]
+            rule = describe(one.url.removesuffix("/v1"), one.key, one.timeout).get("positions")
         except (ServerRefusal, ServerFailure):
             rule = None  # plain `vllm serve` does not say
         if rule != trained:

@@ -27,7 +27,18 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig
 
-from video_r1.chat_client import Failover, ServerFailure, ServerRefusal, get, post, request, wait_for
+from video_r1.chat_client import (
+    Failover,
+    ServerFailure,
+    ServerRefusal,
+    get,
+    number,
+    post,
+    request,
+    shape_of,
+    wait_for,
+    word,
+)
 from video_r1.data.prompts import Prompt
 from video_r1.data.rollouts import Rollout
 from video_r1.errors import ConfigError, RequestError, VideoR1Error
@@ -39,13 +50,15 @@ from video_r1.rollout.vllm.serve import WANTED, shape
 from video_r1.rollout.vllm.weight_sync import FolderSync, NCCLSync, WeightSync, checkpoint_weights
 
 T = TypeVar("T")
-Hear = Callable[[dict[str, Any]], object]
+Hear = Callable[[int, Rollout], object]
 logger = logging.getLogger(__name__)
 
 KEY_VARIABLE = "VLLM_API_KEY"
 WATCH_SECONDS = 2.0
 TRANSFER_SECONDS = 600.0  # from GPU to GPU
 ATTEMPTS = 5  # of one request, each after the server has answered its health check
+NATS = (-1e4, 0.01)  # of a log-prob: vLLM writes -9999 for what has no probability, and rounds
+TOKEN_BYTES = 512  # of a token with its log-prob in an answer, at most
 
 
 class ServerEngine(RolloutEngine):
@@ -119,12 +132,24 @@ class ServerEngine(RolloutEngine):
         advice = "start it with video-r1 serve, or with the command that it prints"
         try:
             served = describe(url, self._key, self.timeout)
+            with shape_of(served, "description"):
+                number(served["vocab_size"], 1, 1 << 31, int)
+                getattr(torch, word(served["dtype"]))
+                word(served["architecture"])
+                [served[name] for name in (*WANTED, "hidden_size", "num_hidden_layers", "weight_transfer")]
         except (ServerRefusal, ServerFailure) as error:
             raise ConfigError(f"{url} does not say what it serves ({error}); {advice}") from error
         for name, value in WANTED.items():
             if served[name] != value:
                 raise ConfigError(f"{url}: its {name} is {served[name]}, not {value}; {advice}")
         return served
+
+    def _told(self, path: str, read: Callable[[Any], T], body: Any = None) -> T:
+        """Return what `read` finds in the answer at a path, after retries. Raises VideoR1Error."""
+        try:
+            return self._when_there(lambda: self._read(path, read, body))
+        except (ServerFailure, ServerRefusal) as error:
+            raise VideoR1Error(f"{self.url}: {error}; start it with video-r1 serve") from error
 
     # ---- Weights
 
@@ -171,7 +196,7 @@ class ServerEngine(RolloutEngine):
         if self.served["weight_transfer"] == "nccl" and torch.cuda.is_available():
             if process_count() > 1 and process_index() == 0:
                 threading.Thread(target=self._keep_supplied, daemon=True).start()
-            workers = int(get(f"{self.url}/get_world_size", self._key, 10.0)["world_size"])
+            workers = self._told("/get_world_size", lambda said: number(said["world_size"], 1, 1 << 20, int))
             return NCCLSync(self.url, workers, f"cuda:{torch.cuda.current_device()}", TRANSFER_SECONDS)
         return FolderSync(self._folder / f"server-weights-{gather(uuid.uuid4().hex)[0]}")
 
@@ -206,21 +231,21 @@ class ServerEngine(RolloutEngine):
         def begin(request: PromptRequest) -> list[Future[Any]]:
             begun: dict[int, list[Future[Any]]] = {}
 
-            def hear(choice: dict[str, Any]) -> None:
-                if (index := choice["index"]) not in begun:  # a request that was sent again repeats some
+            def hear(index: int, new: Rollout) -> None:
+                if index not in begun:  # a request that was sent again repeats some
                     numbers = request.numbers(index)
-                    begun[index] = [turns.submit(go_on, request.index, each, choice) for each in numbers]
+                    begun[index] = [turns.submit(go_on, request.index, each, new) for each in numbers]
 
             fields = {**request.parameters, "stream_interval": request.parameters["max_tokens"]}
-            body = server_request(asked[0][request.index], fields, dtype)
-            self._answer({**body, "stream": True}, fields["n"], hear)
+            body = {**server_request(asked[0][request.index], fields, dtype), "stream": True}
+            self._answer(lambda url: self._streamed(url, body, hear))
             return list(chain(*begun.values()))
 
-        def go_on(index: int, number: int, choice: dict[str, Any]) -> None:
-            while turn := then(index, number, self._rollout(choice)):
+        def go_on(index: int, number: int, new: Rollout) -> None:
+            while turn := then(index, number, new):
                 (request,) = requests([turn[0]], turn[1], None)
                 body = server_request(turn[0], request.parameters, dtype)
-                (choice,) = self._answer(body, 1)["choices"]
+                new = self._answer(partial(self._completion, body=body))
 
         self._lost = None
         first, turns = (ThreadPoolExecutor(self.concurrency, name) for name in ("rollouts", "turns"))
@@ -249,23 +274,32 @@ class ServerEngine(RolloutEngine):
                     f"{self.url}: an answer and its prompt have {len(prompt.input_ids)} tokens, the limit is "
                     f"{self.max_model_len}; serve with a larger --max_model_len, or lower teacher_frames"
                 )
-            found = self._answer(server_request(prompt, parameters, dtype), 1)["prompt_logprobs"]
-            entries = [found[place][str(int(prompt.input_ids[place]))] for place in places.tolist()]
-            return [(entry["logprob"], entry["rank"]) for entry in entries]
+            body = server_request(prompt, parameters, dtype)
+
+            def read(url: str) -> list[tuple[float, int]]:
+                reply = self._generated(url, body)
+                with shape_of(reply, "answer with the prompt's log-probs"):
+                    found = reply["prompt_logprobs"]
+                    entries = [found[place][str(int(prompt.input_ids[place]))] for place in places.tolist()]
+                    return [
+                        (number(e["logprob"], *NATS), number(e["rank"], 1, 1 << 31, int)) for e in entries
+                    ]
+
+            return self._answer(read)
 
         self._lost = None
         with ThreadPoolExecutor(self.concurrency, thread_name_prefix="scores") as pool:
             return list(pool.map(scored, answers))
 
     def tokenize(self, text: str) -> list[int]:
-        """Return the token ids of a text by the served tokenizer."""
-        return self._post("/tokenize", {"prompt": text, "add_special_tokens": False})["tokens"]
+        """Return the token ids of a text by the served tokenizer. Raises VideoR1Error."""
+        asked = {"prompt": text, "add_special_tokens": False}
+        return self._told(
+            "/tokenize", lambda said: [number(t, 0, 1 << 31, int) for t in said["tokens"]], asked
+        )
 
-    def _answer(self, body: dict[str, Any], count: int, hear: Hear | None = None) -> dict[str, Any]:
-        """Return the answer to one request, complete and by the present weights, after retries.
-
-        hear: called with each choice of a streamed answer as soon as it has ended, again after a retry.
-        """
+    def _answer(self, read: Callable[[str], T]) -> T:
+        """Return what `read` gets from one request to the address that it is given, after retries."""
         failure: ServerFailure | None = None
         for _ in range(ATTEMPTS):
             recoveries = self._recoveries
@@ -273,12 +307,7 @@ class ServerEngine(RolloutEngine):
                 with self._failover.asking() as address:
                     if address.failed:
                         self._max_length(address.url)  # still the same model
-                    url = f"{address.url}/inference/v1/generate"
-                    reply = (
-                        self._streamed(url, body, hear) if hear else post(url, self._key, body, self.timeout)
-                    )
-                    self._check(reply["choices"], count)
-                return reply
+                    return read(f"{address.url}/inference/v1/generate")
             except ServerFailure as error:
                 failure = error
                 if not self._failover.any_ready():
@@ -289,39 +318,56 @@ class ServerEngine(RolloutEngine):
                 raise VideoR1Error(f"{self.url} refused a request: {refusal}") from refusal
         raise VideoR1Error(f"{self.url} failed {ATTEMPTS} times at one request: {failure}")
 
-    def _streamed(self, url: str, body: dict[str, Any], hear: Hear) -> dict[str, Any]:
-        choices: dict[int, dict[str, Any]] = {}
+    def _generated(self, url: str, body: dict[str, Any], on_line: Any = None) -> Any:
+        sampling, sent = body["sampling_params"], json.dumps(body).encode()
+        size = TOKEN_BYTES * (len(body["token_ids"]) + sampling["n"] * sampling["max_tokens"])
+        return wait_for(request(url, self._key, self.timeout, sent, on_line=on_line, expected=size))
+
+    def _completion(self, url: str, body: dict[str, Any]) -> Rollout:
+        """Return the completion that a request for one gets."""
+        reply = self._generated(url, body)
+        with shape_of(reply, "completion"):
+            (choice,) = reply["choices"]
+        return self._rollout(choice, body["sampling_params"]["max_tokens"])
+
+    def _streamed(self, url: str, body: dict[str, Any], hear: Hear) -> None:
+        """Give each completion to `hear` as soon as it has ended, again after a retry."""
+        count, most = (body["sampling_params"][name] for name in ("n", "max_tokens"))
+        parts: dict[int, tuple[list[Any], list[Any]]] = {}
+        ended = set()
 
         def read(line: str) -> None:
-            event: Any = json.loads(line[6:]) if line.startswith("data: {") else {"choices": ()}
-            if "error" in event:
-                raise ServerFailure(f"its answer broke off: {event['error']['message']}")
-            for choice in event["choices"]:
-                if before := choices.get(choice["index"]):
-                    choice["token_ids"][:0] = before["token_ids"]
-                    choice["logprobs"]["content"][:0] = before["logprobs"]["content"]
-                choices[choice["index"]] = choice
-                if choice["finish_reason"] is not None:
-                    self._check([choice], 1)
-                    hear(choice)
+            with shape_of(line, "part of completions"):
+                event: Any = json.loads(line[6:]) if line.startswith("data: {") else {"choices": ()}
+                if "error" in event:
+                    raise ServerFailure(f"its answer broke off: {str(event['error']['message'])[:300]}")
+                for choice in event["choices"]:
+                    index = number(choice["index"], 0, count - 1, int)
+                    tokens, logprobs = parts.setdefault(index, ([], []))
+                    tokens += choice["token_ids"]
+                    logprobs += choice["logprobs"]["content"]
+                    if choice["finish_reason"] is not None:
+                        whole = choice | {"token_ids": tokens, "logprobs": {"content": logprobs}}
+                        hear(index, self._rollout(whole, most))
+                        ended.add(index)
 
-        wait_for(request(url, self._key, self.timeout, json.dumps(body).encode(), on_line=read))
-        return {"choices": list(choices.values())}
+        self._generated(url, body, read)
+        if len(ended) != count:
+            raise ServerFailure(f"it gave {len(ended)} completions of {count}")
 
-    def _check(self, choices: Sequence[dict[str, Any]], count: int) -> None:
-        """Raise ServerFailure for an answer that is incomplete or comes from other weights."""
-        if len(choices) != count:
-            raise ServerFailure(f"it gave {len(choices)} completions of {count}")
-        for choice in choices:
-            if choice["finish_reason"] not in ("stop", "length"):
-                raise ServerFailure(f"a completion ended with {choice['finish_reason']!r}")
+    def _rollout(self, choice: Any, most: int) -> Rollout:
+        """Return a completion. Raises ServerFailure if it is incomplete, wrong, or from other weights."""
+        with shape_of(choice, "completion"):
+            if (reason := choice["finish_reason"]) not in ("stop", "length"):
+                raise ServerFailure(f"a completion ended with {str(reason)[:100]!r}")
             versions = {span["version"] for span in choice["weight_versions"] or ()}
             if self._version is not None and versions != {self._version}:
                 raise ServerFailure("it sampled with other weights than the present ones")
-
-    def _rollout(self, choice: dict[str, Any]) -> Rollout:
-        logprobs = [entry["logprob"] for entry in choice["logprobs"]["content"]]
-        return rollout_of(choice["token_ids"], logprobs, choice["finish_reason"], self.tokenizer)
+            ids = [number(token, 0, self.served["vocab_size"] - 1, int) for token in choice["token_ids"]]
+            logprobs = [number(entry["logprob"], *NATS) for entry in choice["logprobs"]["content"]]
+            if not 0 < len(ids) == len(logprobs) <= most:
+                raise ValueError("too short, or too long")
+        return rollout_of(ids, logprobs, reason, self.tokenizer)
 
     # ---- A server that is away
 
@@ -356,7 +402,7 @@ class ServerEngine(RolloutEngine):
             except ServerFailure as failure:
                 self._note(failure)
                 if time.monotonic() > deadline:
-                    raise ServerFailure(", then ".join(self._failures)) from failure
+                    raise ServerFailure(", then ".join(list(self._failures)[-3:])) from failure
             time.sleep(pause)
             pause = min(2 * pause, 2.0)
 
@@ -380,19 +426,26 @@ class ServerEngine(RolloutEngine):
         """Return the longest sequence in tokens. Raises ServerFailure, and ConfigError for another server."""
         try:
             get(f"{url}/health", self._key, 10.0)
-            served = get(f"{url}/v1/models", self._key, 10.0)["data"][0]
+            reply = get(f"{url}/v1/models", self._key, 10.0)
         except ServerRefusal as refusal:
             raise ConfigError(
                 f"{url}: {refusal}; it has to be a vLLM server, and {KEY_VARIABLE} its key"
             ) from refusal
-        names = [name for name in (served.get("root"), served.get("id")) if name]
-        wanted, paths = self._model, {Path(name).resolve() for name in names}
-        if wanted and wanted not in names and not (Path(wanted).exists() and Path(wanted).resolve() in paths):
-            raise ConfigError(f"{url} serves {names[0]}, not {wanted}")
-        return int(served["max_model_len"])
+        with shape_of(reply, "list with a model and its max_model_len"):
+            served = reply["data"][0]
+            names = [word(name) for name in (served.get("root"), served["id"]) if name]
+            wanted, paths = self._model, {Path(name).resolve() for name in names}
+            if not (wanted in (None, *names) or (Path(wanted).exists() and Path(wanted).resolve() in paths)):
+                raise ConfigError(f"{url} serves {names[0]}, not {wanted}")
+            return number(served["max_model_len"], 1, 1 << 40, int)
 
     def _served_version(self) -> str:
-        return get(f"{self.url}/weight_info", self._key, 10.0)["weight_version"]
+        return self._read("/weight_info", lambda reply: word(reply["weight_version"]))
+
+    def _read(self, path: str, read: Callable[[Any], T], body: Any = None) -> T:
+        reply = get(self.url + path, self._key, 10.0) if body is None else self._post(path, body)
+        with shape_of(reply, f"answer at {path}"):
+            return read(reply)
 
     def _post(self, path: str, body: Any = None) -> Any:
         return post(self.url + path, self._key, body, self.timeout)
@@ -406,4 +459,7 @@ class ServerEngine(RolloutEngine):
 
 def describe(url: str, key: str | None, timeout: float) -> dict[str, Any]:
     """Return WorkerExtension's description. Raises ServerRefusal if there is none, ServerFailure."""
-    return post(f"{url}/collective_rpc", key, {"method": "served_model"}, timeout)["results"][0]
+    reply = post(f"{url}/collective_rpc", key, {"method": "served_model"}, timeout)
+    with shape_of(reply, "description"):
+        kinds = (str, int, type(None))
+        return {word(name): value for name, value in reply["results"][0].items() if isinstance(value, kinds)}
