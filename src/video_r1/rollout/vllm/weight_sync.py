@@ -15,6 +15,7 @@ import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, InvalidStateError
 from contextlib import suppress
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -204,12 +205,18 @@ class NCCLSync:
 
         sync = self
 
-        class Present(base.WeightSource):
-            def metadata(self) -> list[Any]:
-                return [base.ParamMeta(name, w.dtype, tuple(w.shape)) for name, w in sync.weights.items()]
+        def described(source: Any) -> list[Any]:
+            return [base.ParamMeta(name, w.dtype, tuple(w.shape)) for name, w in sync.weights.items()]
 
-            def __iter__(self) -> Iterator[tuple[str, Tensor]]:
+        class Present(base.WeightSource):
+            # A property since vLLM 0.33, and `iter_full` in place of `__iter__`
+            newer = hasattr(base.WeightSource, "iter_full")
+            metadata: Any = cached_property(described) if newer else described  # pyright: ignore
+
+            def iter_full(self) -> Iterator[tuple[str, Tensor]]:
                 return ((name, tensor.to(sync.device)) for name, tensor in sync.weights.items())
+
+            __iter__ = iter_full
 
         parts = urllib.parse.urlsplit(self.url)
         with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:  # sends nothing
