@@ -13,21 +13,17 @@ import pytest
 import torch
 from test_tgrpo import assert_same_gradients, plain_logprobs
 from tgrpo_trainers import first_step, make_trainer, policy_of
-from torch import Tensor
 
 from video_r1.data.manifests.records import Sample
 from video_r1.data.reading import Question
 from video_r1.data.rollouts import Rollout, RolloutGroup
-from video_r1.rewards.scoring import RewardTerms, reward_terms, score_group
-from video_r1.rewards.temporal import (
-    RULES,
-    key_drops,
-    warn_of_cancelled_bonus,
-)
+from video_r1.errors import ConfigError
+from video_r1.rewards.scoring import reward_terms, score_groups
+from video_r1.rewards.temporal import RULES, logprob_contrast, warn_of_cancelled_bonus
 from video_r1.settings.training import SampledRule, TemporalRule, TGRPOSettings
 from video_r1.training.callbacks import TaskMoments
-from video_r1.training.metrics import Meter, describe_credit
-from video_r1.training.tgrpo import credit
+from video_r1.training.ledger import Ledger
+from video_r1.training.tgrpo import TGRPOConfig, credit
 
 
 def test_every_rule_of_the_settings_is_defined() -> None:
@@ -35,51 +31,40 @@ def test_every_rule_of_the_settings_is_defined() -> None:
     assert {name for name, rule in RULES.items() if rule.contrast == "sampled"} == set(get_args(SampledRule))
 
 
-def group(correct: str, bonus: float = 0.0, p_shuffled: float | None = 0.0) -> RolloutGroup:
-    """A question whose responses are right (1) or wrong (0), the right ones with a temporal reward."""
-    accuracy = torch.tensor([float(mark) for mark in correct])
-    sample = Sample(1, "?", "video", "multiple choice", "<answer>A</answer>", "/v.mp4", ("A. a", "B. b"))
-    return RolloutGroup(
-        sample=sample, prompt=cast(Any, None), ordered=[], shuffled_prompt=None, shuffled=[],
-        rewards={"accuracy": accuracy, "temporal": bonus * accuracy}, total_reward=(1 + bonus) * accuracy,
-        advantages=torch.zeros_like(accuracy), p=float(accuracy.mean()), p_shuffled=p_shuffled,
-        base_reward=accuracy,
+SAMPLE = Sample(1, "?", "video", "multiple choice", "<answer>A</answer>", "/v.mp4", ("A. a", "B. b"))
+FREE_FORM = replace(
+    SAMPLE, problem_type="free-form", options=(), solution="<answer>a red ball rolls</answer>"
+)
+
+
+def scored(
+    answers: list[str],
+    drops: list[float] | None = None,
+    contrast: list[str] | None = None,
+    rewards: Any = None,
+    sample: Sample = SAMPLE,
+    **settings: Any,
+) -> RolloutGroup:
+    """A group of whole texts or letters. drops: one d_t a completion, its Δ as well; contrast: answers to the
+    contrast clip.
+    """
+
+    def rollouts(texts: list[str]) -> list[Rollout]:
+        whole = [text if "<" in text else f"<think>t</think><answer>{text}</answer>" for text in texts]
+        return [Rollout(torch.tensor([1]), torch.zeros(1), text, "stop") for text in whole]
+
+    chosen = TGRPOSettings(**{"length_reward": 0.0, **settings})
+    question = Question(sample, cast(Any, None), cast(Any, None), 0)
+    tokens = None if drops is None else [torch.tensor([drop]) for drop in drops]
+    (made,) = score_groups(
+        [question], [rollouts(answers)], [rollouts(contrast or [])], reward_terms(rewards, chosen), chosen,
+        lambda sample: sample.problem, [tokens],
     )  # fmt: skip
+    return made
 
 
-def series(groups: list[RolloutGroup], **settings: Any) -> dict[str, float]:
-    credit(groups, TGRPOSettings(temporal_rule="margin", **settings))
-    meter = Meter()
-    for each in groups:
-        describe_credit(meter, each)
-    return meter.drain()
-
-
-def test_credit_of_a_bonus_that_cancels() -> None:
-    """Scaled by the group, 1 + b and 0 are what 1 and 0 are, but for the 1e-4 beside the deviation."""
-    seen = series([group("1100", bonus=0.15), group("1000", bonus=0.075), group("1100")])
-    assert seen["temporal/credit"] < 1e-3
-    assert seen["temporal/credit_groups"] == 0.0  # of the two that were paid
-
-
-def test_credit_of_a_bonus_that_counts() -> None:
-    """Without scaling, A is 1 + b times what it was. "1100": ‖A₀‖² = 4/4, changed by 0.15 of it; "1000":
-    ‖A₀‖² = 9/16 + 3/16, unpaid. The root of 0.15² · 1 ÷ (1 + 3/4)."""
-    seen = series([group("1100", bonus=0.15), group("1000")], scale_rewards="none")
-    assert seen["temporal/credit"] == pytest.approx((0.15**2 / 1.75) ** 0.5, rel=1e-5)
-    assert seen["temporal/credit_groups"] == 1.0
-    # 0.012 × 1/2 changes no advantage by more than 0.01
-    seen = series([group("1100", bonus=0.15), group("1100", bonus=0.012)], scale_rewards="none")
-    assert seen["temporal/credit_groups"] == 0.5
-
-
-def reward_of(rule: str, accuracy: list[float], drops: list[float] | None = None, **settings: Any) -> Tensor:
-    """r_t of the rule; drops: one d_t for each response, which is then its Δ as well."""
-    scored = group("0" * len(accuracy), p_shuffled=None)
-    scored.token_drops = None if drops is None else [torch.tensor([drop]) for drop in drops]
-    given, reward = torch.tensor(accuracy), RULES[rule].reward
-    assert reward is not None
-    return reward(scored, given, given > 0.5, TGRPOSettings(temporal_rule=cast(Any, rule), **settings))
+def credited(groups: list[RolloutGroup], **settings: Any) -> dict[str, float]:
+    return credit(groups, TGRPOSettings(**settings), None, Ledger())
 
 
 @pytest.mark.parametrize(
@@ -99,14 +84,11 @@ def reward_of(rule: str, accuracy: list[float], drops: list[float] | None = None
     ],
 )
 def test_rewards_by_shares(rule: Any, mu: float, ordered: str, shuffled: str, amount: float) -> None:
-    def rollouts(marks: str) -> list[Rollout]:
-        texts = [f"<answer>{'A' if mark == '1' else 'B'}</answer>" for mark in marks]
-        return [Rollout(torch.tensor([1]), torch.zeros(1), text, "stop") for text in texts]
-
-    settings = TGRPOSettings(temporal_rule=rule, temporal_threshold_mu=mu, length_reward=0)
-    question = Question(group("1").sample, cast(Any, None), cast(Any, None), 0)
-    terms = RewardTerms(("accuracy", "temporal"))
-    found = score_group(question, rollouts(ordered), rollouts(shuffled), terms, settings)
+    letters = {"1": "A", "0": "B"}
+    found = scored(
+        [letters[mark] for mark in ordered], contrast=[letters[mark] for mark in shuffled],
+        temporal_rule=rule, temporal_threshold_mu=mu,
+    )  # fmt: skip
     torch.testing.assert_close(found.rewards["temporal"], amount * found.rewards["accuracy"])
     assert found.p == ordered.count("1") / len(ordered)
     assert found.p_shuffled == (shuffled.count("1") / len(shuffled) if shuffled else None)
@@ -121,8 +103,9 @@ def mine(prompts: Any, completions: list[str], **columns: Any) -> list[float]:
     [
         (None, {"length_reward": 0.0}, True),
         (None, {}, False),  # the length reward varies among right answers
-        (["accuracy", mine], {}, False),
-        (["accuracy", mine], {"reward_weights": {"mine": 0.0}}, True),
+        (["accuracy", "temporal", mine], {}, False),
+        (["accuracy", "temporal", mine], {"reward_weights": {"mine": 0.0}}, True),
+        (["accuracy", mine], {"reward_weights": {"mine": 0.0}}, False),  # nothing temporal is paid
         (None, {"length_reward": 0.0, "temporal_alpha": 0.0}, False),
         (None, {"length_reward": 0.0, "temporal_rule": "likelihood_gate"}, False),
     ],
@@ -142,44 +125,180 @@ def test_credit_reaches_the_gradient_with_the_deviation_of_a_task() -> None:
     """The bonus enters the moments with weight 0.01 from the second step on: it no longer cancels."""
     tasks = TaskMoments()
     settings = TGRPOSettings(temporal_rule="margin", scale_rewards="task")
-    credit([group("1100")], settings, tasks)  # E[R] = E[R²] = 1/2, deviation 1/2
-    paid = group("1100", bonus=0.15)  # E[R] = 0.50075, E[R²] = 0.5016125
-    credit([paid], settings, tasks)
+    plain, paid = (
+        scored(["A", "A", "B", "B"], contrast=["A", other], rewards=["accuracy", "temporal"])
+        for other in "AB"
+    )
+    credit([replace(plain)], settings, tasks)  # E[R] = E[R²] = 1/2, deviation 1/2
+    paid.rewards["temporal"], paid.total_reward = (
+        0.15 * paid.rewards["accuracy"],
+        1.15 * paid.rewards["accuracy"],
+    )
+    credit([paid], settings, tasks)  # E[R] = 0.50075, E[R²] = 0.5016125
     std = (0.5016125 - 0.50075**2) ** 0.5
     assert paid.advantages[0].item() == pytest.approx(0.575 / (std + 1e-4), rel=1e-5)
-    assert paid.base_advantages is not None
-    assert paid.base_advantages[0].item() == pytest.approx(0.5 / (std + 1e-4), rel=1e-5)
+    assert paid.advantages_without["temporal"][0].item() == pytest.approx(0.5 / (std + 1e-4), rel=1e-5)
 
 
-# ---- likelihood
+# ---- The list of rewards
 
 
-def test_rewards_by_likelihood() -> None:
-    """With α = 1 a response keeps of its accuracy what is lost: 0.5 of 1, 0 of 1 for a gain, 0.259 of 0.6."""
-    accuracy, drops = [1.0, 1.0, 0.0, 0.6], [math.log(2), -0.5, 2.0, 0.3]
-    gate = reward_of("likelihood_gate", accuracy, drops, temporal_alpha=1.0)
-    torch.testing.assert_close(gate, torch.tensor([-0.5, -1.0, 0.0, -0.6 * 0.7408182]))
-    assert not reward_of("likelihood_gate", accuracy).any()  # an image
+def half(prompts: Any, completions: list[str], **columns: Any) -> list[float]:
+    return [0.5 * ("<answer>A" in text) for text in completions]
+
+
+@pytest.mark.parametrize("rule", ["margin", "threshold", "likelihood_gate"])
+@pytest.mark.parametrize("rewards", [["format"], [half], ["accuracy", "format"], half])
+def test_a_list_of_rewards_is_all_that_is_paid(rule: Any, rewards: Any) -> None:
+    """Without 'temporal' in the list nothing is sampled or scored for it, and no right answer is punished."""
+    settings = TGRPOSettings(temporal_rule=rule, reward_funcs=rewards if rewards == ["format"] else None)
+    terms = reward_terms(None if settings.reward_funcs else rewards, settings)
+    assert "temporal" not in terms.names
+    found = scored(["A", "A", "B", "B"], drops=[0.1, 0.0, 0.0, 0.0], rewards=rewards, temporal_rule=rule)
+    right, wrong = found.total_reward[:2], found.total_reward[2:]
+    assert right.min() >= wrong.max() and torch.equal(right[:1], right[1:])
+    by_name = TGRPOSettings(temporal_rule=rule, reward_funcs=["format"])
+    assert by_name.paid_rule == "off" and by_name.shuffled_generations == 0
+
+
+def test_a_list_given_to_the_trainer_switches_the_rule_off(
+    checkpoint: Path, manifest: Path, tmp_path: Path
+) -> None:
+    trainer = make_trainer(
+        checkpoint, str(manifest), tmp_path, rewards=[half], temporal_rule="likelihood_gate"
+    )
+    batches, _ = first_step(trainer)
+    groups = [each for batch in batches for each in batch["batch"].groups]
+    assert all(each.shuffled_prompt is None and each.token_drops is None for each in groups)
+
+
+@pytest.mark.parametrize(
+    ("rewards", "settings", "said"),
+    [
+        (["format", "temporal"], {}, "without 'accuracy'"),
+        ([half, "temporal"], {"temporal_rule": "likelihood_gate"}, "without 'accuracy'"),
+        (["accuracy", "temporal"], {"reward_weights": {"accuracy": 0.0}}, "accuracy 0"),
+        (None, {"reward_weights": {"accuracy": -1.0}}, "accuracy -1"),
+        (None, {"reward_weights": {"temporal": -0.5}}, "temporal -0.5"),
+        (None, {"reward_weights": {"temporal": 2.0}, "temporal_rule": "likelihood_gate"}, "temporal_alpha"),
+        (["accuracy", "temporal"], {"temporal_rule": "off"}, "temporal_rule is off"),
+        (["accuracy", "temporal"], {"temporal_alpha": 0.0}, "temporal_alpha 0"),
+    ],
+)
+def test_rewards_that_would_punish_right_answers_are_refused(rewards: Any, settings: Any, said: str) -> None:
+    with pytest.raises(ConfigError, match=said):
+        reward_terms(rewards, TGRPOSettings(**settings))
+
+
+def test_the_size_of_a_gate_is_a_share() -> None:
+    with pytest.raises(ConfigError, match=r"temporal_alpha.*0 to 1"):
+        TGRPOConfig(output_dir="o", temporal_rule="likelihood_gate", temporal_alpha=2.0)
+
+
+# ---- The gate
+
+
+def test_a_gate_multiplies_what_right_answers_earn() -> None:
+    """α = 1: exp(−ln 2) leaves half of accuracy 1 and length 0.2, a gain leaves nothing, format stays."""
+    found = scored(
+        ["A", "A", "B", "A"], [math.log(2), -0.5, 2.0, 50.0], temporal_rule="likelihood_gate",
+        temporal_alpha=1.0, length_reward=0.2, length_range=[1, 9], max_completion_length=9,
+    )  # fmt: skip
+    torch.testing.assert_close(found.total_reward, torch.tensor([0.6 + 1, 0.0 + 1, 0.0 + 1, 1.2 + 1]))
+    torch.testing.assert_close(found.rewards["temporal"], torch.tensor([-0.6, -1.2, 0.0, 0.0]))
+    torch.testing.assert_close(found.rewards_without["temporal"], torch.tensor([2.2, 2.2, 1.0, 2.2]))
+    torch.testing.assert_close(found.rewards_without["accuracy"], torch.tensor([1.1, 1.0, 1.0, 1.2]))
+
+
+@pytest.mark.parametrize(
+    "weights", [{}, {"accuracy": 0.5}, {"accuracy": 0.1, "length": 3.0}, {"format": 2.0}]
+)
+@pytest.mark.parametrize("alpha", [0.3, 0.9, 1.0])
+@pytest.mark.parametrize("sample", [SAMPLE, FREE_FORM])
+def test_no_gate_makes_a_right_answer_worth_less_than_a_wrong_one(
+    weights: Any, alpha: float, sample: Any
+) -> None:
+    """Right answers of any contrast, wrong ones of any, a graded one just below the threshold among them."""
+    right, wrong = sample.answer, "a red box" if sample is FREE_FORM else "B"
+    found = scored(
+        [right, right, wrong, wrong], [0.0, 9.0, 9.0, 0.0], temporal_rule="likelihood_gate", sample=sample,
+        temporal_alpha=alpha, reward_weights=weights, length_reward=0.2, length_range=[1, 9],
+        max_completion_length=9,
+    )  # fmt: skip
+    assert found.correct is not None and found.correct.tolist() == [True, True, False, False]
+    assert found.total_reward[:2].min() >= found.total_reward[2:].max()
+    assert credited([found], temporal_rule="likelihood_gate")["credit_sign/temporal"] >= -1e-6 or alpha > 0
+
+
+def test_a_group_without_contrast_has_no_gate() -> None:
+    found = scored(["A", "B"], None, temporal_rule="likelihood_gate")
+    assert found.total_reward.tolist() == [2.0, 1.0] and found.gate_deviation == 0.0
+
+
+def test_equal_gates_are_plain_grpo() -> None:
+    """4 of 8 right: 0.5 ÷ 0.5345 whether the gate is open or shut, with a format that varies or not."""
+    for text in ("A", "<answer>A</answer>"):
+        answers = [text, "A", "A", "A", "B", "B", "B", "B"]
+        plain = scored(answers, temporal_rule="off")
+        credit([plain], TGRPOSettings(temporal_rule="off"))
+        for drop in (0.0, 20.0):
+            gated = scored(answers, [drop] * 8, temporal_rule="likelihood_gate", temporal_alpha=0.9)
+            credit([gated], TGRPOSettings(temporal_rule="likelihood_gate"))
+            if text == "A" or drop:
+                torch.testing.assert_close(gated.advantages, plain.advantages, atol=2e-3, rtol=0)
+    assert plain.advantages[1].item() == pytest.approx(0.9354 if text == "A" else plain.advantages[1].item())
 
 
 def test_small_differences_between_right_responses_stay_small() -> None:
-    """The deviation of the rewards 1 − 0.9·exp(−Δ) is 0.0072, and A is ±0.0088 ÷ (0.0072 + 0.1). A group of
-    right and wrong responses has 0.5 ÷ (0.577 + 0.1).
+    """The deviation of 1 − 0.9·exp(−Δ) is 0.0072, and A is ±0.0088 ÷ (0.0072 + 0.1). A group of right and
+    wrong responses without contrast keeps 0.5 ÷ 0.577.
     """
-    alike, mixed = group("1111"), group("1100")
-    settings = TGRPOSettings(temporal_rule="likelihood_gate")
-    paid = reward_of("likelihood_gate", [1.0] * 4, [0.01, 0.02, 0.02, 0.03])
-    alike.total_reward = alike.total_reward + paid
-    credit([alike, mixed], settings)
+    alike = scored(["A"] * 4, [0.01, 0.02, 0.02, 0.03], temporal_rule="likelihood_gate")
+    mixed = scored(["A", "A", "B", "B"], temporal_rule="likelihood_gate")
+    credit([alike, mixed], TGRPOSettings(temporal_rule="likelihood_gate"))
     assert alike.advantages.tolist() == pytest.approx([-0.0825, 0.0002, 0.0002, 0.0821], abs=2e-4)
-    assert mixed.advantages[0].item() == pytest.approx(0.5 / ((1 / 3) ** 0.5 + 0.1))
+    assert mixed.advantages[0].item() == pytest.approx(0.5 / ((1 / 3) ** 0.5 + 1e-4))
 
 
-def test_key_drops() -> None:
-    """The largest fifth: 2 of 6 tokens (3 and 1), 1 of 3 (−0.1), none of none."""
-    given = [[0.0, 3.0, 0.1, 1.0, -4.0, 0.2], [-0.3, -0.1, -2.0], []]
-    found = key_drops([torch.tensor(each) for each in given])
-    torch.testing.assert_close(found, torch.tensor([2.0, -0.1, 0.0]))
+def test_what_the_gate_alone_adds_to_the_deviation() -> None:
+    """Right ones with gates 0.1 and 1: ḡ = 0.55, (g − ḡ)·B = −0.45, 0.45, 0, 0 of deviation 0.367; R = 0.1,
+    1, 0, 0 (and format 1) of 0.486. So 0.1 · 0.367 ÷ 0.486 is added.
+    """
+    found = scored(["A", "A", "B", "B"], [0.0, 50.0, 0.0, 0.0], temporal_rule="likelihood_gate")
+    credit([found], TGRPOSettings(temporal_rule="likelihood_gate"))
+    own, gated = torch.tensor([0.1, 1.0, 0.0, 0.0]).std(), torch.tensor([-0.45, 0.45, 0.0, 0.0]).std()
+    expected = (torch.tensor([0.1, 1.0, 0.0, 0.0]) - 0.275) / (own + 0.1 * gated / own + 1e-4)
+    torch.testing.assert_close(found.advantages, expected)
+
+
+@pytest.mark.parametrize(
+    ("length", "noise", "decisive", "low", "high"),
+    [
+        # noise pays hardly more than a shut gate (0.1)
+        (200, 0.1, False, 0.1, 0.12), (200, 0.3, False, 0.1, 0.14), (200, 0.5, False, 0.1, 0.16),
+        (200, 1.0, False, 0.1, 0.20), (20, 0.3, False, 0.1, 0.16),
+        # one token of 6 nats pays the same at any length: 1 − 0.9·exp(−6/8) = 0.575
+        (20, 0.0, True, 0.574, 0.576), (60, 0.0, True, 0.574, 0.576), (200, 0.0, True, 0.574, 0.576),
+        (500, 0.0, True, 0.574, 0.576), (20, 0.3, True, 0.53, 0.62), (200, 0.3, True, 0.50, 0.60),
+        (500, 0.3, True, 0.50, 0.60),
+    ],
+)  # fmt: skip
+def test_what_the_gate_pays_noise_and_one_decisive_token(
+    length: int, noise: float, decisive: bool, low: float, high: float
+) -> None:
+    """Means of a right answer's reward at α = 0.9, over 400 draws."""
+    drawn = noise * torch.randn(400, length, generator=torch.Generator().manual_seed(length))
+    if decisive:
+        drawn[:, 0] += 6.0
+    paid = 1.0 - 0.9 * torch.exp(-logprob_contrast(list(drawn)).clamp(min=0.0))
+    assert low <= paid.mean() <= high
+
+
+def test_logprob_contrast_of_short_answers() -> None:
+    """At most half of the tokens at either end: 2 of 4, 2 and 1 of 3, the only one, none."""
+    given = [[3.0, 1.0, -2.0, 0.0], [0.5, 2.0, -1.0], [1.5], []]
+    found = logprob_contrast([torch.tensor(each) for each in given])
+    torch.testing.assert_close(found, torch.tensor([2.0 - 1.0, 1.25 - 1.0, 1.5, 0.0]))
 
 
 def test_drops_and_gradient_of_a_scored_rule(checkpoint: Path, manifest: Path, tmp_path: Path) -> None:

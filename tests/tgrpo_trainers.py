@@ -29,6 +29,8 @@ def make_trainer(
         "temporal_rule": "margin",  # samples, scores and pays: what a trainer does by any rule
     }
     args = TGRPOConfig(**training_arguments(folder, **{**defaults, **changes}))
+    if rewards is many_tokens and args.paid_rule != "off":
+        rewards = ["accuracy", "temporal", many_tokens]
     return TGRPOTrainer(
         str(checkpoint) if isinstance(checkpoint, Path) else checkpoint,
         rewards,

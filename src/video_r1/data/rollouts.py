@@ -4,7 +4,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-import torch
 from torch import Tensor
 
 from video_r1.data.decoding.media import Media
@@ -94,8 +93,8 @@ class RolloutGroup:
 
     Rewards are unweighted terms by name ("accuracy", "format", "temporal", "length", …); advantages are
     computed from their weighted sum, `total_reward`. Only the ordered completions are trained on; the
-    shuffled ones measure the share of correct answers without the frame order. `base_reward` and
-    `base_advantages` leave the temporal term out, to show its effect.
+    shuffled ones measure the share of correct answers without the frame order. `rewards_without` and
+    `advantages_without` leave one term out, to show its effect.
     """
 
     sample: Sample
@@ -113,8 +112,10 @@ class RolloutGroup:
     token_drops: list[Tensor] | None = None  # G of [L] float32, nats that each token loses with the contrast
     teacher_prompt: Prompt | None = None  # with the clips that the teacher sees
     teacher_logprobs: list[Tensor] | None = None  # G of [L] float32, log π_teacher of each token
-    base_reward: Tensor | None = None   # [G] float32; None as `base_advantages`: nothing was compared yet
-    base_advantages: Tensor | None = None  # [G] float32
+    correct: Tensor | None = None       # [G] bool, of the ordered completions
+    rewards_without: dict[str, Tensor] = field(default_factory=dict)  # by term: total [G] without it
+    advantages_without: dict[str, Tensor] = field(default_factory=dict)  # by term: [G] float32
+    gate_deviation: float = 0.0         # of a temporal gate among the correct completions
     # fmt: on
 
     @property
@@ -123,8 +124,6 @@ class RolloutGroup:
         return None if self.p_shuffled is None else self.p - self.p_shuffled
 
     @property
-    def drops(self) -> Tensor | None:
-        """[G] float32, nats a token that each response loses with the contrast; None: not asked."""
-        if self.token_drops is None:
-            return None
-        return torch.stack([drops.sum() / max(1, len(drops)) for drops in self.token_drops])
+    def base_reward(self) -> Tensor:
+        """[G] float32, the total reward without the temporal term."""
+        return self.rewards_without.get("temporal", self.total_reward)

@@ -30,12 +30,12 @@ def temporal_accuracy(
     `accuracy_shuffled` and `temporal_gap` (accuracy_video − accuracy_shuffled); with looks
     `accuracy_elsewhere` and `look_gap`. Each gap has the ends of its 95 % interval (`…_low`, `…_high`).
 
-    settings: a TGRPOConfig. With another `temporal_contrast`, its name replaces `shuffled`. `questions` is
-    the number of answered questions, `skipped` that of others. Every validation of a run uses the same
-    shuffled frames and seeds.
+    settings: a TGRPOConfig. The contrast is that of the temporal rule; another one's name replaces
+    `shuffled`. `questions` is the number of answered questions, `skipped` that of others. Every validation of
+    a run uses the same contrast clips and seeds.
     """
 
-    contrast = settings.temporal_contrast or "shuffled"
+    contrast = settings.contrast
 
     def build(sample: Sample, media: Clips) -> tuple[Question, Prompt | None]:
         generator = derived_generator(settings.seed, "validation", sample.problem_id)

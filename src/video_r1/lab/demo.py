@@ -45,7 +45,10 @@ PROCESSES = 2  # training ranks of one thread each; for a small model they are f
 HABITS: dict[str, Any] = {"shortcut": 0.6, "trusting": 0.7, "hasty": 0.3}
 """Habits that RL has to overcome, as shares: of questions with a mark that names an answer, of marks that are
 true (the cold start reads these), and of other cold-start rationales that guess after one look."""
-RULES: dict[str, dict[str, str]] = {"grpo": {"temporal_rule": "off"}, "tgrpo": {}}
+RULES: dict[str, dict[str, str]] = {
+    "grpo": {"temporal_rule": "off"},
+    "tgrpo": {"temporal_rule": "likelihood_gate"},
+}
 RECIPES = {"sft": "lab-sft", "rl": "lab-tgrpo", "eval": "lab-eval"}
 STAGES = ("sft", *RULES)
 TESTS = {"": "ordered,shuffled", "-lying": "ordered"}

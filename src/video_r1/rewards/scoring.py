@@ -1,5 +1,6 @@
 """Every reward term of a question's completions, and their weighted sum."""
 
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -12,10 +13,13 @@ from video_r1.data.reading import Question
 from video_r1.data.rollouts import Rollout, RolloutGroup
 from video_r1.data.scores import correctness, format_reward, is_correct
 from video_r1.errors import ConfigError
+from video_r1.processes import process_index
 from video_r1.rewards.custom import RewardFunction, as_said, call_reward_function, reward_name
 from video_r1.rewards.judge import JudgeScores, SampleAnswers
-from video_r1.rewards.temporal import rule_of
+from video_r1.rewards.temporal import GATED, gate_deviation, rule_of, total_reward
 from video_r1.settings.training import TGRPOSettings
+
+logger = logging.getLogger(__name__)
 
 BUILT_IN_TERMS = ("accuracy", "format", "length", "temporal", "judge")
 
@@ -40,8 +44,8 @@ def reward_terms(
 
     reward_funcs: names of built-in terms and functions with TRL's signature; "none": no rewards. None: those
     that the settings name, or accuracy and format, with the length, temporal and judge rewards that the
-    settings ask for. The temporal reward joins any list if `temporal_rule` adds a reward. Raises ConfigError
-    for names and weights that contradict each other or the settings.
+    settings ask for. A list is all that is paid. Raises ConfigError for names and weights that contradict
+    each other or the settings.
     """
     if settings.reward_funcs is not None:
         if reward_funcs is not None:
@@ -49,7 +53,7 @@ def reward_terms(
         reward_funcs = settings.reward_funcs
     asked_for = {
         "length": settings.length_reward > 0,
-        "temporal": rule_of(settings).reward is not None,
+        "temporal": settings.temporal_rule != "off" and settings.alpha > 0,
         "judge": settings.judge_endpoint is not None and settings.judge_as == "reward",
     }
     if reward_funcs == "none":
@@ -66,8 +70,11 @@ def reward_terms(
     wrong = {
         "is empty: name rewards, pass functions, or remove it": not (names or custom),
         f"names {', '.join(unknown)}; known are {', '.join(BUILT_IN_TERMS)} and functions": unknown,
-        f"names 'temporal' while temporal_rule is {settings.temporal_rule}, which adds none; set margin": (
+        "names 'temporal' while temporal_rule is off or temporal_alpha 0; set temporal_rule margin": (
             "temporal" in names and not asked_for["temporal"]
+        ),
+        "names 'temporal' without 'accuracy': the temporal rule pays right answers; add accuracy": (
+            "temporal" in names and "accuracy" not in names
         ),
         "names 'judge' while judge_endpoint is not set, or judge_as is accuracy; change one of them": (
             "judge" in names and not asked_for["judge"]
@@ -79,8 +86,8 @@ def reward_terms(
     for said, is_so in wrong.items():
         if is_so:
             raise ConfigError(f"reward_funcs {said}")
-    built_in = tuple(dict.fromkeys([*names, "temporal"] if asked_for["temporal"] else names))
-    terms = RewardTerms(built_in, custom, dict(settings.reward_weights))
+    terms = RewardTerms(tuple(dict.fromkeys(names)), custom, dict(settings.reward_weights))
+    _check_weights(terms, settings)
     for name, weight in terms.weights.items():
         if name not in terms.names and (name not in BUILT_IN_TERMS or weight != 1):
             raise ConfigError(
@@ -88,7 +95,39 @@ def reward_terms(
                 f"{', '.join(terms.names)}; set length_reward, temporal_rule or judge_endpoint to add "
                 "one, or remove its weight"
             )
+    if asked_for["temporal"] and "temporal" not in names and process_index() == 0:
+        logger.warning(
+            "temporal_rule %s pays nothing: reward_funcs does not name 'temporal'", settings.temporal_rule
+        )
     return terms
+
+
+def _check_weights(terms: RewardTerms, settings: TGRPOSettings) -> None:
+    """Raise ConfigError for weights that punish right answers."""
+    weights = {name: terms.weights.get(name, 1.0) for name in terms.built_in}
+    for name, weight in weights.items():
+        if weight < 0:
+            raise ConfigError(
+                f"reward_weights gives {name} {weight:g}, which punishes what it should pay; to punish "
+                "something else, use a function of your own"
+            )
+    gates = "temporal" in weights and rule_of(settings).gate is not None
+    if "temporal" in weights and weights["accuracy"] == 0:
+        raise ConfigError(
+            "reward_weights gives accuracy 0, but the temporal rule pays right answers; raise it"
+        )
+    if gates and weights["temporal"] != 1:
+        raise ConfigError(
+            f"reward_weights gives temporal {weights['temporal']:g}, but a gate is no term of its own; set "
+            "temporal_alpha instead (0 to 1)"
+        )
+    least = weights.get("accuracy", 0.0) * (1.0 - settings.alpha if gates else 1.0)
+    most = settings.look_cost * getattr(settings, "max_looks", 0)
+    if "accuracy" in weights and most > least:
+        raise ConfigError(
+            f"look_cost: {most:g} for max_looks calls is more than a right answer may earn ({least:g}): a "
+            "wrong one without calls would be worth more; lower look_cost"
+        )
 
 
 def length_reward(
@@ -150,10 +189,25 @@ def score_groups(
         for group, values in zip(groups, judge(groups), strict=True):
             group.rewards["judge"] = values
     for group in groups:
-        count = len(group.ordered)
-        group.total_reward = weighted_sum(group.rewards, terms.weights).expand(count)
-        group.base_reward = weighted_sum(group.rewards, {**terms.weights, "temporal": 0.0}).expand(count)
+        _add_up(group, terms, settings)
     return groups
+
+
+def _add_up(group: RolloutGroup, terms: RewardTerms, settings: TGRPOSettings) -> None:
+    """Set the temporal term, the total reward, and the total without each term."""
+    correct, rule, gate = group.correct, rule_of(settings), None
+    assert correct is not None
+    if "temporal" in terms.built_in and rule.bonus is not None:
+        group.rewards["temporal"] = rule.bonus(group, correct, settings)
+    elif "temporal" in terms.built_in and rule.gate is not None:
+        gate = rule.gate(group, correct, settings)
+        gated = {name: values for name, values in group.rewards.items() if name in GATED}
+        paid = total_reward(gated, terms.weights)
+        group.rewards["temporal"] = (gate - 1.0) * paid
+        group.gate_deviation = gate_deviation(gate, paid)
+    add = partial(total_reward, group.rewards, terms.weights, gate)
+    group.total_reward = add().expand(len(correct))
+    group.rewards_without = {name: add(without=name).expand(len(correct)) for name in group.rewards}
 
 
 def score_group(
@@ -165,7 +219,8 @@ def score_group(
     drops: list[Tensor] | None = None,
     judged: Tensor | None = None,
 ) -> RolloutGroup:
-    """Score the built-in terms of one question's completions, by the question's type. G ordered, H shuffled.
+    """Score one question's completions by its type: every built-in term but the temporal one. G ordered,
+    H shuffled.
 
     judged: [G + H] scores that replace correctness, unless None or nan. p and p̃ are this question's shares of
     correct completions.
@@ -198,9 +253,8 @@ def score_group(
         p_shuffled=int(correct_shuffled.sum()) / len(correct_shuffled) if shuffled else None,
         token_drops=drops,
         teacher_prompt=question.teacher,
+        correct=correct,
     )
-    if (temporal_reward := rule_of(settings).reward) is not None:
-        every["temporal"] = temporal_reward(group, accuracy, correct, settings)
     group.rewards = {name: every[name] for name in terms.built_in if name in every}
     if settings.look_cost:
         calls = torch.tensor([len(rollout.calls) for rollout in ordered], dtype=torch.float32)
@@ -224,12 +278,4 @@ def correct_mask(sample: Sample, scores: Tensor, threshold: float) -> Tensor:
     """[G] → [G] bool"""
     return torch.tensor(
         [is_correct(sample.problem_type, s, threshold) for s in scores.tolist()], dtype=torch.bool
-    )
-
-
-def weighted_sum(rewards: Mapping[str, Tensor], weights: Mapping[str, float]) -> Tensor:
-    """Return the weighted sum of the terms, [G] float32; a missing value (nan) adds nothing."""
-    return sum(
-        (weights.get(name, 1.0) * values.nan_to_num(nan=0.0) for name, values in rewards.items()),
-        torch.zeros(()),
     )

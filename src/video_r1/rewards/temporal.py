@@ -1,12 +1,14 @@
-"""Temporal rules: what each pays for using the order of the frames, one object for each rule.
+"""Temporal rules: how each changes the rewards of completions that used the frames' order. One object a rule.
 
     p, p̃   shares of correct completions with the frames in order (V) and with the contrast clip (Ṽ)
-    d_it   log π(o_it | V) − log π(o_it | Ṽ), the drop of token t of completion i, in nats
-    Δ_i    mean of d_it over the tokens t of completion i
+    d_it   log π(o_it | V) − log π(o_it | Ṽ) of token t of completion i, in nats
+    Δ_i    log-prob contrast of completion i, in nats (`logprob_contrast`)
 
 A rule compares V with Ṽ in one of two ways. `sampled`: the policy also answers the contrast clip, which gives
-p̃. `scored`: the ordered completions are scored behind the contrast clip, which gives d_it. G: ordered
-completions of a question. A new rule takes an entry in RULES and its name in settings/training.py.
+p̃. `scored`: the ordered completions are scored behind the contrast clip, which gives d_it. A rule then does
+one of two things. A bonus r_t is added to the reward of correct completions. A gate g_i multiplies the
+rewards that are paid for being right. G: ordered completions of a question. A new rule takes an entry in
+RULES and its name in settings/training.py.
 """
 
 from __future__ import annotations
@@ -25,36 +27,41 @@ from video_r1.settings.training import TGRPOSettings
 
 logger = logging.getLogger(__name__)
 
-KEY_SHARE = 5  # one token in five of a completion is a key token
-GATE_FLOOR = 0.1  # rewards of right completions that differ by less stay small advantages
+EXTREMES = 8  # tokens at either end of a completion's d_t
+GATED = ("accuracy", "length", "judge")
+"""Reward terms that are paid for being right: a gate multiplies them."""
 
-Reward = Callable[[RolloutGroup, Tensor, Tensor, TGRPOSettings], Tensor]
-"""(group, accuracy [G], correct [G] bool, settings) -> r_t [G] float32."""
+Rule = Callable[[RolloutGroup, Tensor, TGRPOSettings], Tensor]
+"""(group, correct [G] bool, settings) -> r_t or g [G] float32."""
 
 
 @dataclass(frozen=True)
 class TemporalRule:
-    """How a rule compares a clip with its contrast clip, and what a completion earns for it."""
+    """How a rule compares a clip with its contrast clip, and how that changes the rewards.
+
+    bonus: r_t, the reward term `temporal`. gate: g in [0, 1]; the term `temporal` is then what it takes away.
+    floor: minimum added to a group's deviation as far as the gate makes it (`gate_deviation`).
+    """
 
     contrast: Literal["sampled", "scored"] | None = None
-    reward: Reward | None = None
-    pays_all_alike: bool = False  # the correct completions of a question: see `warn_of_cancelled_bonus`
-    floor: float = 1e-4  # added to the deviation of rewards by which advantages are divided
+    bonus: Rule | None = None
+    gate: Rule | None = None
+    floor: float = 0.0
 
 
 def rule_of(settings: TGRPOSettings) -> TemporalRule:
-    return RULES[settings.temporal_rule]
+    return RULES[settings.paid_rule]
 
 
-# ---- Rewards
+# ---- Rules
 
 
-def margin(group: RolloutGroup, accuracy: Tensor, correct: Tensor, settings: TGRPOSettings) -> Tensor:
-    """r_t = α·(p − p̃) if p > p̃, else 0, for each correct completion."""
+def margin(group: RolloutGroup, correct: Tensor, settings: TGRPOSettings) -> Tensor:
+    """r_t = α·(p − p̃) if p > p̃, else 0, for each correct completion (arXiv 2503.21776 v1)."""
     return settings.alpha * max(0.0, group.margin or 0.0) * correct.float()
 
 
-def threshold(group: RolloutGroup, accuracy: Tensor, correct: Tensor, settings: TGRPOSettings) -> Tensor:
+def threshold(group: RolloutGroup, correct: Tensor, settings: TGRPOSettings) -> Tensor:
     """r_t = α if p ≥ μ·p̃, else 0, for each correct completion (arXiv 2503.21776 v4; μ = 1)."""
     if group.p_shuffled is None:
         return torch.zeros(len(correct))
@@ -63,33 +70,74 @@ def threshold(group: RolloutGroup, accuracy: Tensor, correct: Tensor, settings: 
     return (settings.alpha if reached else 0.0) * correct.float()
 
 
-def likelihood_gate(
-    group: RolloutGroup, accuracy: Tensor, correct: Tensor, settings: TGRPOSettings
-) -> Tensor:
-    """r_t = −α·a_i·exp(−Δ_i), where Δ_i is the mean over the key tokens (`key_drops`) and a_i the accuracy.
+def likelihood_gate(group: RolloutGroup, correct: Tensor, settings: TGRPOSettings) -> Tensor:
+    """g_i = 1 − α·exp(−max(0, Δ_i)) for a correct completion, 1 − α for another; 1 without a contrast.
 
-    In all a_i·(1 − α·exp(−Δ_i)) is earned: with equal drops a better answer earns more, graded ones included.
+    A graded answer that is not correct may still earn something. It gets the lowest factor, so that no gate
+    makes a correct completion worth less than it.
     """
     if group.token_drops is None:
-        return torch.zeros(len(correct))
-    kept = torch.exp(-key_drops(group.token_drops).clamp(min=0.0))
-    return -settings.alpha * (accuracy * kept).float()
+        return torch.ones(len(correct))
+    kept = torch.exp(-logprob_contrast(group.token_drops).clamp(min=0.0))
+    return 1.0 - settings.alpha * torch.where(correct, kept, torch.ones_like(kept))
 
 
-def key_drops(token_drops: Sequence[Tensor]) -> Tensor:
-    """[G] float32: the mean of the largest fifth (⌈L/5⌉) of each completion's drops d_t [L], in nats: most
-    tokens say nothing about the frames.
+def logprob_contrast(token_drops: Sequence[Tensor]) -> Tensor:
+    """[G] float32, nats: Δ of each completion's d_t [L], the mean of the 8 largest plus the mean of the 8
+    smallest, each of at most half of the tokens.
+
+    Noise around 0 cancels between the two ends, and the length of the rest does not matter.
     """
-    largest = (drops.sort(descending=True).values[: -(-len(drops) // KEY_SHARE)] for drops in token_drops)
-    return torch.stack([drops.sum() / max(1, len(drops)) for drops in largest])
+    found = []
+    for drops in token_drops:
+        ordered, size = drops.float().sort(descending=True).values, len(drops)
+        largest, smallest = (
+            ordered[: min(EXTREMES, -(-size // 2))],
+            ordered[size - min(EXTREMES, size // 2) :],
+        )
+        found.append(sum((ends.mean() for ends in (largest, smallest) if len(ends)), torch.zeros(())))
+    return torch.stack(found)
 
 
 RULES: dict[str, TemporalRule] = {
     "off": TemporalRule(),
-    "margin": TemporalRule("sampled", reward=margin, pays_all_alike=True),
-    "threshold": TemporalRule("sampled", reward=threshold, pays_all_alike=True),
-    "likelihood_gate": TemporalRule("scored", reward=likelihood_gate, floor=GATE_FLOOR),
+    "margin": TemporalRule("sampled", bonus=margin),
+    "threshold": TemporalRule("sampled", bonus=threshold),
+    "likelihood_gate": TemporalRule("scored", gate=likelihood_gate, floor=0.1),
 }
+
+
+# ---- What a rule does to rewards
+
+
+def total_reward(
+    rewards: Mapping[str, Tensor],
+    weights: Mapping[str, float],
+    gate: Tensor | None = None,
+    without: str | None = None,
+) -> Tensor:
+    """Return R = Σ_k w_k·r_k, [G] float32, where a gate g [G] multiplies the terms in GATED.
+
+    rewards: each term [G]; a missing value (nan) adds nothing. without: leaves one term out; without
+    `temporal`, no gate.
+    """
+    total = torch.zeros(())
+    for name, values in rewards.items():
+        if name != without and not (gate is not None and name == "temporal"):
+            open_ = gate is None or without == "temporal" or name not in GATED
+            factor = 1.0 if open_ else gate
+            total = total + weights.get(name, 1.0) * values.nan_to_num(nan=0.0) * factor
+    return total
+
+
+def gate_deviation(gate: Tensor, paid: Tensor) -> float:
+    """Return the deviation of (g_i − ḡ)·B_i, ḡ = Σ g·B² ÷ Σ B²: what the gate g [G] adds to the deviation of
+    a group's rewards beyond a factor that all would share. paid: B [G], the rewards that it multiplies.
+    """
+    if len(gate) < 2:
+        return 0.0
+    shared = (gate * paid.square()).sum() / paid.square().sum().clamp(min=1e-12)
+    return float(((gate - shared) * paid).std())
 
 
 def warn_of_cancelled_bonus(
@@ -98,8 +146,8 @@ def warn_of_cancelled_bonus(
     """Warn on rank 0 when the settings make the temporal reward cancel: if the rewards of a group have two
     values, advantages divided by its deviation are the same for any bonus (docs/t-grpo.md).
     """
-    shared = rule_of(settings).pays_all_alike and "temporal" in names
-    adds = shared and settings.alpha * weights.get("temporal", 1.0) != 0
+    shared = rule_of(settings).contrast == "sampled" and "temporal" in names
+    adds = shared and weights.get("temporal", 1.0) != 0
     telling = {name for name in names if weights.get(name, 1.0) != 0}
     two_values = telling <= {"accuracy", "format", "temporal"}
     if adds and two_values and settings.scale_rewards == "group" and process_index() == 0:

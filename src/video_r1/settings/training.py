@@ -153,10 +153,10 @@ class TGRPOSettings(JudgeSettings, TrainingSettings):
     dynamic_sampling: int = setting(0, "rounds that replace groups of equal rewards (DAPO)", at_least=0)
     num_iterations: int = setting(1, "updates on each batch of rollouts", above=0)
     temporal_rule: TemporalRule = setting(
-        "likelihood_gate",
-        "what pays for the frame order: likelihood_gate −alpha·accuracy·exp(−drop), by each response's drop "
-        "in log-prob with the contrast clip (of the fifth of its tokens that drop most); the paper's margin "
-        "alpha·(p − p_shuffled) or threshold alpha when p ≥ mu·p_shuffled",
+        "margin",
+        "pays for the frame order: the paper's margin alpha·(p − p_shuffled), or threshold alpha when p ≥ "
+        "mu·p_shuffled; likelihood_gate multiplies accuracy and length by 1 − alpha·exp(−Δ), Δ the log-prob "
+        "contrast of each response with the contrast clip; off",
     )
     temporal_contrast: Contrast | None = setting(
         None,
@@ -167,7 +167,9 @@ class TGRPOSettings(JudgeSettings, TrainingSettings):
         "frame", "unit that is permuted; patch: pairs of frames, encoded once"
     )
     temporal_alpha: float | None = setting(
-        None, "size of the temporal reward (default: 0.3; for likelihood_gate 0.9)", at_least=0
+        None,
+        "size of the temporal reward; 0: off (default: 0.3; for likelihood_gate 0.9, at most 1)",
+        at_least=0,
     )
     temporal_threshold_mu: float = setting(1.0, "mu of the rule 'threshold'", at_least=0)
     correct_threshold: float = setting(0.5, "accuracy above this counts as correct", at_least=0, below=1)
@@ -205,9 +207,12 @@ class TGRPOSettings(JudgeSettings, TrainingSettings):
         yield from super().problems()
         if self.num_generations < 2:
             yield "num_generations", f"is {self.num_generations}; a group needs at least 2 completions"
-        if self.temporal_rule in get_args(SampledRule) and self.shuffled_generations < 1:
+        if self.paid_rule in get_args(SampledRule) and self.shuffled_generations < 1:
             said = f"is {self.num_shuffled_generations} while temporal_rule is {self.temporal_rule}"
             yield "num_shuffled_generations", f"{said}; use at least 1, or temporal_rule off"
+        if self.temporal_rule == "likelihood_gate" and self.alpha > 1:
+            said = f"is {self.alpha:g}, which would make a right answer cost something"
+            yield "temporal_alpha", f"{said}; a gate takes 0 to 1"
         if self.contrast_unit == "patch" and self.contrast not in ("shuffled", "reversed"):
             said = f"is patch while temporal_contrast is {self.contrast}, which permutes nothing"
             yield "contrast_unit", f"{said}; leave it at frame"
@@ -277,6 +282,12 @@ class TGRPOSettings(JudgeSettings, TrainingSettings):
             yield "delta", f"is {self.delta}, not above 1 + epsilon_high, where the ratio is clipped already"
 
     @property
+    def paid_rule(self) -> TemporalRule:
+        """The temporal rule that is paid: `off` if its size is 0 or the list of rewards does not name it."""
+        is_paid = self.alpha > 0 and (self.reward_funcs is None or "temporal" in self.reward_funcs)
+        return self.temporal_rule if is_paid else "off"
+
+    @property
     def contrast(self) -> Contrast:
         """The contrast clip of the temporal rule. A frozen clip keeps a shortcut that one frame shows."""
         frozen = self.temporal_rule == "likelihood_gate" and self.contrast_unit == "frame"
@@ -299,7 +310,7 @@ class TGRPOSettings(JudgeSettings, TrainingSettings):
     @property
     def shuffled_generations(self) -> int:
         """Completions per video question with the contrast clip; 0 if the rule samples none."""
-        if self.temporal_rule not in get_args(SampledRule):
+        if self.paid_rule not in get_args(SampledRule):
             return 0
         if self.num_shuffled_generations is not None:
             return self.num_shuffled_generations

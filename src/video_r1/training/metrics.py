@@ -8,38 +8,30 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from itertools import chain
 
-from torch import Tensor
-
 from video_r1.data.answers import extract_answer, option_prefix
 from video_r1.data.rollouts import Rollout, RolloutGroup
 from video_r1.models.group_forward import GroupLogprobs
 from video_r1.processes import gather, process_count, process_index
+from video_r1.rewards.temporal import logprob_contrast
 from video_r1.training.objective import PolicyLoss, without_variance
 from video_r1.training.questions import pair_of
 
 SKIPPED_GROUPS = "left_out.jsonl"  # in a run folder: groups that its steps learnt nothing from
-VISIBLE_CHANGE = 0.01  # of an advantage; advantages of a group have deviation 1
 
 
 class Meter:
-    """Series over some steps and all ranks: quotients of two sums or norms, sums, peaks."""
+    """Series over some steps and all ranks: quotients of two sums, sums, peaks."""
 
     def __init__(self) -> None:
         self.sums: dict[str, float] = defaultdict(float)
         self.counts: dict[str, float] = defaultdict(float)  # of quotients only
         self.peaks: dict[str, float] = {}
-        self.roots: set[str] = set()  # names of quotients whose root is logged
         self.steps = 0  # optimizer steps, counted by StepSeconds
 
     def add(self, name: str, value: float, count: float = 1.0) -> None:
         """Add to a quotient: `value` is a sum over `count` things."""
         self.sums[name] += float(value)
         self.counts[name] += float(count)
-
-    def norms(self, name: str, vector: Tensor, reference: Tensor) -> None:
-        """Add to a quotient of two norms, ‖vector‖ ÷ ‖reference‖, each over all vectors added."""
-        self.add(name, float(vector.square().sum()), float(reference.square().sum()))
-        self.roots.add(name)
 
     def total(self, name: str, value: float) -> None:
         self.sums[name] += float(value)
@@ -62,10 +54,9 @@ class Meter:
     def drain(self) -> dict[str, float]:
         """Return the series since the last call, over all ranks, and reset; seconds are per step."""
         steps = max(1, self.steps)
-        parts = gather((self.sums, self.counts, self.peaks, self.roots))
+        parts = gather((self.sums, self.counts, self.peaks))
         self.__init__()
-        for sums, counts, peaks, roots in parts:
-            self.roots |= roots
+        for sums, counts, peaks in parts:
             for name, value in sums.items():
                 self.sums[name] += value
             for name, count in counts.items():
@@ -79,8 +70,7 @@ class Meter:
             elif name not in self.counts:
                 series[name] = value
             elif self.counts[name] > 0:
-                quotient = value / self.counts[name]
-                series[name] = math.sqrt(quotient) if name in self.roots else quotient
+                series[name] = value / self.counts[name]
         series |= sorted(self.peaks.items())
         self.__init__()
         return series
@@ -89,8 +79,8 @@ class Meter:
 def describe_groups(
     meter: Meter, groups: Sequence[RolloutGroup], phrases: Sequence[str], tools: bool = False
 ) -> None:
-    """Add one step's rewards, their deviations inside a group, temporal gap, completions, flat groups; calls,
-    if there are tools.
+    """Add one step's rewards, their deviations inside a group, temporal gap, completions, groups without
+    variance before the temporal term; calls, if there are tools.
     """
     pairs: dict[tuple[str, int], list[float]] = defaultdict(list)
     for group in groups:
@@ -109,10 +99,8 @@ def describe_groups(
             meter.add("temporal/p_shuffled", group.p_shuffled)
             meter.add("temporal/gap", group.p - group.p_shuffled)
             meter.add("temporal/share_ordered_better", group.p > group.p_shuffled)
-        if group.drops is not None:
-            meter.add("temporal/drop", float(group.drops.sum()), len(group.drops))
-        if group.shuffled_prompt is not None:
-            describe_credit(meter, group)
+        if group.token_drops is not None:
+            meter.add("temporal/drop", float(logprob_contrast(group.token_drops).mean()))
         letters = {option_prefix(option).strip(" (.):") for option in sample.options}
         for rollout in group.ordered:
             if (answer := extract_answer(rollout.text)) in letters:
@@ -126,27 +114,13 @@ def describe_groups(
             meter.add("completion/truncated", rollout.finish_reason == "length")
             meter.add("completion/self_reflection", has_self_reflection(rollout.text, phrases))
         if group.rewards:  # a teacher alone needs none
-            meter.add("groups/no_variance", bool(without_variance(group.total_reward[None])))
+            meter.add("groups/no_variance", bool(without_variance(group.base_reward[None])))
     everywhere: dict[tuple[str, int], list[float]] = defaultdict(list)
     for pair, shares in chain(*(part.items() for part in gather(dict(pairs)))):
         everywhere[pair] += shares
     for (_, size), shares in everywhere.items():
         if len(shares) == size and process_index() == 0:  # all of them in this step
             meter.add("temporal/pair_accuracy", math.prod(shares))
-
-
-def describe_credit(meter: Meter, group: RolloutGroup) -> None:
-    """Add the effect of the temporal term on a video's advantages A: ‖A − A without it‖ ÷ ‖A without it‖,
-    and whether it changed an advantage of a group that it pays.
-    """
-    if group.base_advantages is None:
-        return
-    advantages, without = group.advantages, group.base_advantages
-    change = advantages - without
-    meter.norms("temporal/credit", change, without)
-    bonus = group.rewards.get("temporal")
-    if bonus is not None and bool(bonus.any()):
-        meter.add("temporal/credit_groups", float(change.abs().max()) > VISIBLE_CHANGE)
 
 
 def describe_update(meter: Meter, policy: GroupLogprobs, result: PolicyLoss) -> None:

@@ -1,6 +1,6 @@
 """Advantages and the policy objective: pure functions of tensors, no model.
 
-Advantages of Q questions with G completions each, A = (R − mean) ÷ (std + eps): the mean is the group's, and
+Advantages of Q questions with G completions each, A = (R − mean) ÷ (std + 1e-4): the mean is the group's, and
 `scale_rewards` says what the standard deviation is taken over. A temporal rule may change the result
 (rewards/temporal.py).
 
@@ -31,6 +31,7 @@ ImportanceLevel = Literal["token", "sequence"]
 Average = Literal["responses", "tokens", "micro_batch", "budget"]
 """Unit of the loss's mean: responses (each the mean of its tokens), tokens of the step or of a micro-batch,
 or the token budget (responses × max_completion_length)."""
+EPSILON = 1e-4  # keeps a deviation above 0
 SCALED_BOUND = 5.0  # a larger |A| by the task's deviation is replaced by A with the group's own deviation
 SMALLEST_DEVIATION = 1e-3  # of a task's rewards
 Moments = tuple[float, float]
@@ -43,23 +44,24 @@ Moments = tuple[float, float]
 def group_advantages(
     rewards: Tensor,
     scale: AdvantageScale = "group",
-    eps: float = 1e-4,
+    floor: Tensor | None = None,
     task_deviations: Tensor | None = None,
 ) -> Tensor:
-    """Return A = (R − mean) ÷ (std + eps), [Q, G] as rewards [Q, G]; 0 in a group of equal rewards.
+    """Return A = (R − mean) ÷ (std + 1e-4), [Q, G] as rewards [Q, G]; 0 in a group of equal rewards.
 
     scale: what the sample standard deviation is taken over. `group`: the group's own G rewards (GRPO, arXiv
     2402.03300); `batch`: all Q·G rewards; `none`: no division (Dr. GRPO, arXiv 2503.20783); `task`:
     task_deviations [Q], running deviations of each question's problem type (the code of OneThinker, arXiv
-    2512.03043), but the group's own if an |A| exceeds 5.
+    2512.03043), but the group's own if an |A| exceeds 5. floor: [Q, 1], added to a group's own deviation.
     """
     centred = rewards - rewards.mean(dim=1, keepdim=True)
-    # The mean of equal numbers can be off by a rounding error, which ÷ eps would make visible.
+    # The mean of equal numbers can be off by a rounding error, which ÷ EPSILON would make visible.
     centred = centred.masked_fill(without_variance(rewards)[:, None], 0.0)
     if scale == "none":
         return centred
     # One response has no deviation (its sample standard deviation is 0 ÷ 0); its advantage is 0 anyway.
     own = rewards.std(dim=1, keepdim=True) if rewards.shape[1] > 1 else torch.zeros_like(rewards)
+    own = own if floor is None else own + floor
     if scale == "group":
         std = own
     elif scale == "batch":
@@ -67,9 +69,9 @@ def group_advantages(
     else:
         assert task_deviations is not None, "the scale task needs deviations"
         std = task_deviations.to(rewards)[:, None]
-        beyond = (centred / (std + eps)).abs().amax(dim=1, keepdim=True) > SCALED_BOUND
+        beyond = (centred / (std + EPSILON)).abs().amax(dim=1, keepdim=True) > SCALED_BOUND
         std = torch.where(beyond, own, std)
-    return centred / (std + eps)
+    return centred / (std + EPSILON)
 
 
 def without_variance(rewards: Tensor) -> Tensor:
@@ -152,10 +154,11 @@ def policy_loss(
     logprobs: [N] of the policy, with gradient; old_logprobs: [N] of the policy that sampled (None: the policy
     itself); advantages: [R]; lengths: [R] int. normaliser: `loss_normaliser` of the whole optimizer step (÷
     ranks if gradients are averaged over ranks). importance_sampling_level `sequence`: ρ is exp of the mean
-    log-ratio of a response's tokens (GSPO, arXiv 2507.18071). beta: weight of the KL from ref_logprobs [N].
-    token_weights: [N], factors of the policy terms. token_credits: [N], added to the advantages. counted: [R]
-    bool, False excludes a response. Raises ValueError for sizes that do not fit, ConfigError for an unknown
-    loss type.
+    log-ratio of a response's tokens, with the gradient of each token's own π (GSPO-token, arXiv 2507.18071;
+    the same as GSPO where a response's tokens share one advantage and weight). beta: weight of the KL from
+    ref_logprobs [N]. token_weights: [N], factors of the policy terms. token_credits: [N], added to the
+    advantages. counted: [R] bool, False excludes a response. Raises ValueError for sizes that do not fit,
+    ConfigError for an unknown loss type.
     """
     if len(advantages) != len(lengths):
         raise ValueError(f"{len(advantages)} advantages but {len(lengths)} responses")
@@ -169,8 +172,8 @@ def policy_loss(
 
     log_ratio = logprobs - old_logprobs
     if importance_sampling_level == "sequence":
-        means = _response_sums(log_ratio, lengths) / lengths.clamp(min=1)
-        log_ratio = _by_token(means, lengths, len(logprobs))
+        means = _response_sums(log_ratio.detach(), lengths) / lengths.clamp(min=1)
+        log_ratio = _by_token(means, lengths, len(logprobs)) + (logprobs - logprobs.detach())
     ratio = log_ratio.exp()
     token_loss = -objective.surrogate(ratio, logprobs, token_advantages, clip)
     if token_weights is not None:

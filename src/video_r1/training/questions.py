@@ -5,6 +5,7 @@ the shuffled frame order are each drawn from a generator that is seeded by their
 run therefore sees exactly what an uninterrupted one sees.
 """
 
+import re
 import threading
 from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import Future
@@ -22,7 +23,7 @@ from video_r1.data.manifests.records import Sample
 from video_r1.data.reading import Reader, Unusable, derived_generator, quarantined
 from video_r1.data.rollouts import RolloutGroup
 from video_r1.errors import MediaError, PromptError, VideoR1Error
-from video_r1.files import append_line
+from video_r1.files import append_line, warn_once
 from video_r1.models.group_forward import VisualFeatures
 from video_r1.processes import gather
 from video_r1.training.objective import without_variance
@@ -185,19 +186,53 @@ class QuestionSource(Generic[Loaded, Content]):
 
 
 def with_shuffled_options(sample: Sample, generator: torch.Generator) -> Sample:
-    """Draw the order of a sample's options, and adapt the solution's letter. Options that refer to others
-    ("all of the above") stay.
+    """Draw the order of a sample's options, and adapt the solution's letter.
+
+    Options keep their order where a text refers to them by letter or place ("A and B", "all of the above"),
+    or where the row has a chat of its own, which contains them; a warning says so once.
     """
     marks = [option_prefix(option) for option in sample.options]
     letters = [mark.strip(" (.):") for mark in marks]
-    refer = any("above" in option or "both" in option for option in map(str.lower, sample.options))
-    if refer or sample.answer not in letters:
+    texts = [option[len(mark) :] for option, mark in zip(sample.options, marks, strict=True)]
+    if sample.answer not in letters:
+        return sample
+    if sample.messages or refers_to_options(sample.problem, texts, letters):
+        warn_once("shuffle_options: questions that refer to their options by letter or place keep the order")
         return sample
     order = torch.randperm(len(marks), generator=generator).tolist()
-    texts = [option[len(mark) :] for option, mark in zip(sample.options, marks, strict=True)]
     options = tuple(mark + texts[old] for mark, old in zip(marks, order, strict=True))
     letter = letters[order.index(letters.index(sample.answer))]
     return replace(sample, options=options, solution=f"<answer>{letter}</answer>")
+
+
+_PLACES = re.compile(
+    r"^\W*(both|neither|either|all|none|any)( (of )?(them|these|those|the (two|three|others?)))?\W*$"
+    r"|\b(all|none|both|neither|either|any|each|one|two|most) (of )?(the |these |those )?"
+    r"(above|below|following|others?|previous|preceding)\b"
+    r"|\b(the|as|is|from|stated|mentioned|listed|shown|see|same) (above|below)\W*$"
+    r"|\b(former|latter|aforementioned|options?|choices?|answers?|alternatives?|anteriores|ci-dessus|obigen?)\b"
+    r"|以上|上述|上記|选项|两者|都[是不对]|выше",
+    re.IGNORECASE,
+)  # in an option
+_NUMBERED = re.compile(
+    r"\b(first|second|third|fourth|last|next) (option|choice|answer|alternative)", re.IGNORECASE
+)
+
+
+def refers_to_options(problem: str, options: Sequence[str], letters: Sequence[str]) -> bool:
+    """Whether a question or one of its options (texts without letters) names options by letter or place."""
+    others = "".join(letter for letter in letters if letter not in "AI") or "B"
+    word = "[AI]"  # words of their own: letters only beside a mark or a conjunction, or alone
+    named = re.compile(
+        rf"(?<![\w'’.-])[{others}{others.lower()}](?![\w'’])|^\W*{word}\W*$|(?<!\w){word}\s*[).:;/&+,]"
+        rf"|(?<!\w){word} (and|or|nor|&) "
+        rf"|\b(and|or|nor|only|both|neither|either|than|option) \(?{word}(?!\w)(?! \w)"
+    )
+    return (
+        any(map(named.search, [problem, *options]))
+        or any(map(_PLACES.search, options))
+        or bool(_NUMBERED.search(problem))
+    )
 
 
 def epoch_order(seed: int, samples: Sequence[Sample], epoch: int) -> list[int]:
@@ -275,12 +310,11 @@ def select_groups(first: Asked, ask: Callable[[list[Slot]], Asked], limit: int) 
         by = None if teaches_nothing(group) else group.sample.problem_id
         for n, facts in enumerate(tried):
             reason = "tried" if n > 0 else "no variance" if by is None else "replaced"
-            if reason == "no variance" and group.teacher_prompt is not None:
-                continue  # the teacher teaches it
             line = {**facts, "reason": reason, "round": n, "replaced_by": by}
             skipped.append((slot._replace(round=n), line))
     return Selection(groups, vision, skipped)
 
 
 def teaches_nothing(group: RolloutGroup) -> bool:
-    return bool(without_variance(group.total_reward[None]))
+    """Whether a group's rewards without the temporal term are equal, and no teacher teaches it."""
+    return group.teacher_prompt is None and bool(without_variance(group.base_reward[None]))

@@ -69,8 +69,8 @@ def record_group(run_dir: Path, step: int, group: RolloutGroup, tokenizer: Any =
     ordered = _completions(group.ordered, group.rewards, f"{name}-look")
     for record, total, advantage in zip(ordered, group.total_reward, group.advantages, strict=True):
         record["total"], record["advantage"] = _number(total), _number(advantage)
-    if group.base_advantages is not None and contrast is not None:
-        for record, advantage in zip(ordered, group.base_advantages, strict=True):
+    if "temporal" in group.advantages_without and contrast is not None:
+        for record, advantage in zip(ordered, group.advantages_without["temporal"], strict=True):
             record["advantage_without_temporal"] = _number(advantage)
     if group.token_drops is not None and tokenizer is not None:
         for record, rollout, drops in zip(ordered, group.ordered, group.token_drops, strict=True):

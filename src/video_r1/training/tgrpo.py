@@ -10,13 +10,12 @@
 are the Trainer's; trainer.py has what this project overrides.
 
 With the rule `likelihood_gate` nothing is sampled from the contrast clip: ordered completions are scored
-with it.
+behind it.
 
 Deviations from the paper and its code:
- 1. The temporal reward is −α·exp(−Δ) for a correct completion whose key tokens lose Δ nats with the contrast
-    clip (`likelihood_gate`), and 0.1 is added to the deviation of the rewards. The paper's bonuses,
-    α·(p − p̃) (`margin`) and α wherever p ≥ μ·p̃ (`threshold`), cancel in groups of right and wrong
-    completions (docs/t-grpo.md).
+ 1. The default temporal reward is the paper's first formula, α·(p − p̃) (`margin`); its v4 has α wherever
+    p ≥ μ·p̃ (`threshold`). Both cancel in groups whose rewards have two values (docs/t-grpo.md). The rule
+    `likelihood_gate` is not the paper's: it multiplies accuracy and length by 1 − α·exp(−Δ).
  2. p and p̃ belong to one question. The reference code computes them over the batch (one prompt a device).
  3. Ordered and shuffled completions are sampled alike, without top-p: the sampled distribution is scored.
  4. The shuffled order is never the identity, and the sampling rate of the frames reaches the model.
@@ -35,6 +34,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
+from copy import copy
 from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
@@ -85,6 +85,7 @@ from video_r1.training.callbacks import (
     sampler_difference,
     warn_of_difference,
 )
+from video_r1.training.ledger import Ledger
 from video_r1.training.logprob_contrast import logprob_drops, samples_as_it_scores
 from video_r1.training.metrics import SKIPPED_GROUPS, Meter, describe_groups, describe_update
 from video_r1.training.objective import (
@@ -96,6 +97,7 @@ from video_r1.training.objective import (
     loss_normaliser,
     objective_of,
     policy_loss,
+    without_variance,
 )
 from video_r1.training.questions import (
     Asked,
@@ -243,7 +245,11 @@ class TGRPOTrainer(QuestionTrainer):
             raise ConfigError("quantization_config: pass a model loaded with it, or a recipe: load_in_4bit")
         args = TGRPOConfig(output_dir="runs/tgrpo") if args is None else args
         self.terms = terms = reward_terms(reward_funcs, args)
+        if "temporal" not in terms.names:  # a list of rewards is all that is paid
+            args = copy(args)
+            args.temporal_rule = "off"
         self.rule = rule_of(args)
+        self.ledger = Ledger()
         warn_of_cancelled_bonus(terms.names, terms.weights, args)
         judged = ["judge"] if "judge" in terms.names else []
         total = {"reward": "reward/total"} if terms.names else {}  # without rewards it is always 0
@@ -325,11 +331,13 @@ class TGRPOTrainer(QuestionTrainer):
         )
         groups = selected.groups
 
-        # A_i = w·(R_i − mean(R)) ÷ std(R), the mean over the question's ordered completions
-        credit(groups, args, self.callback_of(TaskMoments))
+        # A_i = (R_i − mean(R)) ÷ std(R), the mean over the question's ordered completions
+        entries = credit(groups, args, self.callback_of(TaskMoments), self.ledger)
         self.record_selection(selected)
         tools = isinstance(self.engine, ToolEngine)
         describe_groups(self.meter, groups, args.self_reflection_phrases, tools)
+        for name, value in entries.items():
+            self.meter.add(name, value)
 
         # Micro-batches, and the normaliser of the whole step
         return step_of(groups, [len(batch) for batch in pending], selected.vision, args)
@@ -594,25 +602,46 @@ class TGRPOTrainer(QuestionTrainer):
 
 
 def credit(
-    groups: Sequence[RolloutGroup], settings: TGRPOSettings, moments: TaskMoments | None = None
-) -> None:
-    """Set the groups' advantages, and those without the temporal term. Every rank calls it with its own
-    groups of a step. moments: for `scale_rewards` task.
+    groups: Sequence[RolloutGroup],
+    settings: TGRPOSettings,
+    moments: TaskMoments | None = None,
+    ledger: Ledger | None = None,
+) -> dict[str, float]:
+    """Set the groups' advantages, and those without each reward term; return the ledger's series. Every rank
+    calls it with its own groups of a step. moments: for `scale_rewards` task.
     """
-    scale = settings.scale_rewards
-    rows = [(g.total_reward, g.base_reward, g.sample.problem_type) for g in groups]
+    scale, rule = settings.scale_rewards, rule_of(settings)
+    rows = [
+        (g.total_reward, g.rewards_without, g.sample.problem_type, g.gate_deviation, g.correct)
+        for g in groups
+    ]
     everyone, mine = gather_lists(rows)
-    rewards, without, types = zip(*everyone, strict=True)
-    rewards, without = torch.stack(rewards), torch.stack(without)  # [Q, G], of all ranks
+    totals, parts, types, gated, correct = zip(*everyone, strict=True)
+    rewards = torch.stack(totals)  # [Q, G], of all ranks
+    names = dict.fromkeys(chain(*parts))
+    without = {
+        name: torch.stack([part.get(name, total) for part, total in zip(parts, totals, strict=True)])
+        for name in names
+    }
 
-    # A_i = (R_i − mean(R)) ÷ (std(R) + floor); a task's std is that of the rewards with r_t for both
+    # A_i = (R_i − mean(R)) ÷ (std(R) + floor); a task's std is that of the rewards with all terms
     std = None if moments is None else moments.deviations(rewards, types)
-    floor = rule_of(settings).floor
-    base = group_advantages(without, scale, floor, std)
+    own = rewards.std(dim=1) if rewards.shape[1] > 1 else torch.zeros(len(rewards))
+    share = (torch.tensor(gated) / own.clamp(min=1e-12)).clamp(max=1.0)  # of the deviation, by the gate alone
+    floor = rule.floor * share[:, None]
     advantages = group_advantages(rewards, scale, floor, std)
+    others = {
+        name: group_advantages(values, scale, None if name == "temporal" else floor, std)
+        for name, values in without.items()
+    }
 
-    for group, own, plain in zip(groups, advantages[mine], base[mine], strict=True):
-        group.advantages, group.base_advantages = own, plain
+    for place, group in zip(range(len(everyone))[mine], groups, strict=True):
+        group.advantages = advantages[place]
+        group.advantages_without = {name: values[place] for name, values in others.items()}
+    if ledger is None:
+        return {}
+    varies = {name: not bool(without_variance(rewards - values).all()) for name, values in without.items()}
+    return ledger.add(advantages, others, torch.stack(correct), varies)
 
 
 def step_of(
