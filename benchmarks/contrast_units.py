@@ -29,7 +29,6 @@ from video_r1.data.reading import Question, build_question, derived_generator
 from video_r1.lab.clips import write_lab
 from video_r1.lab.model import base_folder
 from video_r1.models.loading import load_model, load_processor
-from video_r1.rewards.temporal import KEY_SHARE
 from video_r1.rollout.engine import SamplingSettings
 from video_r1.rollout.transformers import TransformersEngine
 from video_r1.settings.commands import LabSettings
@@ -37,6 +36,7 @@ from video_r1.settings.frames import Contrast, ContrastUnit, FrameBudget
 from video_r1.training.logprob_contrast import logprob_drops
 
 SIDE, BATCH = 56, 16
+KEY_SHARE = 5  # one token in five of a response is a key token
 
 
 def run(arguments: argparse.Namespace) -> dict[str, Any]:

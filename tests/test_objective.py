@@ -55,6 +55,21 @@ def test_worked_figures(loss_type, settings, loss: float) -> None:
     assert result.loss.item() == pytest.approx(loss, abs=1e-12)
 
 
+@pytest.mark.parametrize("off_policy", [0.0, 0.3])
+def test_interaction_of_a_teacher_and_the_ratio_of_a_sequence(off_policy: float) -> None:
+    """Credits +5, −5, 0, 0 and A = 0: −ρ·c_t ÷ 4, ρ of the whole response; not 0, their mean."""
+    old = torch.tensor([-1.0, -2.0, -1.0, -1.0], dtype=torch.float64)
+    policy = (old + off_policy * torch.tensor([1.0, -1.0, 1.0, 0.0])).requires_grad_()
+    credits = torch.tensor([5.0, -5.0, 0.0, 0.0], dtype=torch.float64)
+    policy_loss(
+        policy, old, torch.zeros(1, dtype=torch.float64), torch.tensor([4]), normaliser=1.0,
+        importance_sampling_level="sequence", token_credits=credits,
+    ).loss.backward()  # fmt: skip
+    ratio = math.exp(off_policy / 4)
+    assert policy.grad is not None
+    torch.testing.assert_close(policy.grad, -ratio * credits / 4)
+
+
 def test_worked_statistics() -> None:
     result = worked("grpo")
     assert result.clip_ratio.item() == pytest.approx(2 / 3)

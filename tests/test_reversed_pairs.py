@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from chat_endpoint import chat_endpoint
-from test_temporal import group
+from test_temporal import scored
 from tiny_models import moving_square, write_clip
 
 from video_r1.cli import main
@@ -116,8 +116,9 @@ def test_twins_are_asked_in_one_step(tmp_path: Path, monkeypatch: pytest.MonkeyP
             pair_of(samples[one]) == pair_of(samples[other]) == (str(samples[min(one, other)].problem_id), 2)
         )
     meter = Meter()
-    twins = [replace(group("1100"), sample=samples[0]), replace(group("1000"), sample=samples[1])]
-    describe_groups(meter, [*twins, replace(group("1111"), sample=samples[2])], ())
+    answers = zip(samples, ("AABB", "ABBB", "AAAA"), strict=True)
+    *twins, single = [replace(scored([*letters]), sample=sample) for sample, letters in answers]
+    describe_groups(meter, [*twins, single], ())
     assert meter.drain()["temporal/pair_accuracy"] == 0.125
     key = pair_of(samples[0])  # its other half is asked on another rank
     monkeypatch.setattr("video_r1.training.metrics.gather", lambda own: [own, {key: [0.5]}])

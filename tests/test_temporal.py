@@ -219,7 +219,7 @@ def test_no_gate_makes_a_right_answer_worth_less_than_a_wrong_one(
     weights: Any, alpha: float, sample: Any
 ) -> None:
     """Right answers of any contrast, wrong ones of any, a graded one just below the threshold among them."""
-    right, wrong = sample.answer, "a red box" if sample is FREE_FORM else "B"
+    right, wrong = sample.answer, "a red hat sits" if sample is FREE_FORM else "B"
     found = scored(
         [right, right, wrong, wrong], [0.0, 9.0, 9.0, 0.0], temporal_rule="likelihood_gate", sample=sample,
         temporal_alpha=alpha, reward_weights=weights, length_reward=0.2, length_range=[1, 9],

@@ -1,12 +1,13 @@
 """Variants of the temporal rules that the experiment compares and the package does not have.
 
-`with variant("likelihood"):` puts one in the place of `likelihood_gate`; all but `gate-floor` are without its
-floor. Δ_i and d_it: rewards/temporal.py.
+`with variant("likelihood"):` puts one in the place of `likelihood_gate`. They have the statistic of the runs
+in results.json.gz, the mean of the largest fifth of a completion's d_t (`key_drops`), and no floor. (The runs
+of `gate-floor` had 0.1 added to the deviation of every group.) d_it: rewards/temporal.py.
 """
 
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import replace
+from functools import partial
 from unittest.mock import patch
 
 import torch
@@ -14,48 +15,67 @@ from torch import Tensor
 
 from video_r1.data.rollouts import RolloutGroup
 from video_r1.rewards import temporal
+from video_r1.rewards.temporal import TemporalRule
 from video_r1.settings.training import TGRPOSettings
 from video_r1.training import tgrpo
 from video_r1.training.callbacks import TaskMoments
+from video_r1.training.ledger import Ledger
 
 KEY_SHARES = {"gate-tenth": 10, "gate-all": 1}
 """A gate reads one token in so many, those that drop most; by default one in five."""
-_credit, _gate = tgrpo.credit, temporal.RULES["likelihood_gate"]
+_credit = tgrpo.credit
 
 
-def likelihood(group: RolloutGroup, accuracy: Tensor, correct: Tensor, settings: TGRPOSettings) -> Tensor:
-    """r_t = α·(1 − exp(−Δ_i)) if Δ_i > 0, else 0, for a correct completion: the share of its tokens'
-    probability that the contrast clip takes away.
+def key_drops(token_drops: Sequence[Tensor], share: int = 5) -> Tensor:
+    """[G] float32: the mean of the largest ⌈L/share⌉ of each completion's drops d_t [L], in nats."""
+    largest = (drops.sort(descending=True).values[: -(-len(drops) // share)] for drops in token_drops)
+    return torch.stack([drops.sum() / max(1, len(drops)) for drops in largest])
+
+
+def likelihood(group: RolloutGroup, correct: Tensor, settings: TGRPOSettings) -> Tensor:
+    """r_t = α·(1 − exp(−Δ_i)) if Δ_i > 0, else 0, for a correct completion, Δ_i the mean of all d_t: the
+    share of its tokens' probability that the contrast clip takes away.
     """
-    if group.drops is None:
+    if group.token_drops is None:
         return torch.zeros(len(correct))
-    return settings.alpha * correct.float() * -torch.expm1(-group.drops.clamp(min=0.0)).float()
+    mean = key_drops(group.token_drops, share=1)
+    return settings.alpha * correct.float() * -torch.expm1(-mean.clamp(min=0.0)).float()
+
+
+def key_gate(share: int, group: RolloutGroup, correct: Tensor, settings: TGRPOSettings) -> Tensor:
+    """1 − α·exp(−Δ_i) with the statistic `key_drops`; 1 − α for a wrong completion, which earns 0 anyway."""
+    if group.token_drops is None:
+        return torch.ones(len(correct))
+    kept = torch.exp(-key_drops(group.token_drops, share).clamp(min=0.0))
+    return 1.0 - settings.alpha * torch.where(correct, kept, torch.ones_like(kept))
 
 
 def apart(
-    groups: Sequence[RolloutGroup], settings: TGRPOSettings, moments: TaskMoments | None = None
-) -> None:
+    groups: Sequence[RolloutGroup],
+    settings: TGRPOSettings,
+    moments: TaskMoments | None = None,
+    ledger: Ledger | None = None,
+) -> dict[str, float]:
     """A + (b − mean(b)) with the advantages A of the rewards without the bonus b: the group's deviation can
     neither cancel b nor enlarge it.
     """
-    _credit(groups, settings, moments)
+    series = _credit(groups, settings, moments, ledger)
     for group in groups:
-        assert group.base_advantages is not None and group.base_reward is not None
         bonus = group.total_reward - group.base_reward
-        group.advantages = group.base_advantages + bonus - bonus.mean()
+        group.advantages = group.advantages_without["temporal"] + bonus - bonus.mean()
+    return series
 
 
 @contextmanager
 def variant(rule: str) -> Iterator[None]:
     """Make the temporal rule `likelihood_gate` the experiment's rule of this name."""
+    if rule == "likelihood" or rule.startswith("apart-"):
+        changed = TemporalRule("scored", bonus=likelihood)
+    else:
+        gate = partial(key_gate, KEY_SHARES.get(rule, 5))
+        changed = TemporalRule("scored", gate=gate, floor=0.1 if rule == "gate-floor" else 0.0)
     with ExitStack() as changes:
-        if rule != "gate-floor":  # the package's
-            scored = replace(_gate, floor=temporal.TemporalRule.floor)
-            if rule == "likelihood" or rule.startswith("apart-"):
-                scored = replace(scored, reward=likelihood)
-            changes.enter_context(patch.dict(temporal.RULES, likelihood_gate=scored))
+        changes.enter_context(patch.dict(temporal.RULES, likelihood_gate=changed))
         if rule == "gate-apart" or rule.startswith("apart-"):
             changes.enter_context(patch.object(tgrpo, "credit", apart))
-        if rule in KEY_SHARES:
-            changes.enter_context(patch.object(temporal, "KEY_SHARE", KEY_SHARES[rule]))
         yield

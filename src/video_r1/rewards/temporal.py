@@ -118,15 +118,16 @@ def total_reward(
 ) -> Tensor:
     """Return R = Σ_k w_k·r_k, [G] float32, where a gate g [G] multiplies the terms in GATED.
 
-    rewards: each term [G]; a missing value (nan) adds nothing. without: leaves one term out; without
-    `temporal`, no gate.
+    rewards: each term [G]; a missing value (nan) adds nothing. without: leaves one term out: `temporal` with
+    its gate, `accuracy` with the bonus that it earns.
     """
+    gate = None if without == "temporal" else gate
+    left_out = {without, "temporal"} if gate is not None or without == "accuracy" else {without}
     total = torch.zeros(())
     for name, values in rewards.items():
-        if name != without and not (gate is not None and name == "temporal"):
-            open_ = gate is None or without == "temporal" or name not in GATED
-            factor = 1.0 if open_ else gate
-            total = total + weights.get(name, 1.0) * values.nan_to_num(nan=0.0) * factor
+        if name not in left_out:
+            paid = weights.get(name, 1.0) * values.nan_to_num(nan=0.0)
+            total = total + (paid if gate is None or name not in GATED else paid * gate)
     return total
 
 

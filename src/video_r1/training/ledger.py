@@ -7,14 +7,16 @@ Both sums and the correlation are over all completions of the step. share is 0 f
 and 1 for one that moved everything. sign is below 0 for a term that pays wrong answers.
 """
 
+import logging
 from collections import defaultdict, deque
 from collections.abc import Mapping
 from statistics import fmean
 
 from torch import Tensor
 
-from video_r1.files import warn_once
+from video_r1.processes import process_index
 
+logger = logging.getLogger(__name__)
 STEPS = 20  # that a warning looks back on
 NOTHING, AGAINST = 0.01, -0.2  # a smaller mean share; a smaller mean sign
 
@@ -25,6 +27,7 @@ class Ledger:
     def __init__(self) -> None:
         self.shares: dict[str, deque[float]] = defaultdict(lambda: deque(maxlen=STEPS))
         self.signs: dict[str, deque[float]] = defaultdict(lambda: deque(maxlen=STEPS))
+        self.warned: set[str] = set()
 
     def add(
         self, advantages: Tensor, without: Mapping[str, Tensor], correct: Tensor, varies: Mapping[str, bool]
@@ -45,20 +48,18 @@ class Ledger:
             if norms > 1e-9:
                 series[f"credit_sign/{name}"] = sign = float((moved * right).sum()) / norms
                 self.signs[name].append(sign)
-            self._warn(name, varies[name])
+            if name not in self.warned and (said := self._problem(name, varies[name])) is not None:
+                self.warned.add(name)
+                if process_index() == 0:
+                    logger.warning("reward %s %s", name, said)
         return series
 
-    def _warn(self, name: str, varies: bool) -> None:
+    def _problem(self, name: str, varies: bool) -> str | None:
         shares, signs = self.shares[name], self.signs[name]
         if len(shares) == STEPS and fmean(shares) < NOTHING:
-            why = (
-                "it cancels: see 'When the temporal reward cancels' in docs/t-grpo.md, and scale_rewards"
-                if varies
-                else "all answers to a question earn the same of it"
-            )
-            warn_once(f"reward {name} moved {fmean(shares):.1%} of the advantages in {STEPS} steps: {why}")
-        if len(signs) == STEPS and fmean(signs) < AGAINST and fmean(shares) >= NOTHING:
-            warn_once(
-                f"reward {name} works against accuracy: the correlation of its credit with right answers is "
-                f"{fmean(signs):.2f} over {STEPS} steps; lower its weight, or read its answers in the report"
-            )
+            why = "it cancels (docs/t-grpo.md)" if varies else "all answers to a question earn the same of it"
+            return f"moved {fmean(shares):.1%} of the advantages in {STEPS} steps: {why}"
+        if len(signs) == STEPS and fmean(signs) < AGAINST:
+            agreement = f"its credit and right answers correlate by {fmean(signs):.2f} over {STEPS} steps"
+            return f"works against accuracy: {agreement}; lower its weight, or read its answers in the report"
+        return None

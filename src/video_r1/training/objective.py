@@ -154,11 +154,10 @@ def policy_loss(
     logprobs: [N] of the policy, with gradient; old_logprobs: [N] of the policy that sampled (None: the policy
     itself); advantages: [R]; lengths: [R] int. normaliser: `loss_normaliser` of the whole optimizer step (÷
     ranks if gradients are averaged over ranks). importance_sampling_level `sequence`: ρ is exp of the mean
-    log-ratio of a response's tokens, with the gradient of each token's own π (GSPO-token, arXiv 2507.18071;
-    the same as GSPO where a response's tokens share one advantage and weight). beta: weight of the KL from
-    ref_logprobs [N]. token_weights: [N], factors of the policy terms. token_credits: [N], added to the
-    advantages. counted: [R] bool, False excludes a response. Raises ValueError for sizes that do not fit,
-    ConfigError for an unknown loss type.
+    log-ratio of a response's tokens (GSPO, arXiv 2507.18071); with token_credits it has the gradient of each
+    token's own π (GSPO-token, the same paper). beta: weight of the KL from ref_logprobs [N]. token_weights:
+    [N], factors of the policy terms. token_credits: [N], added to the advantages. counted: [R] bool, False
+    excludes a response. Raises ValueError for sizes that do not fit, ConfigError for an unknown loss type.
     """
     if len(advantages) != len(lengths):
         raise ValueError(f"{len(advantages)} advantages but {len(lengths)} responses")
@@ -172,8 +171,9 @@ def policy_loss(
 
     log_ratio = logprobs - old_logprobs
     if importance_sampling_level == "sequence":
-        means = _response_sums(log_ratio.detach(), lengths) / lengths.clamp(min=1)
-        log_ratio = _by_token(means, lengths, len(logprobs)) + (logprobs - logprobs.detach())
+        means = _by_token(_response_sums(log_ratio, lengths) / lengths.clamp(min=1), lengths, len(logprobs))
+        # Averaged over the response, the gradients of different token credits would cancel (GSPO-token).
+        log_ratio = means if token_credits is None else means.detach() + (logprobs - logprobs.detach())
     ratio = log_ratio.exp()
     token_loss = -objective.surrogate(ratio, logprobs, token_advantages, clip)
     if token_weights is not None:
