@@ -30,10 +30,10 @@ from video_r1.data.decoding.decoders import read_media_at
 from video_r1.data.decoding.media import Media
 from video_r1.data.prompts import Prompt, PromptBuilder
 from video_r1.data.reading import Reader
-from video_r1.data.rollouts import Rollout
-from video_r1.data.tools import Asked, Toolbox, elsewhere, parse_calls
+from video_r1.data.rollouts import Rollout, ToolCall, ToolTurn
+from video_r1.data.tools import Asked, Toolbox, elsewhere, is_control, parse_calls
 from video_r1.errors import ConfigError
-from video_r1.evaluation.predictions import evaluate
+from video_r1.evaluation.predictions import _Evaluation, evaluate
 from video_r1.evaluation.summary import summary_table
 from video_r1.evaluation.validation import temporal_accuracy
 from video_r1.lab.model import base_folder
@@ -532,6 +532,43 @@ def test_elsewhere_is_another_stretch(
     assert least <= place <= most and place == elsewhere(start, end, length)
     size = end - start
     assert size > length / 2 or place + size <= start or place >= end
+
+
+@pytest.mark.parametrize(
+    ("calls", "is_one"),
+    [
+        ([(0.0, 4.0)], True),
+        ([(0.0, 6.0)], True),  # shown: 4 to 10 s, a third of it the same
+        ([(0.0, 7.0)], False),  # 3 to 10 s: four sevenths
+        ([(3.0, 8.0)], True),  # 0 to 5 s
+        ([(0.0, 4.0), (0.0, 9.0)], False),
+        ([], True),
+    ],
+)
+def test_a_look_elsewhere_that_shows_the_same_is_no_control(
+    calls: list[tuple[float, float]], is_one: bool
+) -> None:
+    prompt: Any = SimpleNamespace(media=[SimpleNamespace(duration=10.0)])
+    made = tuple(ToolCall("look", {"start": start, "end": end}, ["…"]) for start, end in calls)
+    failed = ToolCall("look", {"start": "x", "end": 0.0}, ["…"], failed=True)
+    turn = ToolTurn(1, "", (*made, failed), prompt)
+    assert is_control(prompt, Rollout(torch.tensor([1]), torch.zeros(1), "", "stop", (turn,))) == is_one
+
+
+def test_the_look_gap_leaves_out_what_is_no_control() -> None:
+    record = {"output": "", "prediction": "A", "strict_score": 1.0, "format": 1.0, "finish_reason": "stop"}
+    orders = [(n, order) for n in range(8) for order in ("ordered", "elsewhere")]
+    lines = [
+        {**record, "problem_id": n, "order": order, "score": float(order == "ordered"), "clip": str(n)}
+        | ({"no_control": True} if order == "elsewhere" and n < 3 else {})
+        for n, order in orders
+    ]
+    samples: Any = [SimpleNamespace(problem_id=n, cluster=str(n)) for n in range(8)]
+    loop: Any = SimpleNamespace(samples=samples, skipped=lambda keys: {})
+    answered: Any = {"reasoned": {(line["problem_id"], line["order"]): line for line in lines}}
+    figures = _Evaluation.figures(loop, answered, orders)
+    assert figures["look_gap"]["questions"] == 5 and figures["no_control"] == 3
+    assert "not counted in it: 3 questions" in summary_table({"frames": {"8": figures}})
 
 
 # ---- Training

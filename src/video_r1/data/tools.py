@@ -31,7 +31,7 @@ from video_r1.data.decoding.frame_cache import FrameCache
 from video_r1.data.decoding.media import Media, fitted_size, resize
 from video_r1.data.manifests.records import Sample
 from video_r1.data.prompts import Prompt, PromptBuilder
-from video_r1.data.rollouts import ToolCall
+from video_r1.data.rollouts import Rollout, ToolCall
 from video_r1.data.sources.media_types import ClipRef
 from video_r1.data.templates import calls_text
 from video_r1.errors import ConfigError, MediaError, PromptError
@@ -292,6 +292,19 @@ def elsewhere(start: float, end: float, length: float) -> float:
         return 0.0 if start > length - end else length - size
     place = (before + behind) * derived_seed("elsewhere", start, end, length, bits=32) / 2**32
     return place if place < before else end + place - before
+
+
+def is_control(prompt: Prompt, rollout: Rollout) -> bool:
+    """Whether all looks of an answer to a prompt `elsewhere` showed another stretch than they asked for: what
+    was shown overlaps at most half of the window.
+    """
+    for call in rollout.calls:
+        if call.name == look.__name__ and not call.failed:
+            length = prompt.media[0].duration
+            start, end = call.arguments["start"], min(call.arguments["end"], length)
+            if abs(elsewhere(start, end, length) - start) < (end - start) / 2:
+                return False
+    return True
 
 
 def _within(seconds: float, work: Callable[[], Any]) -> Any:

@@ -13,6 +13,7 @@ from video_r1.data.manifests.records import Sample, question_digest
 from video_r1.data.prompts import Prompt, TextPrompts
 from video_r1.data.rollouts import Rollout
 from video_r1.data.scores import format_reward, overlaps
+from video_r1.data.tools import is_control
 from video_r1.evaluation import paper
 from video_r1.evaluation.metrics import answer_score
 from video_r1.evaluation.question_loop import Answers, Key, QuestionLoop, asked_with
@@ -90,6 +91,7 @@ class _Evaluation(QuestionLoop):
             "tokens": len(rollout.token_ids),
             "finish_reason": rollout.finish_reason,
             **({"calls": len(rollout.calls), "transcript": rollout.transcript} if rollout.turns else {}),
+            **({} if prompt.order != "elsewhere" or is_control(prompt, rollout) else {"no_control": True}),
         }
 
     def scored(self, sample: Sample, output: str) -> dict[str, Any]:
@@ -150,9 +152,11 @@ class _Evaluation(QuestionLoop):
             way: [found[key] | clips[key[0]] for key in wanted if key in found]
             for way, found in answered.items()
         }
+        same = sum("no_control" in record for lines in records.values() for record in lines)
+        records = {way: [r for r in lines if "no_control" not in r] for way, lines in records.items()}
         complete = [key for key in wanted if all(key in found for found in answered.values())]
         figures = summarise(records.get("reasoned", []), records.get("direct", []))
-        return figures | {"skipped": self.skipped(complete)}
+        return figures | ({"no_control": same} if same else {}) | {"skipped": self.skipped(complete)}
 
 
 class Scored(NamedTuple):

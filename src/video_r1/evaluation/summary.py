@@ -235,6 +235,10 @@ def summary_table(summary: Mapping[str, Any]) -> str:
         if "look_gap" in figures:
             gap = cell(figures["look_gap"], "gap")
             lines.append(f"look gap (accuracy minus that with looks elsewhere in the clip): {gap}")
+        if same := figures.get("no_control"):
+            lines.append(
+                f"not counted in it: {same} questions whose looks left no other half of their window"
+            )
         if "no_look_gap" in figures:
             gap = cell(figures["no_look_gap"], "gap")
             lines.append(f"accuracy minus that without the tool, with as many frames: {gap}")

@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 from video_r1.data.manifests.records import Sample
 from video_r1.data.prompts import Prompt, PromptBuilder
 from video_r1.data.reading import Batch, Clips, Question, Reader, build_question, derived_generator
-from video_r1.data.tools import overview
+from video_r1.data.tools import is_control, overview
 from video_r1.evaluation.metrics import paired_difference
 from video_r1.evaluation.question_loop import read_batches
 from video_r1.processes import gather, process_count, process_index
@@ -28,7 +28,8 @@ def temporal_accuracy(
 ) -> dict[str, float]:
     """Return means over all ranks: `accuracy`, `format`, and over the videos `accuracy_video`,
     `accuracy_shuffled` and `temporal_gap` (accuracy_video − accuracy_shuffled); with looks
-    `accuracy_elsewhere` and `look_gap`. Each gap has the ends of its 95 % interval (`…_low`, `…_high`).
+    `accuracy_elsewhere` and `look_gap`, over the questions whose looks left room for a control (their number
+    is `look_questions`). Each gap has the ends of its 95 % interval (`…_low`, `…_high`).
 
     settings: a TGRPOConfig. The contrast is that of the temporal rule; another one's name replaces
     `shuffled`. `questions` is the number of answered questions, `skipped` that of others. Every validation of
@@ -67,6 +68,8 @@ def temporal_accuracy(
             figures |= {f"accuracy_{name}": other, gap: video - other}
             _, low, high, _ = paired_difference(ordered, others, clips)
             figures |= {f"{gap}_low": low, f"{gap}_high": high}
+            if name == "elsewhere":
+                figures["look_questions"] = float(len(both))
     return figures
 
 
@@ -90,11 +93,13 @@ def _scores(
     for question, elsewhere in questions:
         ordered, sample = next(rollouts), question.sample
         accuracy, formatted = answer_scores(sample, ordered).mean(), format_scores(sample, ordered).mean()
-        controls = (
-            None if prompt is None else answer_scores(sample, next(rollouts)).mean().item()
-            for prompt in (question.shuffled, elsewhere)
-        )
-        yield accuracy.item(), formatted.item(), *controls, sample.cluster
+        contrast = None if question.shuffled is None else answer_scores(sample, next(rollouts)).mean().item()
+        looked = None if elsewhere is None else next(rollouts)
+        if elsewhere is None or looked is None or not all(is_control(elsewhere, r) for r in looked):
+            control = None
+        else:
+            control = answer_scores(sample, looked).mean().item()
+        yield accuracy.item(), formatted.item(), contrast, control, sample.cluster
 
 
 def held_out(
