@@ -486,7 +486,7 @@ def test_the_look_gap(clip: Path, tmp_path: Path) -> None:
     assert figures["look_gap"]["gap"] == 1.0 and "temporal_gaps" not in figures
     assert "look gap (accuracy minus that with looks elsewhere in the clip): 1.00" in summary_table(summary)
     validated = SimpleNamespace(
-        seed=0, tools="look", temporal_contrast="shuffled", contrast_unit="frame", eval_batch_size=1,
+        seed=0, tools="look", contrast="shuffled", contrast_unit="frame", eval_batch_size=1,
         max_completion_length=500, num_generations_eval=None, overview_frames=[4, 4],
     )  # fmt: skip
     found = temporal_accuracy(engine, [sample], Reader(budget_of("qwen2_5_vl")), builder, validated)

@@ -116,7 +116,7 @@ def test_twins_are_asked_in_one_step(tmp_path: Path, monkeypatch: pytest.MonkeyP
             pair_of(samples[one]) == pair_of(samples[other]) == (str(samples[min(one, other)].problem_id), 2)
         )
     meter = Meter()
-    answers = zip(samples, ("AABB", "ABBB", "AAAA"), strict=True)
+    answers = zip(samples[:3], ("AABB", "ABBB", "AAAA"), strict=True)
     *twins, single = [replace(scored([*letters]), sample=sample) for sample, letters in answers]
     describe_groups(meter, [*twins, single], ())
     assert meter.drain()["temporal/pair_accuracy"] == 0.125

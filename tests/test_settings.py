@@ -111,13 +111,14 @@ def test_defaults_are_the_papers(kind: type[Settings], expected: dict[str, Any])
 
 
 def test_each_temporal_rule_has_its_own_defaults() -> None:
-    gate, paper = TGRPOSettings(), TGRPOSettings(temporal_rule="margin")
-    assert (gate.temporal_rule, gate.alpha, gate.contrast) == ("likelihood_gate", 0.9, "frozen")
+    paper, gate = TGRPOSettings(), TGRPOSettings(temporal_rule="likelihood_gate")
+    assert (paper.temporal_rule, paper.alpha, paper.contrast) == ("margin", 0.3, "shuffled")
+    assert (gate.alpha, gate.contrast) == (0.9, "frozen")
     assert (gate.shuffled_generations, paper.shuffled_generations) == (0, 4)
-    assert (paper.alpha, paper.contrast) == (0.3, "shuffled")
-    own = TGRPOSettings(temporal_alpha=0.0, temporal_contrast="shuffled")
-    assert (own.alpha, own.contrast) == (0.0, "shuffled")
-    assert TGRPOSettings(contrast_unit="patch").contrast == "shuffled"
+    for rule in ("margin", "likelihood_gate"):  # a size of 0 needs no contrast
+        off = TGRPOSettings(temporal_rule=rule, temporal_alpha=0.0)
+        assert (off.paid_rule, off.shuffled_generations) == ("off", 0)
+    assert TGRPOSettings(temporal_rule="likelihood_gate", contrast_unit="patch").contrast == "shuffled"
 
 
 @pytest.mark.parametrize("command", COMMANDS)

@@ -161,10 +161,6 @@ def test_a_teacher_of_other_tokens_is_refused(checkpoint: Path, manifest: Path, 
             {"teacher_model_name_or_path": "http://a:8000", "temperature": 0.7},
             "log-probs of temperature 1",
         ),
-        (
-            {"teacher_model_name_or_path": "t", "reward_funcs": "none"},
-            "temporal_rule is likelihood_gate while",
-        ),
     ],
 )
 def test_settings_that_contradict_each_other(settings: dict[str, Any], problem: str, tmp_path: Path) -> None:

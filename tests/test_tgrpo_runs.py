@@ -24,7 +24,7 @@ from video_r1.training.tgrpo import TGRPOTrainer
 def finished(checkpoint: Path, manifest: Path, tmp_path_factory: pytest.TempPathFactory) -> TGRPOTrainer:
     """A short run over all problem types, images and videos mixed."""
     folder = tmp_path_factory.mktemp("run")
-    trainer = make_trainer(checkpoint, str(manifest), folder, rewards=["accuracy", "format", many_tokens])
+    trainer = make_trainer(checkpoint, str(manifest), folder, rewards=["accuracy", "format", "temporal", many_tokens])
     trainer.train()
     return trainer
 
@@ -38,7 +38,7 @@ def test_logged_series(finished: TGRPOTrainer) -> None:
         *("epoch", "time", "loss", "learning_rate", "grad_norm"),
         *("reward/accuracy", "reward/format", "reward/temporal", "reward/many_tokens", "reward/total"),
         *("temporal/p", "temporal/p_shuffled", "temporal/gap", "temporal/share_ordered_better"),
-        *("temporal/credit",),
+        *(f"credit/{name}" for name in ("accuracy", "format", "temporal", "many_tokens")),
         *("completion/length", "completion/truncated", "completion/self_reflection"),
         *("policy/clip_ratio", "policy/kl", "policy/entropy", "groups/no_variance"),
         *("media/skipped", "updates/skipped", "speed/rollouts_per_second", "speed/tokens_per_second"),

@@ -264,10 +264,8 @@ class TGRPOSettings(JudgeSettings, TrainingSettings):
         elif teacher.startswith(SCHEMES) and self.temperature != 1:
             said = f"is {self.temperature}; a server as teacher has log-probs of temperature 1"
             yield "temperature", f"{said}: set 1, or load the teacher here"
-        if self.reward_funcs == "none":
-            for name, off in (("temporal_rule", "off"), ("dynamic_sampling", 0)):
-                if getattr(self, name) != off:
-                    yield name, f"is {getattr(self, name)} while reward_funcs is none; set {off}"
+        if self.reward_funcs == "none" and self.dynamic_sampling:
+            yield "dynamic_sampling", f"is {self.dynamic_sampling} while reward_funcs is none; set 0"
 
     def loss_problems(self) -> Iterator[Problem]:
         if self.loss_type not in LOSS_TYPES and ":" not in self.loss_type:
