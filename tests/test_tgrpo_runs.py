@@ -24,7 +24,8 @@ from video_r1.training.tgrpo import TGRPOTrainer
 def finished(checkpoint: Path, manifest: Path, tmp_path_factory: pytest.TempPathFactory) -> TGRPOTrainer:
     """A short run over all problem types, images and videos mixed."""
     folder = tmp_path_factory.mktemp("run")
-    trainer = make_trainer(checkpoint, str(manifest), folder, rewards=["accuracy", "format", "temporal", many_tokens])
+    rewards = ["accuracy", "format", "temporal", many_tokens]
+    trainer = make_trainer(checkpoint, str(manifest), folder, rewards=rewards)
     trainer.train()
     return trainer
 
