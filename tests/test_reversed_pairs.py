@@ -22,6 +22,45 @@ WORDS = Reversals()
 WAYS = ["left", "right", "up", "down"]
 
 
+def sentences() -> dict[str, list[tuple[str, list[str], str, str | None]]]:
+    """Question, options, answer and the answer backwards, by section of reversal_sentences.txt."""
+    found: dict[str, list[Any]] = {}
+    for line in Path(__file__).with_name("reversal_sentences.txt").read_text("utf-8").splitlines():
+        if line.startswith("## "):
+            rows = found.setdefault(line[3:], [])
+        elif line and not line.startswith("#"):
+            problem, answers, backwards = line.split(" | ")
+            options = answers.split(" / ") if " / " in answers else []
+            answer = next((each[1:] for each in options if each[0] == "*"), answers)
+            options = [each.removeprefix("*") for each in options]
+            rows.append((problem, options, answer, None if backwards == "-" else backwards))
+    return found
+
+
+def answered(problem: str, options: list[str], answer: str) -> str | None:
+    kind = "multiple choice" if options else "numerical" if answer.isdigit() else "free-form"
+    try:
+        return WORDS.answer(problem, kind, options, answer)
+    except Unknown:
+        return None
+
+
+@pytest.mark.parametrize(
+    ("section", "least"),
+    [
+        ("The answer changes: 100 questions.", 93),
+        ("No answer follows: 100 questions.", 0),
+        ("Written after the rules", 18),
+    ],
+)
+def test_no_answer_is_false_on_general_english(section: str, least: int) -> None:
+    rows = sentences()[section]
+    found = [(answered(*row[:3]), *row) for row in rows]
+    assert [row for row in found if row[0] not in (None, row[-1])] == []
+    assert sum(row[0] is not None for row in found) >= least
+    assert len(rows) >= 100
+
+
 @pytest.mark.parametrize(
     ("problem", "options", "answer", "expected"),
     [
@@ -31,34 +70,45 @@ WAYS = ["left", "right", "up", "down"]
         ("How does the apple change?", ["from green to red", "from red to green"], "from red to green", 0),
         ("In what order?", ["A dog runs, then a cat sits", "A cat sits and then a dog runs"], 0, 1),
         ("In what order?", ["He eats before he drinks", "he eats after he drinks"], 0, 1),
-        ("Growing or shrinking?", ["growing then shrinking", "shrinking"], 0, 0),
-        ("Is the ball rolling to the left?", ["yes", "no"], "yes", "no"),
-        ("Does he eat before he drinks?", [], "yes", "no"),
+        ("Is the ball rolling to the left?", ["no", "yes"], "yes", "no"),
+        ("Does he eat before he drinks?", ["yes", "no"], "yes", "no"),
         ("How many times does the ball bounce?", [], "3", "3"),
+        ("How many dogs are there?", [], "3", "3"),
+        ("What is he doing?", ["turning his head to the left", "turning his head to the right"], 0, 1),
+        ("Is opening the box what the man is doing?", ["yes", "no"], "yes", "no"),
+        ("Is the cup shrinking or growing?", ["shrinking", "growing", "neither"], "growing", None),
+        ("Is the circle shrinking or growing?", ["shrinking", "growing", "neither"], "growing", "shrinking"),
     ],
 )
 def test_known_answers(problem: str, options: list[str], answer: Any, expected: Any) -> None:
     answer, expected = (options[each] if isinstance(each, int) else each for each in (answer, expected))
-    kind = "multiple choice" if options else "numerical" if answer == "3" else "free-form"
-    assert WORDS.answer(problem, kind, options, answer) == expected
+    assert answered(problem, options, answer) == expected
 
 
 @pytest.mark.parametrize(
     ("problem", "options", "answer", "reason"),
     [
         ("Is the ball rolling to the left?", ["yes", "no"], "no", "the answer no"),
-        ("Is the man on the left tall?", ["yes", "no"], "yes", "no word of the question"),
-        ("Does the ball not roll left?", ["yes", "no"], "yes", "“not”"),
-        ("Does the left wheel turn faster?", ["yes", "no"], "yes", "“faster”"),
-        ("Where is the dog?", ["left", "right"], "left", "may be a place"),
+        ("Is the man on the left tall?", ["yes", "no"], "yes", "no event"),
+        ("Does the ball not roll left?", ["yes", "no"], "yes", "no event"),
+        ("Is a ball rolling left?", ["yes", "no"], "yes", "which one"),
+        ("Is the woman singing?", ["yes", "no"], "yes", "nothing turns round"),
+        ("Does the man sing while he dances?", ["yes", "no"], "yes", "no event"),
+        ("Is she eating before she drinks?", ["yes", "no"], "yes", "what lasts"),
+        ("Does the rabbit appear?", ["yes", "no"], "yes", "only be seen"),
+        ("Where is the dog?", ["left", "right"], "left", "“where”"),
         ("Which way does it move first?", WAYS, "left", "“first”"),
         ("Which way does the opening door move?", WAYS, "left", "“opening”"),
         ("Which way does it move?", ["left", "up"], "left", "not among the options"),
-        ("How does it move?", ["up and down", "down"], "up and down", "goes both ways"),
-        ("Which animal is moving?", ["a dog", "a cat"], "a dog", "no word of the answer"),
+        ("How does it move?", ["up and down", "down"], "up and down", "no event"),
+        ("Which animal is moving?", ["a dog", "a cat"], "a dog", "no event"),
         ("In what order?", ["The door opens, then he runs", "He runs, then the door opens"], 0, "not among"),
-        ("How many people enter the room?", [], "3", "“enter”"),
+        ("In what order?", ["He grows, then shrinks", "He shrinks, then grows"], 0, "no event"),
+        ("In what order?", ["It grows, then shrinks", "It shrinks, then grows"], 0, "both ways"),
+        ("Is he there? Is the door opening?", ["yes", "no"], "yes", "several sentences"),
+        ("How many people enter the room?", [], "3", "may change"),
         ("What happens?", [], "A dog runs.", "no rule"),
+        ("Is the ball rolling to the left?", [], "yes", "no rule"),
     ],
 )
 def test_unknown_answers(problem: str, options: list[str], answer: Any, reason: str) -> None:
@@ -151,13 +201,19 @@ def test_a_teacher_that_agrees_with_itself(tmp_path: Path) -> None:
 
 def test_further_words(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     mine = tmp_path / "mine.toml"
-    mine.write_text('change = [["knitting", "unravelling"]]')
-    asked = ("What is she doing?", "multiple choice", ["knitting", "unravelling"], "knitting")
+    mine.write_text('[events]\nitself = [["knit", "unravel", "people"]]\n[nouns]\npeople = "hobbit"')
+    asked = ("What is the hobbit doing?", "multiple choice", ["knitting", "unraveling"], "knitting")
     with pytest.raises(Unknown):
         WORDS.answer(*asked)
-    assert Reversals(str(mine)).answer(*asked) == "unravelling"
+    assert Reversals(str(mine)).answer(*asked) == "unraveling"
     (tmp_path / "made.json").write_text(json.dumps(rows(tmp_path)))
-    mine.write_text('change = ["knitting"]')
     words = ["data", "pairs", str(tmp_path / "made.json"), "--out", str(tmp_path / "out.json")]
-    assert main([*words, "--words", str(mine)]) == 2
-    assert "change must be one of" in capsys.readouterr().err
+    for wrong in (
+        'change = ["knitting"]',
+        '[events]\nitself = [["knit", "unravel"]]',
+        "[nouns]\npeople = 1",
+        "[events]\nitself = 1",
+    ):
+        mine.write_text(wrong)
+        assert main([*words, "--words", str(mine)]) == 2
+        assert "must be TOML with entries as in reversals.toml" in capsys.readouterr().err

@@ -37,7 +37,7 @@ def test_reversed_answers() -> None:
 
 
 def test_rules_on_words_agree_with_the_oracle() -> None:
-    """`data pairs` answers three families, and is right about each clip played backwards."""
+    """`data pairs` answers three families, but not "growing then shrinking", and never falsely."""
     words, answered = Reversals(), []
     for family in VIDEO_FAMILIES:
         for question in drawn(family):
@@ -47,7 +47,7 @@ def test_rules_on_words_agree_with_the_oracle() -> None:
                 )
                 assert said == contrast_answer(family, question, "reversed")
                 answered.append(family)
-    assert Counter(answered) == {"direction": 40, "growth": 40, "rotation": 40}
+    assert Counter(answered) == {"direction": 40, "growth": 24, "rotation": 40}
 
 
 def test_by_hand() -> None:
