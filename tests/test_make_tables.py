@@ -14,8 +14,9 @@ from made_tables import make, written
 from video_r1.cli import main
 from video_r1.data.answers import options_of, parse_options, split_options
 from video_r1.data.making.clip_index import ClipIndex
+from video_r1.data.making.columns import guess_columns
 from video_r1.data.making.drafts import numbers_of, read_choice
-from video_r1.data.making.layouts import Rejected, guess_columns
+from video_r1.data.making.layouts import Rejected
 from video_r1.data.manifests.records import load_manifest
 from video_r1.errors import RequestError
 
@@ -168,7 +169,7 @@ COLOURS = ["A. red", "B. green", "C. blue"]
     ("answer", "reading", "letter"),
     [
         ("B", "text", "B"), ("b", "text", "B"), ("(B)", "text", "B"), ("B.", "text", "B"),
-        ("B. green", "text", "B"), ("b) green", "text", ""), ("Green.", "text", "B"), ("GREEN", "text", "B"),
+        ("B. green", "text", "B"), ("b) green", "text", "B"), ("Green.", "text", "B"), ("GREEN", "text", "B"),
         ("purple", "text", ""), ("D", "text", ""), ("B. red", "text", ""), ("", "text", ""),
         (0, "from_0", "A"), ("2", "from_0", "C"), (2.0, "from_0", "C"), (3, "from_0", ""), (0, "from_1", ""),
         (3, "from_1", "C"), ("green", "from_1", "B"), ("C", "from_0", "C"), (-1, "from_0", ""),
@@ -229,7 +230,7 @@ def test_an_ambiguous_table_is_asked_about_and_nothing_is_written(shelf: Path, t
         ('["a, b", "c"]', ["a, b", "c"]), ("['a', 'b']", ["a", "b"]), ("a|b", ["a", "b"]),
         ("a; b", ["a", "b"]),
         ("a\nb", ["a", "b"]), ("A. red B. green", ["A. red", "B. green"]),
-        ("(A) red (B) b", ["(A) red", "(B) b"]),
+        ("(A) red (B) b", ["A. red", "B. b"]),
         ("[broken", ["[broken"]), (["a"], ["a"]), ({"A": "x"}, {"A": "x"}),
         ('{"A": "x", "B": "y"}', {"A": "x", "B": "y"}),
         ("A. red C. green", ["A. red C. green"]),
@@ -242,8 +243,9 @@ def test_options_in_one_cell(cell: Any, options: Any) -> None:
 @pytest.mark.parametrize(
     ("question", "expected"),
     [
-        ("What?\nA. x\nB. y\nSay it.", ("What?", ["A. x", "B. y"])),
-        ("What?\n(A) x\n(B) y\n(C) z", ("What?", ["(A) x", "(B) y", "(C) z"])),
+        ("What?\nA. x\nB. y\nAnswer by letter.", ("What?", ["A. x", "B. y"])),
+        ("What?\nA. x\nB. y\nIt is night.", ("What?\nIt is night.", ["A. x", "B. y"])),
+        ("What?\n(A) x\n(B) y\n(C) z", ("What?", ["A. x", "B. y", "C. z"])),
         ("A. Smith went\nwhere?", ("A. Smith went\nwhere?", [])),
         ("A. Smith went\nwhere?\nA. in\nB. out", ("A. Smith went\nwhere?", ["A. in", "B. out"])),
         ("What?", ("What?", [])),

@@ -89,7 +89,7 @@ def test_a_folder_of_tables_is_a_manifest(
         load_manifest(str(shelf / "data" / "test-*.parquet"))
     with monkeypatch.context() as patched:
         patched.setattr(datasets, "load_dataset", None)  # nothing is read to find that out
-        with pytest.raises(ManifestError, match="no split 'test', only train; for Parquet files"):
+        with pytest.raises(ManifestError, match="no split 'test', only train; name the files of one"):
             load_manifest(shelf, split="test")
 
 

@@ -6,6 +6,7 @@ import json
 import math
 import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
+from itertools import pairwise
 from typing import Any, Literal, NamedTuple
 
 from video_r1.data.grounding import GROUNDING_FORMS, read_located
@@ -36,9 +37,15 @@ _LATEX = (  # 2 \times 10^{3}, \frac{1}{2}
 )
 # "Answer: B", "the final answer is (B)", "**Answer**: 12"
 _CUE = re.compile(r"(?i)answer\W{0,4}(?:\s+is\b|\s*[:=])\W*?(?=[\w(.+-])")
-_LETTERED = re.compile(r"\s*\(?([A-Z])[.):]\s*")  # "A. text", "(A) text"
-_IN_ONE_LINE = re.compile(r"(?:^|(?<=\s))\(?([A-Z])[.):]\s+")
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
+# Labels of options: "A. text", "(a) text", "1) text", "A、text" (after `NARROW`); "3.5" and "3:15" are none.
+_LABEL = re.compile(r"(?<![A-Za-z0-9])(\(?)(?:([A-Za-z])|(\d{1,2}))([.):])(?(3)(?!\d))\s*")
+_FIRST_LABELS, _SERIES_TRIED = ("A", "a", "0", "1"), 20
+NARROW = {wide: wide - 0xFEE0 for wide in range(0xFF01, 0xFF5F)} | str.maketrans("、【】[]", ".()()")
+_SEPARATOR = re.compile(r"(?:[\s;,；，、|/]|\b(?:or|and)\b|或){1,8}\Z")
+_INSTRUCTION = re.compile(
+    r"(?is)(?:(?<=[.;?!)。；？！\n])|\A)\s*(?:please|answer|choose|select|respond|reply|pick|give|only|请|回答|选择).*"
+)
 _LETTERS_WITHOUT_OPTIONS = LETTERS[:10]
 # Statements of a choice, with the letter in group 1. Firm (_STATED): "the answer is (B)", "best option: B",
 # "\boxed{B}", "B is the right one". Loose (_NAMED): "option B", "I choose B", "so B".
@@ -95,21 +102,28 @@ def lettered(options: Iterable[str]) -> list[str]:
 
 
 def option_prefix(option: str) -> str:
-    """Return the letter, punctuation and spaces before an option's text; "" without a letter."""
-    match = _LETTERED.match(option)
-    return match.group() if match else ""
+    """Return the label, punctuation and spaces before an option's text; "" without a label."""
+    match = _LABEL.match(option.translate(NARROW), len(option) - len(option.lstrip()))
+    return option[: match.end()] if match else ""
+
+
+def label_of(option: str) -> str:
+    """Return the letter or number before an option's text; "" without a label."""
+    return option_prefix(option).translate(NARROW).strip(" \n\t().:")
 
 
 def options_of(options: Any, problem_type: str = "multiple choice") -> list[str]:
-    """Return options as `"A. text"`, from a list of texts, lettered or not, or a mapping of letters to
-    texts."""
+    """Return options as `"A. text"`, from a list of texts, labelled in order or not, or a mapping of letters
+    (or of other names) to texts."""
     if problem_type != "multiple choice":
         return []
     if isinstance(options, Mapping):
-        return [f"{letter}. {text}" for letter, text in sorted(options.items())]
+        by_letter = sorted((str(name).strip().upper(), text) for name, text in options.items())
+        in_letters = [name for name, _ in by_letter] == list(LETTERS[: len(options)])
+        return lettered([text for _, text in by_letter] if in_letters else options.values())
     texts = [str(option) for option in options]
-    letters = [match and match.group(1) for match in map(_LETTERED.match, texts)]
-    if letters == list(LETTERS[: len(texts)]):
+    labels = [label_of(text) for text in texts]
+    if labels and labels[0] in _FIRST_LABELS and all(_next_label(a) == b for a, b in pairwise(labels)):
         texts = [text[len(option_prefix(text)) :] for text in texts]
     return lettered(texts)
 
@@ -145,28 +159,69 @@ def parse_options(cell: Any) -> Any:
                 return parse(text)
             except (ValueError, SyntaxError, RecursionError):
                 continue
+    question, options, _, _ = _listed(text)
+    if options and not question:
+        return options
     for separator in ("\n", "|", ";"):
         if separator in text:
             return [part.strip() for part in text.split(separator) if part.strip()]
-    letters = list(_IN_ONE_LINE.finditer(text))
-    if len(letters) > 1 and "".join(match.group(1) for match in letters) == LETTERS[: len(letters)]:
-        ends = [match.start() for match in letters[1:]] + [len(text)]
-        return [text[match.start() : end].strip() for match, end in zip(letters, ends, strict=True)]
     return [text]
 
 
-def split_options(question: str) -> tuple[str, list[str]]:
-    """Split a question that contains its options, each on a line that begins with its letter, into question
-    and options. The lines after them (an instruction) are dropped. Fewer than two options count as none."""
-    lines = question.split("\n")
-    letters = [match[1] if (match := _LETTERED.match(line)) else "" for line in lines]
-    for begin in (place for place, letter in enumerate(letters) if letter == "A"):
-        end = begin + 1
-        while letters[end : end + 1] == [LETTERS[end - begin]]:
-            end += 1
-        if end - begin > 1:
-            return "\n".join(lines[:begin]).strip(), [line.strip() for line in lines[begin:end]]
-    return question, []
+def _next_label(label: str) -> str:
+    return str(int(label) + 1) if label.isdigit() else chr(ord(label) + 1)
+
+
+def _listed(text: str) -> tuple[str, list[str], str, bool]:
+    """Return the text before options with labels, the options ("A. red"), the text after them, and whether
+    each has its own line. The longest series of labels in one style, such as "(A)" and "(B)", counts."""
+    plain = text.translate(NARROW)
+    labels = [*_LABEL.finditer(plain)]
+    begin_lines = [
+        label
+        for label in labels
+        if not plain[max(0, label.start() - 8) : label.start()].rpartition("\n")[2].strip()
+    ]
+    for some in (begin_lines, labels):
+        series: dict[
+            tuple[str, ...], list[re.Match[str]]
+        ] = {}  # to its end, by the first label and the style
+        found = []
+        for match in reversed(some):
+            label, style = match[2] or match[3], (match[1], match[4])
+            series[label, *style] = [match, *series.get((_next_label(label), *style), [])]
+            found += [series[label, *style]] if label in _FIRST_LABELS else []
+        for one in sorted((one for one in found if len(one) > 1), key=len, reverse=True)[:_SERIES_TRIED]:
+            ends = [match.start() for match in one[1:]]
+            *parts, last = (
+                text[match.end() : end] for match, end in zip(one, [*ends, len(text)], strict=True)
+            )
+            last, _, after = last.partition("\n")
+            if some is labels and (instruction := _INSTRUCTION.search(last, 1)):
+                last, after = last[: instruction.start()], f"{instruction[0]}\n{after}"
+            on_lines = some is begin_lines and not any("\n" in part.strip() for part in parts)
+            parts = [_SEPARATOR.sub("", " ".join(part.split("\n"))).strip() for part in (*parts, last)]
+            if some is labels and len({part[-1:] in ".。?？" for part in parts}) > 1:
+                parts = [part.rstrip(".。?？") for part in parts]
+            if all(parts):
+                options = [f"{match[2] or match[3]}. {part}" for match, part in zip(one, parts, strict=True)]
+                return text[: one[0].start()].strip(), options, after.strip(), on_lines
+    return text, [], "", False
+
+
+def split_options(question: str, answer: str = "") -> tuple[str, list[str]]:
+    """Split a question that contains its options into question and options; without options: [].
+
+    Options with upper-case letters on lines of their own count by themselves; others, such as "(a) red (b)
+    blue", only if `answer` is the label or the text of one. An instruction after them is left out.
+    """
+    before, options, after, on_lines = _listed(question)
+    said = {answer.translate(NARROW).strip(" \n.():").casefold(), label_of(answer).casefold()} - {""}
+    names = {name.rstrip(".").casefold() for option in options for name in option.split(". ", 1)}
+    if said.isdisjoint(names) and not (on_lines and options[0][0] == "A"):
+        return question, []
+    rest = "" if _INSTRUCTION.match(after) else after
+    return "\n".join(filter(None, (before, rest))), options
 
 
 def extract_answer(text: str) -> str:

@@ -4,6 +4,7 @@ import bisect
 import difflib
 import os
 import posixpath
+import re
 from collections.abc import Iterator
 from itertools import takewhile
 from pathlib import PurePosixPath, PureWindowsPath
@@ -15,9 +16,10 @@ from video_r1.data.sources.media_types import IMAGE_EXTENSIONS, VIDEO_EXTENSIONS
 from video_r1.data.sources.remote import is_address
 
 SUBTITLE_EXTENSIONS = (".srt", ".vtt")
-_MEDIA_EXTENSIONS = (*IMAGE_EXTENSIONS, *VIDEO_EXTENSIONS)
+MEDIA_EXTENSIONS = (*IMAGE_EXTENSIONS, *VIDEO_EXTENSIONS)
 _NEIGHBOURS = 100  # names before and after a missing name that are compared with it
 _SHOWN = 3
+_PREFIX = re.compile(r"(?i)(?:videos?|clip|vid|v)[_-]?(?=.)")
 
 
 class ClipIndex:
@@ -33,6 +35,9 @@ class ClipIndex:
         self._by_name: dict[str, list[str]] = {}
         self._folders: dict[str, list[str]] = {}  # folders of images, by name
         self._subtitles: dict[str, str] = {}  # by the clip's path without extension
+        self._others: dict[str, list[str]] = {}  # files without a known extension, by name
+        self._by_core: dict[str, list[str]] = {}
+        self.renamed: dict[str, str] = {}  # files that have another name than in the table, by that name
         folders: dict[str, None] = {}
         for path in () if is_address(root) else _files_below(root, follow_links):
             stem, ending = posixpath.splitext(path)
@@ -42,10 +47,12 @@ class ClipIndex:
             if ending.lower() in SUBTITLE_EXTENSIONS:
                 self._subtitles[stem] = path
                 self._subtitles.setdefault(posixpath.splitext(stem)[0], path)  # 7.en.srt
-            if ending.lower() in _MEDIA_EXTENSIONS:
+            if ending.lower() in MEDIA_EXTENSIONS:
                 self._add(path, posixpath.basename(path).lower())
                 if ending.lower() in IMAGE_EXTENSIONS and (folder := posixpath.dirname(path)):
                     folders[folder] = None
+            else:
+                self._others.setdefault(posixpath.basename(path).lower(), []).append(path)
         for folder in folders:
             self._folders.setdefault(posixpath.basename(folder).lower(), []).append(folder)
         self._names = sorted({*self._by_name, *self._folders})
@@ -54,35 +61,39 @@ class ClipIndex:
         self.paths.add(path)
         for key in dict.fromkeys((name, posixpath.splitext(name)[0])):
             self._by_name.setdefault(key, []).append(path)
+        self._by_core.setdefault(_core(posixpath.splitext(name)[0]), []).append(path)
 
     def subtitles_of(self, path: str) -> str | None:
         """Return the subtitles beside a clip: its name with .srt or .vtt, also with a language between."""
         return self._subtitles.get(posixpath.splitext(path)[0])
 
-    def find(self, name: str, data_type: str | None = None) -> str:
+    def find(self, name: str, data_type: str | None = None, likely: str | None = None) -> str:
         """Return the path below the root of the file or folder that `name` means; a URL, or an absolute path
         outside the root, is returned as it is.
 
-        name: a path that may lack its extension or its folders, or have other folders above them. data_type:
-        the kind of file, if known. Of several matches the one counts that has the others in folders below its
-        own. Raises Rejected for no match, or for several others.
+        name: a path that may lack its extension, its folders or a prefix such as v_, or have other folders
+        above them. data_type: the kind of file, if known; likely: the kind to prefer. Of several matches the
+        one counts that has the others in folders below its own. Raises Rejected for no match, or for several
+        others.
         """
         if is_address(name) or is_address(self.root):
             return name
         plain = PureWindowsPath(name).as_posix() if "\\" in name else name
         path = posixpath.normpath(plain.strip())
-        if path in self.paths:
+        if path in self.paths or (not os.path.isabs(path) and os.path.isfile(os.path.join(self.root, path))):
             return path
         if os.path.isabs(path) and os.path.exists(path):
             below = os.path.relpath(path, self.root)
             return path if below.startswith("..") else below
         if data_type != "image" and path in self._folders.get(posixpath.basename(path).lower(), ()):
             return path
-        found = self._named(path, self._by_name)
-        if data_type is not None:
-            found = [one for one in found if data_type_of(one) == data_type]
+        found = self._named(path, self._by_name, data_type)
+        found = [one for one in found if data_type_of(one) == likely] or found
         if not found and data_type != "image":
             found = self._named(path, self._folders)
+        found = found or self._named(path, self._others)
+        if not found and (found := self._named(_core(posixpath.basename(path)), self._by_core, data_type)):
+            self.renamed[name] = found[0]
         first = min(found, key=lambda one: one.count("/"), default="")
         above = f"{posixpath.dirname(first)}/".lstrip("/")
         if (
@@ -97,11 +108,13 @@ class ClipIndex:
         hint = f"; near it: {', '.join(near)}" if near else ""
         raise Rejected("no such clip", f"no file {name!r} below {self.root}{hint}")
 
-    def _named(self, path: str, by_name: dict[str, list[str]]) -> list[str]:
-        """Return the files of that name; if several share it, those whose folders match the path best."""
+    def _named(self, path: str, by_name: dict[str, list[str]], data_type: str | None = None) -> list[str]:
+        """Return the files of that name and type; if several share it, those whose folders match the path
+        best."""
         name = posixpath.basename(path).lower()
         stem, ending = posixpath.splitext(name)
-        found = by_name.get(name) or (by_name.get(stem, []) if ending in _MEDIA_EXTENSIONS else [])
+        found = by_name.get(name) or (by_name.get(stem, []) if ending in MEDIA_EXTENSIONS else [])
+        found = [one for one in found if data_type in (None, data_type_of(one))]
         folders = PurePosixPath(path).parts[:-1]
         shared = [_shared_end(folders, PurePosixPath(one).parts[:-1]) for one in found]
         return [one for one, share in zip(found, shared, strict=True) if share == max(shared)]
@@ -112,6 +125,11 @@ class ClipIndex:
         close = difflib.get_close_matches(name, around, _SHOWN * 2, 0.7)
         first = ((self._by_name.get(one) or self._folders[one])[0] for one in close)
         return list(dict.fromkeys(first))[:_SHOWN]
+
+
+def _core(stem: str) -> str:
+    """Return a name without the prefix that some data sets give files, and without zeros before a number."""
+    return _PREFIX.sub("", stem).lstrip("0") or "0"
 
 
 def _shared_end(one: tuple[str, ...], other: tuple[str, ...]) -> int:
@@ -129,7 +147,7 @@ def _members(archive: str) -> list[str]:
             found = members_of(file)
     except (OSError, ValueError):
         return []
-    return [name for name in found if posixpath.splitext(name)[1].lower() in _MEDIA_EXTENSIONS]
+    return [name for name in found if posixpath.splitext(name)[1].lower() in MEDIA_EXTENSIONS]
 
 
 def _files_below(root: str, follow_links: bool) -> Iterator[str]:

@@ -6,13 +6,15 @@ table ─► layout or columns ─► draft ─► manifest_row ─► manifests
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 from video_r1.data.answers import (
     LETTERS,
+    NARROW,
     is_doubtful_number,
+    label_of,
     option_prefix,
     options_of,
     parse_number,
@@ -21,26 +23,33 @@ from video_r1.data.answers import (
     split_options,
 )
 from video_r1.data.grounding import GROUNDING_FORMS
-from video_r1.data.making.clip_index import SUBTITLE_EXTENSIONS, ClipIndex
-from video_r1.data.making.layouts import Draft, Numbers, Rejected, tags_in, without_tags
-from video_r1.data.manifests.records import DATA_TYPES, FIELDS, PROBLEM_TYPES
+from video_r1.data.making.clip_index import MEDIA_EXTENSIONS, SUBTITLE_EXTENSIONS, ClipIndex
+from video_r1.data.making.layouts import (
+    BY_ROW,
+    KIND,
+    TAGS,
+    YES_NO,
+    Draft,
+    Numbers,
+    Rejected,
+    files_of,
+    plain_text,
+    seconds_of,
+    split_response,
+    tags_in,
+    type_of,
+)
+from video_r1.data.manifests.records import DATA_TYPES, FIELDS
 from video_r1.data.manifests.tables import InTable
 from video_r1.data.sources.media_paths import MediaPaths, data_type_of, path_below
 from video_r1.errors import RequestError
 
-_TYPE_NAMES = {
-    "multiple choice": "multichoice mcq mc choice choices",
-    "numerical": "numeric number num integer float",
-    "free-form": "openended open oe freetext text",
-    "math": "mathematical mathematics latex",
-    "temporal grounding": "momentretrieval",
-    "spatial-temporal grounding": "spatiotemporalgrounding",
-}
-_TYPES = {re.sub(r"[\W_]", "", name.lower()): name for name in PROBLEM_TYPES}
-_TYPES |= {name: problem_type for problem_type, names in _TYPE_NAMES.items() for name in names.split()}
-_CLOCK = re.compile(r"(?:(\d+):)?(\d{1,2}):(\d{1,2}(?:\.\d+)?)")
 _LARGEST_SUBTITLES = 1 << 24
-_TAGGED = re.compile(r"\s*<(think|answer)>(.*)</\1>\s*", re.DOTALL)
+_THOUGHT = re.compile(r"\s*<think>.*</think>\s*", re.DOTALL)
+_TEXT = {"data_type": "text"}
+_LETTERS_ALONE = re.compile(r"\(?[A-Ja-j]\)?(?:(?:\s*[,;&/]\s*|\s+and\s+)\(?[A-Ja-j]\)?)*[.):]?")
+_HEADING = re.compile(r"(?i)(?:^|(?<=[\s.?!？。]))(?:options|choices|candidates|选项)\s*[:：]?\s*\Z")
+_YES_NO = {True: ["True", "False"], False: ["Yes", "No"]}
 _WHOLE_NUMBER = re.compile(r"\s*(\d+)(?:\.0)?\s*")
 _CLEARLY = 0.95  # a reading that understands less than this share of what the best one does is ruled out
 # Both subtitle formats give each cue a line with its times; SubRip has a comma before the milliseconds,
@@ -52,12 +61,17 @@ _MARKUP = re.compile(r"<[^>\n]*>|\{\\[^}\n]*\}")
 
 @dataclass(frozen=True)
 class Making:
-    """Shared parts of all rows of a table: the files and the settings."""
+    """Shared parts of all rows of a table: files and settings. notes: rows by what was done to them."""
 
     clips: ClipIndex
     places: MediaPaths
     problem_type: str | None = None  # of every question; None: the row's, or by its options and answer
     subtitles: Literal["off", "text", "timed"] = "off"
+    may_be_text: bool = False  # a row without a file asks about none
+    notes: dict[str, list[int]] = field(default_factory=dict)
+
+    def note(self, row: int, words: str) -> None:
+        self.notes.setdefault(words, []).append(row)
 
 
 def question_and_options(draft: Draft) -> tuple[str, list[str]]:
@@ -65,30 +79,48 @@ def question_and_options(draft: Draft) -> tuple[str, list[str]]:
     problem = str(draft.get("problem") or "").strip()
     if not problem:
         raise Rejected("no question", "there is no question")
+    bare, inside = split_options(problem, plain_text(split_response(draft.get("answer"))[1]))
     given = parse_options(draft.get("options"))
-    if given in (None, [], {}):
-        problem, given = split_options(problem)
-        if not given:
-            return problem, []
-    if not isinstance(given, (list, tuple, Mapping)):
-        raise Rejected("options", f"the options are {given!r}")
-    texts = list(given.values() if isinstance(given, Mapping) else given)
-    if any(text is None or not str(text).strip() for text in texts):
+    names = [name for name in given if given[name] is not None] if isinstance(given, Mapping) else []
+    texts = [given[name] for name in names] or given
+    texts = [_option_text(text) for text in (texts if isinstance(texts, (list, tuple)) else [texts])]
+    if not any(texts):
+        names, texts = [], inside
+    if not texts:
+        return problem, []
+    if not all(texts):
         raise Rejected("options", f"one of the options is empty: {texts}")
     if not 2 <= len(texts) <= len(LETTERS):
         raise Rejected("options", f"there are {len(texts)} options: {texts}")
-    return problem, options_of(given)
+    options = options_of(dict(zip(names, texts, strict=True)) if names else texts)
+    return _HEADING.sub("", bare) if options_of(inside) == options else problem, options
 
 
-def manifest_row(draft: Draft, making: Making, numbers: Numbers) -> dict[str, Any]:
-    """Return the row of a manifest, without its problem_id. Raises Rejected."""
+def _option_text(option: Any) -> str:
+    """Return the text of an option, also of one with fields, such as {"choice_id": 0, "choice": "red"}."""
+    if isinstance(option, Mapping):
+        texts = [option[name] for name in ("text", "choice", "option", "content", "answer") if name in option]
+        if not texts:
+            raise Rejected("options", f"an option is {option!r}")
+        option = texts[0]
+    return plain_text(option)
+
+
+def manifest_row(number: int, draft: Draft, making: Making, numbers: Numbers) -> dict[str, Any]:
+    """Return the row of a manifest, without its problem_id. number: in the table. Raises Rejected."""
     problem, options = question_and_options(draft)
-    answer = plain_text(draft.get("answer"))
-    if (tagged := _TAGGED.fullmatch(answer)) and tagged[1] == "answer":
-        answer = tagged[2].strip()
+    process, answer = split_response(draft.get("answer"))
+    if isinstance(answer, (list, tuple, Mapping)) and len(answer) != 1:
+        raise Rejected("several answers", f"the answer is {answer!r:.80}")
+    answer = plain_text(answer[0] if isinstance(answer, (list, tuple)) else answer)
     if not answer:
         raise Rejected("no answer", "there is no answer")
-    problem_type = _problem_type(making.problem_type or draft.get("problem_type"), options, answer)
+    given = making.problem_type or draft.get("problem_type")
+    problem_type = _problem_type(given, options, answer)
+    if problem_type == YES_NO:
+        problem_type = "multiple choice"
+        options = options or options_of(_YES_NO[answer.lower() in ("true", "false")])
+        making.note(number, f"a question of the type {given} became multiple choice, such as {options}")
     if problem_type == "multiple choice":
         if not options:
             raise Rejected("options", "a multiple choice question without options")
@@ -102,11 +134,17 @@ def manifest_row(draft: Draft, making: Making, numbers: Numbers) -> dict[str, An
             form = GROUNDING_FORMS[problem_type]
             raise Rejected("no place or time", f"the answer {answer[:80]!r} is not of the form {form}")
         answer = read
-    media = _media(draft, making)
-    if isinstance(media["path"], list):
-        tags = [f"<{media['data_type']}>"] * len(media["path"])
-        if tags_in("".join([problem, *options])) != tags:  # they do not say where each file goes
-            problem, options = without_tags(problem), [*map(without_tags, options)]
+    elif not given and _LETTERS_ALONE.fullmatch(answer.translate(NARROW)):
+        raise Rejected("letter without options", f"the answer is {answer!r}, and no options were found")
+    marks = tags_in("".join([problem, *options]))
+    if (media := _media(draft, making, marks)) == _TEXT and not draft.get("data_type"):
+        making.note(number, "a row without a file asks about its text alone")
+    paths = media.get("path", [])
+    count = len(paths) if isinstance(paths, list) else 1
+    if marks and (len(marks) != count or (count > 1 and len(set(marks)) > 1)):
+        raise Rejected("marks", f"its text has {' '.join(marks)}, and the files are {paths}")
+    mark = rf"<{media['data_type']}>\1" if count > 1 else ""
+    problem, *options = (TAGS.sub(mark, text).strip() for text in (problem, *options))
     row: dict[str, Any] = {
         "problem": problem,
         "problem_type": problem_type,
@@ -115,8 +153,8 @@ def manifest_row(draft: Draft, making: Making, numbers: Numbers) -> dict[str, An
         **media,
         **{name: seconds for name in ("start", "end") if (seconds := _seconds(draft.get(name))) is not None},
     }
-    if process := plain_text(draft.get("process")):
-        row["process"] = process if _TAGGED.fullmatch(process) else f"<think>{process}</think>"
+    if process := plain_text(draft.get("process")) or process:
+        row["process"] = process if _THOUGHT.fullmatch(process) else f"<think>{process}</think>"
     if source := plain_text(draft.get("data_source")):
         row["data_source"] = source
     if spoken := _subtitles(draft, making, row):
@@ -124,29 +162,22 @@ def manifest_row(draft: Draft, making: Making, numbers: Numbers) -> dict[str, An
     rest = {
         name: value
         for name, value in draft.items()
-        if name not in (*FIELDS, "answer") and value is not None and not isinstance(value, InTable)
+        if name not in (*FIELDS, "answer", KIND) and value is not None and not isinstance(value, InTable)
     }
+    if rest.get("system"):
+        making.note(number, "the system message is kept as `system` and not shown: prompts have their own")
     return {**row, **rest}
-
-
-def plain_text(value: Any) -> str:
-    """Return a cell as text; whole numbers lose the ".0" that a column of floats gives them."""
-    if value is None:
-        return ""
-    if isinstance(value, float) and value.is_integer():
-        value = int(value)
-    return str(value).strip()
 
 
 def _problem_type(given: Any, options: list[str], answer: str) -> str:
     """Return the given type, or guess it: multiple choice with options, numerical for numbers, else
     free-form. A row does not show whether a text is read off the picture (OCR) or a number measured
     (regression)."""
-    if given:
-        name = re.sub(r"[\W_]", "", str(given).lower())
-        if name not in _TYPES:
-            raise Rejected("problem type", f"the type is {given!r}")
-        return _TYPES[name]
+    named = type_of(str(given)) if given else BY_ROW
+    if named is None:
+        raise Rejected("problem type", f"the type is {given!r}")
+    if named != BY_ROW:
+        return named
     if options:
         return "multiple choice"
     if is_doubtful_number(answer):
@@ -154,53 +185,44 @@ def _problem_type(given: Any, options: list[str], answer: str) -> str:
     return "free-form" if parse_number(answer) is None else "numerical"
 
 
-def _media(draft: Draft, making: Making) -> dict[str, Any]:
+def _media(draft: Draft, making: Making, marks: Sequence[str]) -> Mapping[str, Any]:
     """Return `data_type` and `path`, which is a list for several files."""
-    named = draft.get("path")
-    if isinstance(named, (list, tuple)):
-        found = [_media({**draft, "path": path}, making) for path in named or [None]]
-        kinds = {one["data_type"] for one in found}
-        if len(kinds) > 1:
-            raise Rejected("several media", f"it shows {', '.join(map(str, named))}")
-        paths = [one["path"] for one in found]
-        return {"data_type": kinds.pop(), "path": paths if len(paths) > 1 else paths[0]}
+    named = files_of(draft.get("path"))
+    data_type = plain_text(draft.get("data_type")).lower().removesuffix("s")
     held = [value for value in draft.values() if isinstance(value, InTable) and value.kind in DATA_TYPES]
     if not named and len(held) == 1:
-        named = held[0]
-    if isinstance(named, InTable) and named.places and named.kind in DATA_TYPES:
-        paths = [path_below(making.places.root, place) for place in named.places]
-        for path in paths:
-            _check_place(path, making.places)
-        return {"data_type": named.kind, "path": paths if len(paths) > 1 else paths[0]}
-    if isinstance(named, InTable) or (not named and held):
-        raise Rejected("media inside the table", "the table contains the file itself instead of its name")
-    path = plain_text(named)
-    if not path:
-        raise Rejected("no clip named", "there is no file name")
-    data_type = plain_text(draft.get("data_type")).lower().removesuffix("s")
+        named = files_of(held[0])
+    if not named and not held:
+        if marks or not (data_type == "text" or making.may_be_text):
+            raise Rejected("no clip named", f"its text has {marks[0]}" if marks else "there is no file name")
+        return _TEXT
     known = data_type if data_type in DATA_TYPES else None
-    found_path = making.clips.find(path, known)
-    _check_place(found_path, making.places)
-    return {"data_type": known or data_type_of(found_path), "path": found_path}
-
-
-def _check_place(path: str, places: MediaPaths) -> None:
-    try:
-        places.find(path)
-    except ValueError as error:
-        raise Rejected("clip elsewhere", str(error)) from error
+    kinds: dict[str, list[str]] = {}
+    for one in named or held:
+        if not isinstance(one, InTable):
+            path = making.clips.find(one, known, draft.get(KIND))
+            is_clear = path.lower().endswith(MEDIA_EXTENSIONS)
+            kind = known or (not is_clear and draft.get(KIND)) or data_type_of(path)
+        elif not named or not one.places or one.kind not in DATA_TYPES:
+            raise Rejected("media inside the table", "the table contains the file itself, not its name")
+        else:
+            kind, path = one.kind, path_below(making.places.root, one.places[0])
+        try:
+            making.places.find(path)
+        except ValueError as error:
+            raise Rejected("clip elsewhere", str(error)) from error
+        kinds.setdefault(kind, []).append(path)
+    if len(kinds) > 1:
+        raise Rejected("several media", f"it shows {', '.join(map(str, named))}")
+    ((kind, paths),) = kinds.items()
+    return {"data_type": kind, "path": paths if len(paths) > 1 else paths[0]}
 
 
 def _seconds(value: Any) -> float | None:
     text = plain_text(value)
-    if not text:
-        return None
-    if (clock := _CLOCK.fullmatch(text)) is not None:
-        return int(clock[1] or 0) * 3600 + int(clock[2]) * 60 + float(clock[3])
-    number = parse_number(text)
-    if number is None or number < 0:
+    if text and seconds_of(text) is None:
         raise Rejected("times", f"the time {text!r}")
-    return number
+    return seconds_of(text)
 
 
 # --- answers to multiple choice ------------------------------------------------------------------
@@ -216,7 +238,7 @@ def read_choice(answer: Any, options: Sequence[str], numbers: Numbers) -> str:
     texts = {option[0]: _folded(option[len(option_prefix(option)) :]) for option in options}
     text = str(answer).strip()
     prefix = option_prefix(text)
-    letter = (prefix or text).strip("(). :").upper()
+    letter = label_of(text).upper() or text.translate(NARROW).strip("(). :").upper()
     said = {_folded(text), _folded(text[len(prefix) :])}
     meant = {letter} & texts.keys() | {name for name, words in texts.items() if words in said}
     return meant.pop() if len(meant) == 1 else ""

@@ -1,51 +1,72 @@
-"""How a row of a table states a question: published layouts, columns guessed by name, reasons to reject it.
+"""How a row of a table states a question: published layouts, reasons to reject it (columns.py: other tables).
 
 A draft holds what the row says under the names of a manifest's fields; drafts.py turns it into a manifest
 row. To add a layout: write a function from a row to its drafts, and add an entry to LAYOUTS.
 """
 
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
+from itertools import zip_longest
 from typing import Any, Literal, NamedTuple, get_args
 
+from video_r1.data.answers import parse_number, parse_options
 from video_r1.data.manifests.tables import InTable
-from video_r1.errors import RequestError
 from video_r1.settings.shared import ProblemType
 
 Row = Mapping[str, Any]
 Draft = dict[str, Any]
 """`answer` instead of `solution`; the question may contain its options; the path may lack folders and
-extension."""
+extension. `KIND`: what the path's column says that it is."""
 Numbers = Literal["text", "from_0", "from_1"]
 """How a whole number given as an answer is read: as an option's text, or as an option's position."""
 
 KEY = "key"
 """Field for the name under which a JSON object holds a row."""
-NOTHING = "none"
-"""Written instead of a column's name for a field that has no column."""
-_TAGS = re.compile(r"<(?:image|video)>\s*")
+KIND = " kind"
+TAGS = re.compile(r"<(?:image|video|audio)>(\s*)")
+YES_NO, BY_ROW = "yes/no", "by row"
+_TYPE_NAMES = {
+    "multiple choice": "multichoice mcq mc choice choices",
+    "numerical": "numeric number num integer float count counting",
+    "free-form": "openended open oe freetext text",
+    "math": "mathematical mathematics latex",
+    "temporal grounding": "momentretrieval",
+    "spatial-temporal grounding": "spatiotemporalgrounding",
+    YES_NO: "yesno yn binary boolean bool truefalse tf",
+    BY_ROW: "other auto",
+}
+_TYPES = {re.sub(r"[\W_]", "", name.lower()): name for name in get_args(ProblemType)}
+_TYPES |= {name: problem_type for problem_type, names in _TYPE_NAMES.items() for name in names.split()}
+_CLOCK = re.compile(r"(?:(\d+):)?(\d{1,2}):(\d{1,2}(?:\.\d+)?)")
 _THINK = re.compile(r"\s*<think>(.*?)</think>\s*", re.DOTALL)
 _ANSWER = re.compile(r"<answer>(.*?)</answer>", re.DOTALL)
-_OPTION = re.compile(r"(?:a|ans|answer|option|opt|choice|candidate)?([0-9])|(?:option|opt|choice)?([a-j])")
 
 REMEDIES = {
     "unreadable row": "correct the row in the file; in CSV, quote cells that contain the delimiter",
     "no question": "name the column of the questions (--columns problem=COLUMN), or fill in the cell",
     "no answer": "name the column of the answers (--columns answer=COLUMN), or fill in the cell",
-    "no clip named": "name the column of the files (--columns path=COLUMN), or fill in the cell",
+    "no clip named": "name the column of the files (--columns path=COLUMN, or path=videos+images) or fill in "
+    "the cell; a question without a file has the data_type text",
     "no such clip": "put the file below --media_root, or correct its name in the table",
     "several clips": "several files have this name; write its folder too, e.g. clips/move_1.mp4",
     "clip elsewhere": "name its folder with --allowed_roots, or move it; URLs need --allow_urls",
     "doubtful number": "write it with a point and without separators (3.5), or give --problem_type free-form",
-    "options": "give two to 26 different options: a list, or a column for each (--columns options=a0+a1+a2)",
+    "options": "give two to 26 different options: a list, red|green|blue in one cell, or a column for each "
+    "(--columns options=a0+a1+a2)",
+    "letter without options": "write the options into the question, each on a line (A. red), or a column; "
+    "if the letter itself is the answer, write free-form into a column problem_type",
     "answer is no option": "give the answer as an option's letter, text or position (--answers from_0 or "
     "from_1)",
     "problem type": f"set --problem_type, or write one of {', '.join(get_args(ProblemType))}",
     "no place or time": "write JSON as docs/data-format.md shows it for the problem type",
     "times": "write start and end in seconds or as h:mm:ss",
     "several media": "a question shows images or videos, not both: remove one kind",
+    "marks": "write <video> or <image> once for each file, in order, or not at all: files then come first",
+    "frames": "put the frames of each clip into a folder of their own, and name the folder",
+    "message": "leave messages of system, user and assistant, with files in the user's (calls: docs/look.md)",
     "several questions": "write one row for each question",
+    "several answers": "leave the one answer that is to be paid",
     "media inside the table": "name the column that holds one file per cell (--columns path=COLUMN) of a "
     "Parquet file or a hub dataset, whose cells are read in place; or write the files to disk (datasets: "
     "cast_column(NAME, Video(decode=False)), then row[NAME]['bytes']) and name them in a column: "
@@ -73,56 +94,35 @@ class Rejected(Exception):
 
 
 class Turn(NamedTuple):
-    """Message of a chat: its text with a tag per file, and its files."""
+    """Message of a chat: its text with a tag per file, its files, their kind and window."""
 
     role: str
-    tagged: str
-    media: list[str]
-
-    @property
-    def text(self) -> str:
-        return without_tags(self.tagged)
+    text: str
+    media: list[Any]
+    fields: Draft
 
 
 class Layout(NamedTuple):
     """A published layout. fits: tells whether a row has it. numbers: how whole numbers as answers are read,
-    where that is known."""
+    where that is known. chat: the columns that `drafts` reads, if the others are read as a table's."""
 
     drafts: Callable[[Row], Iterator[Draft]]
     fits: Callable[[Row], bool]
     source: str
     numbers: Numbers | None = None
+    chat: tuple[str, ...] = ()
 
 
 def video_r1(row: Row) -> Iterator[Draft]:
     """Read Video-R1's files, and OneThinker's: the file in `images` or `videos`, the answer in `solution` or
     `answer`, and a tag in the question for the file. Segmentation questions are rejected."""
-    media = media_of(row, ("videos", "images")) or files_of(row.get("path"))
     given = row.get("solution")
-    process, answer = split_response(row.get("answer") if given is None else given)
     yield {
         **{name: value for name, value in row.items() if name not in ("solution", "videos", "images")},
-        "problem": row["problem"] if len(media) > 1 else without_tags(str(row["problem"])),
-        "answer": answer,
-        "process": row.get("process") or process,
-        "path": media,
+        "answer": row.get("answer") if given is None else given,
+        "path": [path for name in ("videos", "images") for path in files_of(row.get(name))]
+        or row.get("path"),
     }
-
-
-def llava_video(row: Row) -> Iterator[Draft]:
-    """Read several questions and answers about one clip or about images. The question contains the options,
-    one a line, followed by an instruction. Multiple-choice answers are "B." or "B. text"."""
-    turns, media = messages(row["conversations"]), media_of(row, ("video",)) or media_of(row, ("image",))
-    pairs = list(zip(turns[::2], turns[1::2], strict=False))
-    for number, (question, answer) in enumerate(pairs, start=1):
-        name = row.get("id")
-        yield {
-            "problem_id": name if name is None or len(pairs) == 1 else f"{name}-{number}",
-            "problem": question.tagged if len(media) > 1 else question.text,
-            "answer": answer.text,
-            "path": media,
-            "data_source": row.get("data_source"),
-        }
 
 
 def nextqa(row: Row) -> Iterator[Draft]:
@@ -157,33 +157,35 @@ def perception_test(row: Row) -> Iterator[Draft]:
         }
 
 
-def conversation(row: Row, chat: Iterable[Any]) -> Iterator[Draft]:
-    """Read one conversation (ms-swift's `messages`; TRL's `prompt` and `completion`), its files in lists or
-    in the content's parts. A system message is dropped: the prompt template has its own instruction."""
-    turns = [turn for turn in messages(chat) if turn.role != "system"]
-    asked = [turn for turn in turns if turn.role == "user"]
-    if len(asked) > 1:
-        raise Rejected("several questions", f"a conversation with {len(asked)} questions")
-    replies = [turn.text for turn in turns if turn.role == "assistant"]
-    given = next(
-        (row[name] for name in ("solution", "answer", "ground_truth") if row.get(name) is not None), None
-    )
-    process, answer = split_response(replies[-1] if replies and given is None else given)
-    if replies and given is not None:
-        process = split_response(replies[-1])[0]
-    media = media_of(row, ("videos", "video", "images", "image"))
-    media = media or [path for turn in asked for path in turn.media]
-    texts = [turn.tagged if len(media) > 1 else turn.text for turn in asked]
-    yield {
-        "problem_id": row.get("problem_id", row.get("id")),
-        "problem": texts[0] if texts else None,
-        "answer": answer,
-        "process": process,
-        "path": media,
-        **{name: row.get(name) for name in ("options", "problem_type", "data_type", "data_source")},
-    }
+def conversation(row: Row, *columns: str) -> Iterator[Draft]:
+    """Read a chat: each pair of `conversations` (LLaVA, LLaMA-Factory) is a question; `messages` (ms-swift),
+    or `prompt` and `completion` (TRL), ask one. Files may be in a content's parts. System messages are kept
+    as `system`: the prompt template has its own instruction."""
+    turns = [turn for name in columns for turn in messages(row.get(name) or ())]
+    for turn in turns:
+        if turn.role not in ("system", "user", "assistant") or (turn.media and turn.role != "user"):
+            raise Rejected(
+                "message", f"a message of the role {turn.role!r}{' with a file' * bool(turn.media)}"
+            )
+    spoken = [turn for turn in turns if turn.role != "system"]
+    roles = [turn.role for turn in spoken]
+    most = len(spoken) if columns == ("conversations",) else 2
+    if roles != ["user", "assistant"] * (len(roles) // 2) + ["user"] * (len(roles) % 2) or len(roles) > most:
+        raise Rejected("several questions", f"the messages are those of {', '.join(roles)}")
+    for question, reply in zip_longest(spoken[::2], spoken[1::2]):
+        yield {
+            "problem": question.text,
+            "answer": reply and reply.text,
+            "path": [path for turn in turns for path in turn.media] or None,
+            "system": "\n".join(turn.text for turn in turns if turn.role == "system") or None,
+            **question.fields,
+        }
 
 
+_NEXTQA = {
+    "video", "frame_count", "width", "height", "question", "answer", "qid", "type", "a0", "a1", "a2", "a3",
+    "a4", "additional_ref_answer",
+}  # fmt: skip
 LAYOUTS = {
     "onethinker": Layout(
         video_r1,
@@ -194,22 +196,24 @@ LAYOUTS = {
         video_r1, lambda row: {"problem", "problem_type", "solution", "path"} <= row.keys(),
         "https://huggingface.co/datasets/Video-R1/Video-R1-data"),
     "llava-video": Layout(
-        llava_video, lambda row: isinstance(row.get("conversations"), list),
-        "https://huggingface.co/datasets/lmms-lab/LLaVA-Video-178K"),
+        lambda row: conversation(row, "conversations"),
+        lambda row: isinstance(row.get("conversations"), list),
+        "https://huggingface.co/datasets/lmms-lab/LLaVA-Video-178K, also LLaMA-Factory's sharegpt",
+        chat=("conversations",)),
     "nextqa": Layout(
-        nextqa, lambda row: {"video", "question", "answer", "qid", "type"} <= row.keys(),
+        nextqa, lambda row: {"video", "question", "answer", "qid", "type"} <= row.keys() <= _NEXTQA,
         "https://github.com/doc-doc/NExT-QA", "from_0"),
     "perception-test": Layout(
         perception_test,
         lambda row: "mc_question" in row or {"video_name", "answer_id", "options"} <= row.keys(),
         "https://github.com/google-deepmind/perception_test", "from_0"),
     "swift": Layout(
-        lambda row: conversation(row, row["messages"]), lambda row: isinstance(row.get("messages"), list),
-        "https://swift.readthedocs.io/en/latest/Customization/Custom-dataset.html"),
+        lambda row: conversation(row, "messages"), lambda row: isinstance(row.get("messages"), list),
+        "https://swift.readthedocs.io/en/latest/Customization/Custom-dataset.html", chat=("messages",)),
     "trl": Layout(
-        lambda row: conversation(row, [*row["prompt"], *(row.get("completion") or [])]),
+        lambda row: conversation(row, "prompt", "completion"),
         lambda row: isinstance(row.get("prompt"), list),
-        "https://huggingface.co/docs/trl/dataset_formats"),
+        "https://huggingface.co/docs/trl/dataset_formats", chat=("prompt", "completion")),
 }  # fmt: skip
 """Layouts by name, in the order in which they are tried. A row that fits none is a table row, whose columns
 are guessed."""
@@ -220,143 +224,85 @@ def layout_of(row: Row) -> str:
     return next((name for name, layout in LAYOUTS.items() if layout.fits(row)), "table")
 
 
+_ROLES = {"human": "user"} | dict.fromkeys(("gpt", "chatgpt", "bot", "model"), "assistant")
+_PARTS = ("video", "image", "video_url", "image_url")
+
+
 def messages(chat: Iterable[Any]) -> list[Turn]:
     """Read messages of {"role", "content"} or {"from", "value"}; contents are texts or lists of parts."""
     turns = []
     for message in chat:
-        role = {"human": "user", "gpt": "assistant"}.get(str(message.get("from")), message.get("role"))
+        role = str(message.get("role") or message.get("from"))
         content = message.get("content", message.get("value"))
-        parts = [{"text": content}] if isinstance(content, str) else content or []
-        media = [path for part in parts for path in media_of(part, ("video", "image"))]
-        tags = {"video": "<video>", "image": "<image>"}
-        texts = [text for part in parts if (text := part.get("text") or tags.get(str(part.get("type"))))]
-        turns.append(Turn(str(role), "\n".join(texts).strip(), media))
+        texts, media, fields = [], [], {}
+        for part in [{"text": content}] if isinstance(content, str) else content or []:
+            files = [path for name in _PARTS for path in files_of(part.get(name))]
+            kind = next((name[:5] for name in _PARTS if part.get("type") == name or part.get(name)), None)
+            if kind is None and not isinstance(part.get("text"), str):
+                raise Rejected("message", f"a part of the type {part.get('type')!r}")
+            texts += [part.get("text") or "", *[f"<{kind}>"] * (len(files) or kind is not None)]
+            media += files
+            fields |= {KIND: kind} if files else {}
+            fields |= {name: part[f"video_{name}"] for name in ("start", "end") if part.get(f"video_{name}")}
+        turns.append(Turn(_ROLES.get(role, role), "\n".join(filter(None, texts)).strip(), media, fields))
     return turns
 
 
 def tags_in(text: str) -> list[str]:
     """Return the media tags of a text, in order."""
-    return [tag.strip() for tag in _TAGS.findall(text)]
-
-
-def without_tags(text: str) -> str:
-    """Remove the media tags from a text."""
-    return _TAGS.sub("", text).strip()
-
-
-def media_of(row: Row, columns: Sequence[str]) -> list[Any]:
-    """Return the files that the columns name; a single one if all are the same."""
-    found = [path for name in columns for path in files_of(row.get(name))]
-    return found[:1] if len(set(found)) == 1 else found
+    return [tag[0].strip() for tag in TAGS.finditer(text)]
 
 
 def files_of(value: Any) -> list[Any]:
     """Return the paths in a media column: one or several texts or {"path": …}, or an `InTable` for each file
     in a cell of the table. Raises Rejected for other files inside the table."""
-    if value is None:
+    if value is None or value == "":
         return []
-    if isinstance(value, InTable) and value.places is not None:
-        return [replace(value, places=(place,)) for place in value.places]
+    if isinstance(value, InTable):
+        return [replace(value, places=(place,)) for place in value.places or ()] or [value]
+    if isinstance(value, str) and value.startswith("[") and value.endswith("]"):
+        value = parse_options(value)
     found = []
     for one in value if isinstance(value, (list, tuple)) else [value]:
         path = one.get("path") or one.get("url") if isinstance(one, Mapping) else one
-        if not isinstance(path, str):
+        if isinstance(path, (list, tuple)):
+            raise Rejected("frames", f"a clip as a list of {len(path)} files")
+        if isinstance(path, (str, int, float)) and not isinstance(path, bool):
+            found.append(plain_text(path))
+        elif isinstance(path, InTable):
+            found += files_of(path)
+        elif path is not None or isinstance(one, Mapping):
             raise Rejected("media inside the table", f"a file inside the table ({type(one).__name__})")
-        found.append(path)
     return found
 
 
 def split_response(text: Any) -> tuple[str | None, Any]:
-    """Split a response with think and answer tags into rationale and answer; without tags it is an answer."""
+    """Split a response with think or answer tags into rationale and answer; without tags it is an answer."""
     if not isinstance(text, str):
         return None, text
     think, answer = _THINK.match(text), _ANSWER.search(text)
-    rest = text[think.end() :] if think else text
-    process = f"<think>{think.group(1).strip()}</think>" if think and think.group(1).strip() else None
-    return process, (answer.group(1) if answer else rest).strip()
+    before = think[1] if think else text[: answer.start()] if answer else ""
+    rest = answer[1] if answer else text[think.end() :] if think else text
+    return f"<think>{before.strip()}</think>" if before.strip() else None, rest.strip()
 
 
-# --- tables without a published layout -----------------------------------------------------------
-
-# Column names for each field, in lower case without punctuation; the first one that a table has counts.
-COLUMN_NAMES: dict[str, tuple[str, ...]] = {
-    "problem": ("problem", "question", "questiontext", "query", "prompt", "instruction", "q"),
-    "answer": (
-        "answer", "solution", "correctanswer", "correctoption", "correctchoice", "correct", "answerid",
-        "answeridx", "answerindex", "correctidx", "correctindex", "groundtruth", "gt", "label",
-        "target", "ans", "truth", "answertext", "gold",
-    ),
-    "options": ("options", "choices", "candidates", "answerchoices", "mcoptions", "answeroptions"),
-    "path": (
-        "path", "videopath", "video", "videofile", "videoname", "videofilename", "clip", "clippath",
-        "filepath", "file", "filename", "media", "mediapath", "videoid", "vid", "clipid", "clipname",
-        "image", "imagepath", "imagefile", "imagename", "imageid", "img",
-    ),
-    "problem_id": ("problemid", "questionid", "qid", "quid", "uid", "id", "key"),
-    "problem_type": ("problemtype",),
-    "data_type": ("datatype", "modality", "mediatype"),
-    "process": ("process", "rationale", "reasoning", "cot", "chainofthought", "explanation"),
-    "data_source": ("datasource", "source", "dataset"),
-    "start": ("start", "starttime", "startsec", "startseconds", "starts", "begin"),
-    "end": ("end", "endtime", "endsec", "endseconds", "ends"),
-    "subtitles": ("subtitles", "subtitle", "subtitlepath", "subs", "srt", "vtt", "transcript"),
-}  # fmt: skip
+def plain_text(value: Any) -> str:
+    """Return a cell as text; whole numbers lose the ".0" that a column of floats gives them."""
+    if value is None:
+        return ""
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)
+    return str(value).strip()
 
 
-class Columns(NamedTuple):
-    """The columns of each field: options and paths may have several."""
-
-    names: Mapping[str, tuple[str, ...]]
-    unused: tuple[str, ...]
-
-    def values(self, row: Row) -> dict[str, Any]:
-        """Return the fields of a row whose columns are not empty. Several columns give a list, without the
-        empty cells at its end."""
-        found = {}
-        for field, names in self.names.items():
-            cells = [row.get(name) for name in names]
-            while cells and cells[-1] in (None, "", []):
-                cells.pop()
-            if cells:
-                found[field] = cells if len(names) > 1 else cells[0]
-        return found
+def seconds_of(text: str) -> float | None:
+    """Return a time in seconds, from a number or h:mm:ss; None for other texts."""
+    if (clock := _CLOCK.fullmatch(text)) is not None:
+        return int(clock[1] or 0) * 3600 + int(clock[2]) * 60 + float(clock[3])
+    number = parse_number(text)
+    return number if number is None or number >= 0 else None
 
 
-def guess_columns(names: Iterable[str], given: Mapping[str, str]) -> Columns:
-    """Find the columns of each field. given: maps a field to its column, to columns joined by "+", or to
-    "none".
-
-    Raises RequestError for unknown fields and columns.
-    """
-    names = [str(name) for name in names]
-    found: dict[str, tuple[str, ...]] = {}
-    for field, column in given.items():
-        if field not in COLUMN_NAMES:
-            raise RequestError(f"columns: no field {field!r}; known are {', '.join(COLUMN_NAMES)}")
-        found[field] = () if column == NOTHING else (column,) if column in names else (*column.split("+"),)
-        if missing := [one for one in found[field] if one not in names]:
-            raise RequestError(f"columns: the table has no column {missing[0]!r}, only {', '.join(names)}")
-    taken = {name for columns in found.values() for name in columns}
-    plain = {re.sub(r"[\W_]", "", name.lower()): name for name in reversed(names) if name not in taken}
-    for field, known in COLUMN_NAMES.items():
-        guess = tuple(plain[name] for name in known if name in plain)[:1]
-        found.setdefault(field, guess or (option_columns(plain) if field == "options" else ()))
-    used = {name for columns in found.values() for name in columns}
-    fields = {field: found[field] for field in COLUMN_NAMES if found[field]}
-    return Columns(fields, tuple(name for name in names if name not in used))
-
-
-def option_columns(plain: Mapping[str, str]) -> tuple[str, ...]:
-    """Return the columns of single options in order, at least two: a0, a1, … or option_1, option_2, … or A,
-    B, …. plain: maps a name in lower case without punctuation to its column."""
-    series: dict[str, dict[int, str]] = {}
-    for name, column in plain.items():
-        if match := _OPTION.fullmatch(name):
-            digit, letter = match.groups()
-            place = int(digit) if digit else ord(letter) - ord("a")
-            series.setdefault(name[:-1] + ("#" if digit else "@"), {})[place] = column
-    for found in series.values():
-        first = min(found)
-        if first <= 1 and len(found) >= 2 and sorted(found) == list(range(first, first + len(found))):
-            return tuple(found[place] for place in sorted(found))
-    return ()
+def type_of(text: str) -> str | None:
+    """Return the problem type, YES_NO or BY_ROW, that a text names; None for other texts."""
+    return _TYPES.get(re.sub(r"[\W_]", "", text.lower()))

@@ -19,17 +19,25 @@ from typing import Any, NamedTuple
 from video_r1.console import table
 from video_r1.data.check import check_media, format_counts
 from video_r1.data.making.clip_index import ClipIndex
+from video_r1.data.making.columns import (
+    CHAT_COLUMNS,
+    COLUMN_NAMES,
+    Columns,
+    guess_columns,
+    questions_in,
+)
 from video_r1.data.making.drafts import Making, manifest_row, numbers_of, question_and_options
 from video_r1.data.making.layouts import (
     KEY,
     LAYOUTS,
     REMEDIES,
-    Columns,
     Draft,
     Numbers,
     Rejected,
-    guess_columns,
+    files_of,
     layout_of,
+    plain_text,
+    split_response,
 )
 from video_r1.data.manifests.records import (
     FIELDS,
@@ -40,7 +48,7 @@ from video_r1.data.manifests.records import (
     not_utf8,
     read_rows,
 )
-from video_r1.data.manifests.tables import Unreadable, name_of
+from video_r1.data.manifests.tables import InTable, Unreadable, name_of
 from video_r1.data.sources.media_paths import MediaPaths, media_root_of
 from video_r1.data.sources.remote import is_address
 from video_r1.errors import ManifestError, RequestError
@@ -48,7 +56,7 @@ from video_r1.files import claimed, replace_rows
 from video_r1.settings.commands import MakeSettings
 from video_r1.settings.frames import FrameBudget
 
-_COLUMN_ROWS = 100  # rows in which columns are looked for: JSON rows need not all have the same fields
+_ROWS_SHOWN = 5
 _DELIMITERS = ",;\t|"
 _LONGEST_CELL = 1 << 27
 
@@ -83,7 +91,8 @@ def run_make(settings: MakeSettings) -> int:
     root = media_root_of(settings.table, settings.media_root)
     places = MediaPaths(root, settings.allow_urls, settings.allowed_roots)
     table_rows = list(read_table(settings.table, settings.split))
-    layout, columns = _understood(settings, table_rows)
+    clips = ClipIndex(root, follow_links=bool(settings.allowed_roots))
+    layout, columns = _understood(settings, table_rows, clips)
     rejected: Rejections = []
     drafts: list[DraftRow] = []
     for number, row in table_rows:
@@ -91,8 +100,8 @@ def run_make(settings: MakeSettings) -> int:
             drafts += [DraftRow(number, draft) for draft in _drafts_of(row, layout, columns)]
         except Rejected as error:
             rejected.append(error.line(number))
-    clips = ClipIndex(root, follow_links=bool(settings.allowed_roots))
-    making = Making(clips, places, settings.problem_type, settings.subtitles)
+    may_be_text = columns is not None and (layout != "table" or columns.lists_files)
+    making = Making(clips, places, settings.problem_type, settings.subtitles, may_be_text)
     numbers = settings.answers if settings.answers != "auto" else _numbers(layout, drafts)
     if numbers != "text":
         print(f"numbers as answers: positions {numbers.replace('_', ' ')} (change with --answers)")
@@ -109,6 +118,12 @@ def run_make(settings: MakeSettings) -> int:
         print(table(("refused", "questions"), [(name, f"{n:,}") for name, n in counts]), end="\n\n")
         print(*(f"{reason}: {REMEDIES[reason]}" for reason, _ in counts), sep="\n")
         print(f"\ndetails for each row: {rejected_path}\n")
+    if clips.renamed:
+        name, path = next(iter(clips.renamed.items()))
+        print(f"{len(clips.renamed):,} files have another name than in the table: {path} for {name!r}")
+    for words, of_rows in making.notes.items():
+        shown = ", ".join(map(str, of_rows[:_ROWS_SHOWN])) + (", …" if len(of_rows) > _ROWS_SHOWN else "")
+        print(f"{words}: {len(of_rows):,} (row {shown})")
     if not kept:
         print(f"none of the {len(table_rows):,} rows could be used; {out} is not written")
         return 1
@@ -120,8 +135,11 @@ def run_make(settings: MakeSettings) -> int:
     return 1 if rejected and settings.strict else 0
 
 
-def _understood(settings: MakeSettings, numbered: Sequence[tuple[int, Any]]) -> tuple[str, Columns | None]:
-    """Return the layout of a table's rows, and its columns if it has no published one; print them.
+def _understood(
+    settings: MakeSettings, numbered: list[tuple[int, Any]], clips: ClipIndex
+) -> tuple[str, Columns | None]:
+    """Return the layout of a table's rows, and its columns unless the layout sets them all; print them. Rows
+    that nest several questions are replaced by these.
 
     Raises ManifestError without any row, RequestError for wrong columns.
     """
@@ -130,25 +148,43 @@ def _understood(settings: MakeSettings, numbered: Sequence[tuple[int, Any]]) -> 
         reason = next((row.reason for _, row in numbered if isinstance(row, Unreadable)), "it has no rows")
         raise ManifestError(f"{settings.table}: {reason}")
     layout = settings.layout if settings.layout != "auto" else layout_of(rows[0])
-    if settings.columns and layout != "table":
+    chat = LAYOUTS[layout].chat if layout != "table" else ()
+    if settings.columns and layout != "table" and not chat:
         if settings.layout != "auto":
             raise RequestError(f"columns: the layout {layout} sets its own; give --columns or --layout")
         layout = "table"
     if layout != "table":
         print(f"layout: {layout} ({LAYOUTS[layout].source}; change with --layout)\n")
-        return layout, None
-    columns = guess_columns(
-        dict.fromkeys(name for row in rows[:_COLUMN_ROWS] for name in row), settings.columns
-    )
+        if not chat:
+            return layout, None
+    else:
+        numbered[:] = [
+            (number, one)
+            for number, row in numbered
+            for one in (questions_in(row) if isinstance(row, dict) else [row])
+        ]
+        rows = [row for _, row in numbered if isinstance(row, dict)]
+    names = [name for name in dict.fromkeys(name for row in rows for name in row) if name not in chat]
+    known = CHAT_COLUMNS if chat else COLUMN_NAMES
+    columns = guess_columns(names, settings.columns, rows, known, lambda cell: _is_file(cell, clips))
     shown = [
         (field, "+".join(names), "given" if field in settings.columns else "guessed")
         for field, names in columns.names.items()
     ]
-    print(table(("field", "column", ""), shown))
+    if shown:
+        print(table(("field", "column", ""), shown))
     if columns.unused:
         print(f"kept as they are: {', '.join(columns.unused)}")
-    print("to change that: --columns problem=COLUMN,answer=COLUMN,… (none: no such column)\n")
+    if names:
+        print("to change that: --columns problem=COLUMN,answer=COLUMN,… (none: no such column)\n")
     return layout, columns
+
+
+def _is_file(cell: Any, clips: ClipIndex) -> bool:
+    try:
+        return all([isinstance(one, InTable) or clips.find(one) for one in files_of(cell)])
+    except Rejected as error:
+        return error.reason == "several clips"
 
 
 def _drafts_of(row: Any, layout: str, columns: Columns | None) -> Iterator[Draft]:
@@ -157,16 +193,28 @@ def _drafts_of(row: Any, layout: str, columns: Columns | None) -> Iterator[Draft
         raise Rejected("unreadable row", row.reason)
     if not isinstance(row, dict):
         raise Rejected("unreadable row", f"it is {row!r:.60}, not an object with fields")
+    if isinstance(row.get("history"), list) and row["history"]:
+        raise Rejected("several questions", f"a history of {len(row['history'])} earlier messages")
+    if layout != "table" and not LAYOUTS[layout].fits(row):
+        raise Rejected("unreadable row", f"it does not have the layout {layout}: fields {', '.join(row)}")
+    rest = {}
     if columns is not None:
         rest = {name: row[name] for name in columns.unused if name in row and name not in FIELDS}
-        yield rest | columns.values(row)
-        return
-    if not LAYOUTS[layout].fits(row):
-        raise Rejected("unreadable row", f"it does not have the layout {layout}: fields {', '.join(row)}")
+        rest |= columns.values(row)
     try:
-        yield from LAYOUTS[layout].drafts(row)
+        told = [rest] if layout == "table" else list(LAYOUTS[layout].drafts(row))
     except (AttributeError, KeyError, TypeError) as error:  # only the row's first fields fit the layout
         raise Rejected("unreadable row", f"it does not have the layout {layout} ({error})") from error
+    for place, draft in enumerate(told, start=1):
+        said = {name: value for name, value in draft.items() if value is not None}
+        if rest.get("path") and said.get("path", rest["path"]) != rest["path"]:
+            raise Rejected("several media", f"its message shows {said['path']}, its column {rest['path']}")
+        if "answer" in rest and len(told) == 1:  # the reply of a chat gives the rationale
+            process = split_response(said.get("answer"))[0]
+            said = {"process": process, **said, "answer": rest["answer"]}
+        if len(told) > 1 and rest.get("problem_id") is not None:
+            said["problem_id"] = f"{plain_text(rest['problem_id'])}-{place}"
+        yield rest | said
 
 
 def _numbers(layout: str, drafts: Sequence[DraftRow]) -> Numbers:
@@ -179,7 +227,7 @@ def _numbers(layout: str, drafts: Sequence[DraftRow]) -> Numbers:
         except Rejected:  # reported when its row is made
             continue
         if options and draft.fields.get("answer") is not None:
-            choices.append((draft.fields["answer"], options))
+            choices.append((split_response(draft.fields["answer"])[1], options))
     return numbers_of(choices)
 
 
@@ -195,7 +243,7 @@ def _made_rows(
         name = int(name) if isinstance(name, float) and name.is_integer() else name
         name = name if isinstance(name, (int, str)) and not isinstance(name, bool) else str(name)
         try:
-            row = manifest_row(draft, making, numbers)
+            row = manifest_row(number, draft, making, numbers)
         except Rejected as error:
             rejected.append(error.line(number, name))
             continue
@@ -260,7 +308,7 @@ def _csv_rows(path: Path) -> Iterator[tuple[int, Any]]:
             delimiter = "\t" if path.suffix.lower() != ".csv" else max(_DELIMITERS, key=header.count)
             stream.seek(0)
             cells = csv.reader(stream, delimiter=delimiter)
-            names = [name.strip() for name in next(cells, [])]
+            names = [name.strip() or f"column {place}" for place, name in enumerate(next(cells, []), start=1)]
             if twice := [name for name in names if names.count(name) > 1]:
                 raise ManifestError(f"{path}: two columns are called {twice[0]!r}; rename one of them")
             for number, row in enumerate(filter(any, cells), start=1):

@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO, cast
 from video_r1.availability import ask_the_hub
 from video_r1.console import Progress
 from video_r1.data.sources.archives import TABLE, cell_path
-from video_r1.data.sources.media_paths import data_type_of, is_pattern
+from video_r1.data.sources.media_paths import data_type_of, is_pattern, is_saved
 from video_r1.data.sources.remote import Found, at_address, is_address
 from video_r1.errors import ManifestError, MediaError, VideoR1Error
 from video_r1.processes import process_index
@@ -253,7 +253,7 @@ def _batches(table: Any, columns: Sequence[str], limit: int, name: str) -> Itera
 
 
 def named_rows(name: str, split: str) -> Iterator[tuple[int, Any]]:
-    """Yield the rows of a folder that `datasets` reads, or of a hub dataset, without downloading its files:
+    """Yield the rows of a folder that `datasets` reads or saved, or of a hub dataset, downloading no files:
     tables without the columns that hold files, only the metadata of an imagefolder or videofolder.
     """
     if not Path(name).exists():
@@ -261,6 +261,9 @@ def named_rows(name: str, split: str) -> Iterator[tuple[int, Any]]:
     import datasets  # takes two seconds; JSON manifests do not need it
 
     try:
+        if is_saved(name):
+            yield from dataset_rows(datasets.load_from_disk(name), split)
+            return
         builder = datasets.load_dataset_builder(name)  # from the card and the names of the files
         found = builder.config.data_files or {}
         if found and split not in found:  # before anything is downloaded
@@ -307,8 +310,8 @@ def _folder_rows(dataset: Any, folder: str) -> Iterator[tuple[int, Any]]:
 
 def _no_split(split: str, found: Iterable[object]) -> str:
     return (
-        f"the dataset has no split {split!r}, only {', '.join(map(str, found))}; for Parquet files, use a "
-        "pattern such as hf://datasets/OWNER/NAME/data/test-*.parquet"
+        f"the dataset has no split {split!r}, only {', '.join(map(str, found))}; name the files of one, such "
+        "as hf://datasets/OWNER/NAME/data/test-*.parquet, or its folder in what save_to_disk wrote"
     )
 
 

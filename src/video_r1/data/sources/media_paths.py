@@ -5,7 +5,7 @@ import glob
 import os
 import re
 from collections.abc import Sequence
-from pathlib import Path, PureWindowsPath
+from pathlib import Path
 from typing import Literal
 
 from video_r1.availability import is_hub_id
@@ -22,6 +22,8 @@ from video_r1.data.sources.remote import (
     relative_to,
 )
 from video_r1.errors import ManifestError
+
+_WINDOWS = re.compile(r"[A-Za-z]:[\\/]|\\\\")  # C:\clips or \\server\clips; "x:y.mp4" is a name
 
 
 def data_type_of(path: str) -> Literal["image", "video"]:
@@ -41,11 +43,17 @@ def is_pattern(source: str) -> bool:
     return is_table and glob.has_magic(first) and not os.path.exists(source)
 
 
+def is_saved(folder: str) -> bool:
+    """Return whether a folder is a Dataset or DatasetDict that `save_to_disk` wrote."""
+    return any(os.path.isfile(os.path.join(folder, name)) for name in ("state.json", "dataset_dict.json"))
+
+
 def media_root_of(source: object, media_root: str | Path | None) -> str:
     """Return the media root of a manifest, links followed, or its address.
 
     Default: the folder of the manifest's file (of a pattern: the deepest folder that contains all), the
-    manifest itself if it is a folder or a hub dataset, or else the current folder.
+    manifest itself if it is a folder or a hub dataset (above it if `save_to_disk` wrote it), or else the
+    current folder.
     """
     source = on_this_machine(str(source)) if isinstance(source, (str, Path)) else ""
     if media_root is None:
@@ -58,6 +66,8 @@ def media_root_of(source: object, media_root: str | Path | None) -> str:
             return f"hf://datasets/{source}"
         else:
             media_root = source if os.path.isdir(source) else ""
+            while is_saved(media_root):  # it has no files but its own: paths are those beside it
+                media_root = os.path.dirname(media_root.rstrip("/")) or "."
     root = on_this_machine(str(media_root))
     return root if is_address(root) else os.path.realpath(root or ".")
 
@@ -107,7 +117,9 @@ class MediaPaths:
             raise ValueError(f"path {path!r} contains a null character")
         if os.path.isabs(path) and self.allowed:
             return self._checked(os.path.realpath(path), path)
-        if os.path.isabs(path) or PureWindowsPath(path).anchor:
+        if os.path.isabs(path) or (
+            _WINDOWS.match(path) and not os.path.lexists(os.path.join(self.root, path))
+        ):
             raise ValueError(
                 f"path {path!r} is absolute; it must be relative to the media root, "
                 "or lie in a folder that allowed_roots names"

@@ -1,0 +1,197 @@
+"""Tables without a published layout: which column is which field, by its name and its values."""
+
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+from video_r1.data.making.layouts import KIND, Row, files_of, plain_text, seconds_of, type_of
+from video_r1.data.manifests.tables import InTable
+from video_r1.errors import RequestError
+
+NOTHING = "none"
+"""Written instead of a column's name for a field that has no column."""
+_OPTION = re.compile(r"(?:a|ans|answer|option|opt|choice|candidate)?([0-9])|(?:option|opt|choice)?([a-j])")
+_TRIED = 20  # values of a column
+_FILE_LISTS = ("videos", "images")  # a row without any asks about no file
+
+# Column names for each field, in lower case without punctuation; the first one that a table has counts. Those
+# with a question mark name other things, too, and count if at least half of their values fit the field.
+COLUMN_NAMES: dict[str, tuple[str, ...]] = {
+    "problem": ("problem", "question", "questiontext", "query", "prompt", "instruction", "q"),
+    "answer": (
+        "answer", "solution", "correctanswer", "correctoption", "correctchoice", "correct", "answerid",
+        "answeridx", "answerindex", "correctidx", "correctindex", "groundtruth", "gt", "label",
+        "target", "ans", "truth", "answertext", "gold", "correctletter", "correctanswerindex",
+        "idxcorrect", "response", "output", "completion", "reply",
+    ),
+    "options": ("options", "choices", "candidates", "answerchoices", "mcoptions", "answeroptions"),
+    "path": (
+        "path", "videopath", "video", "videos", "videofile", "videoname", "videofilename", "clip", "clippath",
+        "clips", "filepath", "file", "filename", "media", "mediapath", "videoid", "vid", "vidname", "clipid",
+        "clipname", "image", "images", "imagepath", "imagefile", "imagename", "imageid", "img",
+    ),
+    "problem_id": ("problemid", "questionid", "qid", "quid", "uid", "id", "key"),
+    "problem_type": ("problemtype", "type?", "questiontype?", "qtype?", "answertype?", "kind?", "format?"),
+    "data_type": ("datatype", "modality", "mediatype"),
+    "process": ("process", "rationale", "reasoning", "cot", "chainofthought", "explanation"),
+    "data_source": ("datasource", "source", "dataset"),
+    "start": ("start", "starttime", "startsec", "startseconds", "starts", "begin", "from?"),
+    "end": ("end", "endtime", "endsec", "endseconds", "ends", "to?", "until?"),
+    "subtitles": ("subtitles", "subtitle", "subtitlepath", "subs", "srt", "vtt", "transcript"),
+}  # fmt: skip
+CHAT_COLUMNS = COLUMN_NAMES | {"problem": (), "answer": ("solution", "answer", "groundtruth")}
+"""What the columns beside a chat may be."""
+_FITS: dict[str, Callable[[str], object]] = {"problem_type": type_of}  # of others: times
+
+
+class Columns(NamedTuple):
+    """The columns of each field."""
+
+    names: Mapping[str, tuple[str, ...]]
+    unused: tuple[str, ...]
+
+    def values(self, row: Row) -> dict[str, Any]:
+        """Return the fields of a row whose columns are not empty. Several columns give a list, without the
+        empty cells at its end; a question's give its lines. Raises Rejected."""
+        found: dict[str, Any] = {}
+        for field, names in self.names.items():
+            cells = [row.get(name) for name in names]
+            while cells and is_empty(cells[-1]):
+                cells.pop()
+            if field == "path" and cells:
+                found[field] = [path for cell in cells for path in files_of(cell)]
+                kinds = {_kind_of(name) for name in names if not is_empty(row.get(name))}
+                found |= {KIND: kinds.pop()} if len(kinds) == 1 else {}
+            elif field == "problem":
+                found[field] = "\n".join(str(cell) for cell in cells if not is_empty(cell))
+            elif cells:
+                found[field] = cells if len(names) > 1 else cells[0]
+        return found
+
+    @property
+    def lists_files(self) -> bool:
+        return set(map(_plain, self.names.get("path", ("",)))) <= {*_FILE_LISTS}
+
+
+def is_empty(cell: Any) -> bool:
+    return cell is None or cell == [] or (isinstance(cell, str) and not cell.strip())
+
+
+def questions_in(row: Row) -> list[Row]:
+    """Return the questions that a row nests in lists, such as a clip's `qa_pairs`, each with the row's other
+    fields; the row itself if it is a question."""
+    nested = {
+        name: value
+        for name, value in row.items()
+        if isinstance(value, list) and value and all(isinstance(one, Mapping) and _asks(one) for one in value)
+    }
+    if not nested or _asks(row):
+        return [row]
+    rest = {name: value for name, value in row.items() if name not in nested}
+    return [{**rest, **one} for value in nested.values() for one in value]
+
+
+def _asks(row: Row) -> bool:
+    return any(_plain(name) in COLUMN_NAMES["problem"] for name in row)
+
+
+def guess_columns(
+    names: Iterable[str],
+    given: Mapping[str, str],
+    rows: Sequence[Row] = (),
+    known: Mapping[str, tuple[str, ...]] = COLUMN_NAMES,
+    is_file: Callable[[Any], bool] = bool,
+) -> Columns:
+    """Find the columns of each field.
+
+    given: maps a field to its column, to columns joined by "+", or to "none". rows: the table's; a column
+    without values is not guessed. known: COLUMN_NAMES or CHAT_COLUMNS. is_file: whether a cell's files exist.
+
+    Raises RequestError for unknown fields and columns.
+    """
+    names = [str(name) for name in names]
+    found: dict[str, tuple[str, ...]] = {}
+    for field, column in given.items():
+        if field not in COLUMN_NAMES:
+            raise RequestError(f"columns: no field {field!r}; known are {', '.join(COLUMN_NAMES)}")
+        found[field] = () if column == NOTHING else (column,) if column in names else (*column.split("+"),)
+        if missing := [one for one in found[field] if one not in names]:
+            raise RequestError(f"columns: the table has no column {missing[0]!r}, only {', '.join(names)}")
+    taken = {name for columns in found.values() for name in columns}
+    cells = {name: [cell for row in rows if not is_empty(cell := row.get(name))] for name in names}
+    free = [name for name in names if name not in taken and (cells[name] or not rows)]
+    for field, wanted in known.items():
+        fits = _FITS.get(field, lambda text: seconds_of(text) is not None)
+        guess = [
+            name
+            for one in wanted
+            for name in free
+            if _plain(name) == one.rstrip("?")
+            and (
+                one[-1] != "?"
+                or sum(bool(fits(plain_text(cell))) for cell in cells[name]) * 2 >= len(cells[name])
+            )
+        ]
+        first = guess[:1]
+        if field == "path":
+            first = _path_columns(guess, free, cells, rows, is_file, known is CHAT_COLUMNS)
+        elif field == "problem" and first:  # an instruction and its input
+            first += [name for name in free if _plain(name) == "input"]
+        elif field == "options":
+            first = first or [*option_columns({_plain(name): name for name in reversed(free)})]
+        found.setdefault(field, (*first,))
+    used = {name for columns in found.values() for name in columns}
+    fields = {field: found[field] for field in COLUMN_NAMES if found.get(field)}
+    return Columns(fields, tuple(name for name in names if name not in used))
+
+
+def _path_columns(
+    named: Sequence[str],
+    free: Sequence[str],
+    cells: Mapping[str, Sequence[Any]],
+    rows: Sequence[Row],
+    is_file: Callable[[Any], bool],
+    is_chat: bool,
+) -> list[str]:
+    """Return the columns of files: the first of the known names whose values are files, and others that are
+    filled where it is not, such as `image` beside `video`; in chats, and of lists, also of the other kind.
+    Without known names: a column whose values are all files."""
+    found = [name for name in named if any(map(is_file, cells[name][:_TRIED]))] or list(named)
+    if not found and not any(isinstance(cell, InTable) for name in free for cell in cells[name][:1]):
+        texts = {name: dict.fromkeys(c for c in cells[name][:_TRIED] if isinstance(c, str)) for name in free}
+        found = [name for name, some in texts.items() if some and all(map(is_file, some))]
+    chosen = found[:1]
+    for name in found[1:] if named and rows else ():
+        lists = is_chat or _plain(name) in _FILE_LISTS
+        rivals = [one for one in chosen if not lists or _kind_of(one) == _kind_of(name)]
+        if not any(
+            not is_empty(row.get(one)) and not is_empty(row.get(name)) for row in rows for one in rivals
+        ):
+            chosen.append(name)
+    return chosen
+
+
+def _kind_of(column: str) -> str | None:
+    """Return the kind of file that a column's name says."""
+    match = re.match(r"(video|clip|vid)|image|img|pic|photo", column.lower())
+    return match and ("video" if match[1] else "image")
+
+
+def _plain(name: object) -> str:
+    return re.sub(r"[\W_]", "", str(name).lower())
+
+
+def option_columns(plain: Mapping[str, str]) -> tuple[str, ...]:
+    """Return the columns of single options in order, at least two: a0, a1, … or option_1, option_2, … or A,
+    B, …. plain: maps a name in lower case without punctuation to its column."""
+    series: dict[str, dict[int, str]] = {}
+    for name, column in plain.items():
+        if match := _OPTION.fullmatch(name):
+            digit, letter = match.groups()
+            place = int(digit) if digit else ord(letter) - ord("a")
+            series.setdefault(name[:-1] + ("#" if digit else "@"), {})[place] = column
+    for found in series.values():
+        first = min(found)
+        if first <= 1 and len(found) >= 2 and sorted(found) == list(range(first, first + len(found))):
+            return tuple(found[place] for place in sorted(found))
+    return ()
