@@ -142,6 +142,8 @@ REFUSED: list[tuple[dict[str, Any], str, str]] = [
     ({"conversations": asked("q"), "history": [["a", "b"]]}, "several questions", "1 earlier"),
     ({"conversations": [{"from": "human", "value": [{"type": "audio", "audio": "x"}]}, SAID]}, "message",
      "'audio'"),
+    ({"conversations": [{"from": "human", "value": [{"type": "video", "video": CUP, "fps": 1}]}, SAID]},
+     "message", "a part with fps, which is not read"),
     ({"conversations": [{"from": "human", "value": "q"}]}, "no answer", "no answer"),
     ({"conversations": asked("q"), "answer": ["one", "two"]}, "several answers", "['one', 'two']"),
 ]  # fmt: skip

@@ -226,6 +226,7 @@ def layout_of(row: Row) -> str:
 
 _ROLES = {"human": "user"} | dict.fromkeys(("gpt", "chatgpt", "bot", "model"), "assistant")
 _PARTS = ("video", "image", "video_url", "image_url")
+_OF_A_PART = (*_PARTS, "type", "text", "index", "video_start", "video_end")
 
 
 def messages(chat: Iterable[Any]) -> list[Turn]:
@@ -240,6 +241,8 @@ def messages(chat: Iterable[Any]) -> list[Turn]:
             kind = next((name[:5] for name in _PARTS if part.get("type") == name or part.get(name)), None)
             if kind is None and not isinstance(part.get("text"), str):
                 raise Rejected("message", f"a part of the type {part.get('type')!r}")
+            if unread := [name for name in part if name not in _OF_A_PART and part[name] is not None]:
+                raise Rejected("message", f"a part with {', '.join(unread)}, which is not read")
             texts += [part.get("text") or "", *[f"<{kind}>"] * (len(files) or kind is not None)]
             media += files
             fields |= {KIND: kind} if files else {}
