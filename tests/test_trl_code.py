@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import io
 import json
 import re
@@ -108,15 +107,6 @@ def test_code_for_trl_runs_with_another_import(checkpoint: Path, tmp_path: Path)
     assert roles == ["system", "user"]
     assert text.index("Reason first") < text.index("<|image_pad|>") < text.index(group.sample.problem)
     assert "Think within" not in text  # the prompt is the table's own, without this project's template
-
-
-def test_the_positional_order_is_that_of_trl() -> None:
-    own = list(inspect.signature(TGRPOTrainer.__init__).parameters.values())
-    trl = pytest.importorskip("trl.trainer.grpo_trainer").GRPOTrainer
-    theirs = list(inspect.signature(trl.__init__).parameters.values())
-    positional = [one.name for one in own if one.kind is one.POSITIONAL_OR_KEYWORD]
-    assert positional == [one.name for one in theirs][: len(positional)]
-    assert positional[-1] == "peft_config"
 
 
 def test_an_optimizer_and_its_schedule_are_used(checkpoint: Path, manifest: Path, tmp_path: Path) -> None:

@@ -5,8 +5,11 @@ import logging
 import os
 import re
 import sys
+from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
+from runpy import run_path
+from typing import Any
 
 from video_r1.errors import ConfigError
 
@@ -50,6 +53,19 @@ def check_math_verify(manifest: object) -> None:
             f"{manifest} has questions of the type math, whose answers the package math-verify compares: "
             "pip install 'video-r1[math]'"
         )
+
+
+@functools.cache
+def imported(place: str, setting: str) -> Any:
+    """Import `module:function` or `file.py:function`. Raises ConfigError, which names the setting."""
+    home, _, name = place.rpartition(":")
+    try:
+        return run_path(home)[name] if home.endswith(".py") else getattr(import_module(home), name)
+    except Exception as error:  # the file is the user's: whatever it raises is reported
+        reason = f"{type(error).__name__}: {error}"
+        raise ConfigError(
+            f"{setting}: {place} cannot be imported ({reason}); write module:function or file.py:function"
+        ) from error
 
 
 def is_hub_id(name: str) -> bool:

@@ -8,7 +8,7 @@ import dataclasses
 import difflib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
@@ -25,6 +25,7 @@ from video_r1.settings.base import Problem, Settings, own_field_types, raise_pro
 from video_r1.settings.decoding import PROTOCOLS
 from video_r1.settings.training_arguments import training_argument_types
 from video_r1.settings.training_record import adopted
+from video_r1.settings.trl import translated
 from video_r1.settings.types import parse
 
 S = TypeVar("S", bound=Settings)
@@ -86,8 +87,10 @@ def load_recipe(
     origins |= {name: f"option --{name}" for name in overrides}
     types = COMMANDS[command].types()
     trains = COMMANDS[command].plans_training
+    values, refused = translated(values) if trains else (values, [])
     imported = training_argument_types() if trains and values.keys() - types.keys() else {}
     settings, found = parse_values(command, values, {**imported, **types})
+    found += refused
     for name in ("model_name_or_path", "model", "model_config", "teacher", "teacher_model_name_or_path"):
         if name in settings:
             settings[name] = model_folder(settings[name])
@@ -170,7 +173,7 @@ USUAL_NAMES = {
 """Settings that a common name can mean, by that name."""
 
 
-def unknown_setting(command: str, name: str, known: Mapping[str, Any]) -> str:
+def unknown_setting(command: str, name: str, known: Collection[str]) -> str:
     others = [other for other, each in COMMANDS.items() if name in each.types()]
     usual = [meant for meant in USUAL_NAMES.get(name, ()) if meant in known]
     close = usual or difflib.get_close_matches(name, known, n=1, cutoff=0.6)

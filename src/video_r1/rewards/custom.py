@@ -2,14 +2,15 @@
 
 import inspect
 import math
-from collections.abc import Callable, Container, Sequence
+from collections.abc import Callable, Collection, Container, Iterable, Sequence
 from functools import partial
 from itertools import count
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
+from video_r1.availability import imported
 from video_r1.chat_client import wait_for
 from video_r1.data.manifests.records import FIELDS, Sample
 from video_r1.data.manifests.trl_rows import PROMPT
@@ -33,6 +34,28 @@ def reward_name(function: RewardFunction, taken: Container[str]) -> str:
         raise ConfigError(f"reward_funcs: {name} is a model; pass a function that calls it")
     numbered = (f"{name}_{number}" for number in count(2))
     return name if name not in taken else next(other for other in numbered if other not in taken)
+
+
+def named_rewards(entries: Iterable[Any], built_in: Collection[str]) -> dict[str, RewardFunction | None]:
+    """Return rewards by name, in order: None for a name, which must be one of `built_in`.
+
+    `module:function` and `file.py:function` are imported. Raises ConfigError.
+    """
+    rewards: dict[str, RewardFunction | None] = {}
+    for entry in entries:
+        is_place = isinstance(entry, str) and ":" in entry
+        found = imported(entry, "reward_funcs") if is_place else entry
+        if callable(found):
+            function = cast(RewardFunction, found)
+            rewards[reward_name(function, {*rewards, *built_in})] = function
+        elif entry in built_in:
+            rewards[entry] = None
+        else:
+            raise ConfigError(
+                f"reward_funcs names {entry}; known are {', '.join(built_in)}, functions, and their places "
+                "as module:function or file.py:function"
+            )
+    return rewards
 
 
 def reward_columns(samples: Sequence[Sample]) -> dict[str, list[Any]]:

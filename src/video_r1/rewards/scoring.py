@@ -15,7 +15,7 @@ from video_r1.data.rollouts import Rollout, RolloutGroup
 from video_r1.data.scores import correctness, format_reward, is_correct
 from video_r1.errors import ConfigError
 from video_r1.processes import process_index
-from video_r1.rewards.custom import RewardFunction, as_said, call_reward_function, reward_name
+from video_r1.rewards.custom import RewardFunction, as_said, call_reward_function, named_rewards
 from video_r1.rewards.judge import JudgeScores, SampleAnswers
 from video_r1.rewards.temporal import GATED, gate_deviation, rule_of, total_reward
 from video_r1.settings.training import TGRPOSettings
@@ -63,14 +63,19 @@ def reward_terms(
         reward_funcs = ["accuracy", "format", *(name for name in asked_for if asked_for[name])]
     elif isinstance(reward_funcs, str) or callable(reward_funcs):
         reward_funcs = [reward_funcs]
-    names = [entry for entry in reward_funcs if isinstance(entry, str)]
-    custom: dict[str, RewardFunction] = {}
-    for function in (entry for entry in reward_funcs if callable(entry)):
-        custom[reward_name(function, {*custom, *BUILT_IN_TERMS})] = function
-    unknown = [name for name in names if name not in BUILT_IN_TERMS]
+    rewards = named_rewards(reward_funcs, BUILT_IN_TERMS)
+    names = [name for name, function in rewards.items() if function is None]
+    custom = {name: function for name, function in rewards.items() if function is not None}
+    weights = settings.reward_weights
+    if isinstance(weights, Sequence):
+        if len(weights) != len(reward_funcs):
+            raise ConfigError(
+                f"reward_weights has {len(weights)} weights for {len(reward_funcs)} rewards "
+                f"({', '.join(rewards)}); give one for each, or names: accuracy=1,format=0.5"
+            )
+        weights = dict(zip(rewards, weights, strict=True))
     wrong = {
         "is empty: name rewards, pass functions, or remove it": not (names or custom),
-        f"names {', '.join(unknown)}; known are {', '.join(BUILT_IN_TERMS)} and functions": unknown,
         "names 'temporal' while temporal_rule is off or temporal_alpha 0; set temporal_rule margin": (
             "temporal" in names and not asked_for["temporal"]
         ),
@@ -87,7 +92,7 @@ def reward_terms(
     for said, is_so in wrong.items():
         if is_so:
             raise ConfigError(f"reward_funcs {said}")
-    terms = RewardTerms(tuple(dict.fromkeys(names)), custom, dict(settings.reward_weights))
+    terms = RewardTerms(tuple(names), custom, dict(weights))
     _check_weights(terms, settings)
     for name, weight in terms.weights.items():
         if name not in terms.names and (name not in BUILT_IN_TERMS or weight != 1):

@@ -7,7 +7,7 @@ import textwrap
 import typing
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, Self, TypeVar
+from typing import TYPE_CHECKING, Any, Self, TypeVar
 
 from video_r1.errors import ConfigError
 from video_r1.settings.types import default_text, describe_type, matches
@@ -31,9 +31,23 @@ def setting(default: Any, help: str, distinct: bool = False, **bounds: float) ->
     return dataclasses.field(default=default, metadata=metadata)
 
 
+class _Translating(type):
+    """Type of classes whose keyword arguments go through `understood` first."""
+
+    if not TYPE_CHECKING:  # which takes the arguments from the fields
+
+        def __call__(cls, *args: Any, **kwargs: Any) -> Any:
+            return super().__call__(*args, **cls.understood(kwargs))
+
+
 @dataclass(kw_only=True)
-class Settings:
+class Settings(metaclass=_Translating):
     """Base of all settings, checked when they are built. Raises ConfigError with every problem."""
+
+    @classmethod
+    def understood(cls, values: dict[str, Any]) -> dict[str, Any]:
+        """Return keyword arguments by the fields' names. Subclasses translate other names."""
+        return values
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Self:
         made = super().__new__(cls)

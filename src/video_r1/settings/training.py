@@ -47,7 +47,6 @@ class TrainingSettings(Settings):
     logging_steps: float = setting(1, "optimizer steps between two lines of metrics.jsonl")
     save_steps: float = setting(100, "optimizer steps between two checkpoints")
     report_to: str | list[str] = setting("none", "trackers: tensorboard, trackio, wandb, ...")
-    remove_unused_columns: bool = setting(False, "must stay false: the trainers read whole manifest rows")
     media_threads: int = setting(2, "threads that decode the next questions' media during a step", above=0)
     media_cache_mb: int = setting(512, "MB for decoded media that are kept for later epochs", at_least=0)
     early_stopping_patience: int | None = setting(None, "stop after N validations without progress", above=0)
@@ -62,8 +61,6 @@ class TrainingSettings(Settings):
         if self.max_steps <= 0 and self.num_train_epochs <= 0:
             said = f"is {self.num_train_epochs} and max_steps is {self.max_steps}"
             yield "num_train_epochs", f"{said}; one must be above 0"
-        if self.remove_unused_columns:
-            yield "remove_unused_columns", "is true, which would remove media and answers; leave it false"
 
 
 @dataclass(kw_only=True)
@@ -126,10 +123,6 @@ class TGRPOSettings(JudgeSettings, TrainingSettings):
     )
     max_completion_length: int = setting(768, "longest completion in tokens", above=0)
     temperature: float = setting(1.0, "sampling temperature; it scales the trained log-probs too", above=0)
-    top_p: float = setting(1.0, "must stay 1: the sampled policy is the one that is trained")
-    top_k: int = setting(0, "must stay 0: the sampled policy is the one that is trained", at_least=0)
-    min_p: float | None = setting(None, "must stay none: the sampled policy is the one that is trained")
-    repetition_penalty: float = setting(1.0, "must stay 1: the sampled policy is the one that is trained")
     beta: float = setting(0.04, "weight of the KL term; 0 needs no reference model", at_least=0)
     epsilon: float = setting(0.2, "clip range of the policy ratio", above=0)
     epsilon_high: float | None = setting(
@@ -178,9 +171,9 @@ class TGRPOSettings(JudgeSettings, TrainingSettings):
     length_range: list[int] | None = setting(
         None, "lengths in tokens that earn it (default: 320,512; less if max_completion_length is below 768)"
     )
-    reward_weights: dict[str, float] = setting(
+    reward_weights: dict[str, float] | list[float] = setting(
         {"accuracy": 1.0, "format": 1.0, "temporal": 1.0, "length": 1.0},
-        "weight of each reward by name (default: 1)",
+        "weight of each reward, by name (default: 1) or in the order of reward_funcs",
     )
     shuffle_options: bool = setting(
         False, "draw the order of a question's options each time it is asked, with the solution's letter"
@@ -216,7 +209,6 @@ class TGRPOSettings(JudgeSettings, TrainingSettings):
         if self.contrast_unit == "patch" and self.contrast not in ("shuffled", "reversed"):
             said = f"is patch while temporal_contrast is {self.contrast}, which permutes nothing"
             yield "contrast_unit", f"{said}; leave it at frame"
-        yield from self.sampling_problems()
         yield from self.loss_problems()
         iterations = max(1, self.num_iterations)
         steps = {"save_steps": self.save_steps if getattr(self, "save_strategy", "steps") == "steps" else 0}
@@ -237,13 +229,6 @@ class TGRPOSettings(JudgeSettings, TrainingSettings):
         yield from self.teacher_problems()
         if "judge" in (self.reward_funcs or ()) and not self.judge_endpoint:
             yield "judge_endpoint", "is missing while reward_funcs names judge; give the judge's address"
-
-    def sampling_problems(self) -> Iterator[Problem]:
-        """Yield TRL's settings that would sample from another distribution than the trained one."""
-        for name, off in (("top_p", 1), ("top_k", 0), ("min_p", 0), ("repetition_penalty", 1)):
-            if (getattr(self, name) or 0) != off:
-                said = f"is {getattr(self, name)}; the sampled policy must be the one that is trained"
-                yield name, f"{said}: leave it at {off}, and change temperature or the rewards"
 
     def teacher_problems(self) -> Iterator[Problem]:
         teacher, frames = self.teacher_model_name_or_path, getattr(self, "max_frames", 0)

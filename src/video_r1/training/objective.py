@@ -17,13 +17,12 @@ add up to the loss of the whole.
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from importlib import import_module
 from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
-from video_r1.errors import ConfigError
+from video_r1.availability import imported
 from video_r1.settings.training import AdvantageScale
 from video_r1.settings.vllm import ImportanceMode
 
@@ -241,18 +240,12 @@ OBJECTIVES = {
 
 
 def objective_of(loss_type: str) -> Objective:
-    """Return one of OBJECTIVES by its name, or import `module:name`: an Objective, or a surrogate, which is
-    then averaged over responses. Raises ConfigError if there is none.
+    """Return one of OBJECTIVES by its name, or import `module:name` or `file.py:name`: an Objective, or a
+    surrogate, which is then averaged over responses. Raises ConfigError if there is none.
     """
     if loss_type in OBJECTIVES:
         return OBJECTIVES[loss_type]
-    module, _, name = loss_type.partition(":")
-    try:
-        found = getattr(import_module(module), name)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise ConfigError(
-            f"loss_type {loss_type!r} is none of {', '.join(OBJECTIVES)}, nor module:function ({error})"
-        ) from None
+    found = imported(loss_type, "loss_type")
     return found if isinstance(found, Objective) else Objective(found)
 
 

@@ -1,5 +1,6 @@
 """Run folders: a run starts, or resumes from the last complete checkpoint, and saves its model at the end."""
 
+import dataclasses
 import logging
 import os
 from collections.abc import Callable, Mapping, Sequence
@@ -24,8 +25,9 @@ from video_r1.files import is_finished, replace_json
 from video_r1.fingerprint import contents, digest, refuse_changed
 from video_r1.models.loading import add_lora, load_model, load_processor, with_trained_parts
 from video_r1.processes import claimed_by_first, decided_by_first, process_count
-from video_r1.recipe import Recipe, plain, resolved
+from video_r1.recipe import Recipe, plain, resolved, unknown_setting
 from video_r1.rollout.vllm.mrope import rule_of_training
+from video_r1.settings.base import raise_problems
 from video_r1.settings.shared import (
     DataSettings,
     LoadingSettings,
@@ -34,6 +36,7 @@ from video_r1.settings.shared import (
     PromptSettings,
 )
 from video_r1.settings.training_record import BUDGET, RECORD, adopted, read_record
+from video_r1.settings.trl import translated
 from video_r1.training.checkpoints import check_writable, last_whole_checkpoint
 
 logger = logging.getLogger(__name__)
@@ -57,6 +60,17 @@ MAY_CHANGE = frozenset(
 class RunArguments(PromptSettings, ManifestSettings, LoadingSettings, TrainingArguments):
     """Fields of `TrainingArguments`, and the settings of frames, prompts, media and loading."""
 
+    command = ""  # of the settings, in messages
+
+    @classmethod
+    def understood(cls, values: dict[str, Any]) -> dict[str, Any]:
+        """Translate TRL's names. Raises ConfigError for those that are refused, and for unknown names."""
+        settings, found = translated(values)
+        known = [field.name for field in dataclasses.fields(cls)]
+        unknown = settings.keys() - known
+        raise_problems([*found, *((name, unknown_setting(cls.command, name, known)) for name in unknown)])
+        return settings
+
     def to_dict(self) -> dict[str, Any]:
         """Add the recipe's other settings to those that trackers show. (Its own entries hide tokens.)"""
         return plain({**getattr(self, "recipe_values", {}), **super().to_dict()})
@@ -79,6 +93,7 @@ class RunArguments(PromptSettings, ManifestSettings, LoadingSettings, TrainingAr
                 f"{here} processes were started on this machine, which has {devices} GPU(s): start one for "
                 "each GPU (--num_processes), or set use_cpu"
             )
+        self.remove_unused_columns = False  # rows are read whole
         os.environ.pop("ACCELERATE_MIXED_PRECISION", None)  # of a launcher's file: `bf16` and `fp16` decide
         super().__post_init__()
         found = super().n_gpu

@@ -48,6 +48,8 @@ class Example(NamedTuple):
 class SFTConfig(SFTSettings, TrainingToolSettings, RunArguments):
     """All settings of an SFT run, including every field of `TrainingArguments`. Raises ConfigError."""
 
+    command = "sft"
+
 
 class SFTTrainer(QuestionTrainer):
     """Trains a video-language model on the rationales and answers of a manifest (its rows need `process`).

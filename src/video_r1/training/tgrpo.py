@@ -67,8 +67,9 @@ from video_r1.models.group_forward import (
 )
 from video_r1.processes import gather, gather_lists, process_count
 from video_r1.recipe import Recipe
+from video_r1.rewards.custom import named_rewards
 from video_r1.rewards.judge import Judge
-from video_r1.rewards.scoring import reward_terms, score_groups
+from video_r1.rewards.scoring import BUILT_IN_TERMS, reward_terms, score_groups
 from video_r1.rewards.temporal import rule_of, warn_of_cancelled_bonus
 from video_r1.rollout.engine import InProcessEngine, RolloutEngine, SamplingSettings, sample_rollouts
 from video_r1.rollout.engine_factory import training_engine
@@ -121,8 +122,17 @@ RewardFunctions = str | Callable[..., Any] | Sequence[str | Callable[..., Any]]
 class TGRPOConfig(TGRPOSettings, VLLMSettings, TrainingToolSettings, RunArguments):
     """All settings of a run: this project's own, TRL's by TRL's names, every field of `TrainingArguments`.
 
-    `per_device_train_batch_size` counts questions. Raises ConfigError, naming every problem found.
+    `per_device_train_batch_size` counts questions. Fields of TRL's `GRPOConfig` that are none here are
+    translated or refused (settings/trl.py). Raises ConfigError, naming every problem found.
     """
+
+    command = "rl"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        objective_of(self.loss_type)  # functions of the user's are imported before weights are loaded
+        if isinstance(self.reward_funcs, list):
+            named_rewards(self.reward_funcs, BUILT_IN_TERMS)
 
 
 class Sampled(NamedTuple):
@@ -238,11 +248,17 @@ class TGRPOTrainer(QuestionTrainer):
         engine: RolloutEngine | None = None,
         recipe: Recipe | None = None,
         tools: Sequence[Callable[..., Any]] | None = None,
+        rollout_func: None = None,
+        environment_factory: None = None,
     ) -> None:
         if reward_processing_classes is not None:
             raise ConfigError("reward_processing_classes: pass a reward function that calls your model")
         if quantization_config is not None:
             raise ConfigError("quantization_config: pass a model loaded with it, or a recipe: load_in_4bit")
+        if rollout_func is not None:
+            raise ConfigError("rollout_func: pass an engine (video_r1.rollout.engine.RolloutEngine)")
+        if environment_factory is not None:
+            raise ConfigError("environment_factory: pass tools, functions that the policy calls")
         args = TGRPOConfig(output_dir="runs/tgrpo") if args is None else args
         self.terms = terms = reward_terms(reward_funcs, args)
         if "temporal" not in terms.names:  # a list of rewards is all that is paid

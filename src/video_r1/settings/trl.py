@@ -1,0 +1,113 @@
+"""Fields of TRL's `GRPOConfig` that are no settings here: translated, or refused with what to use instead.
+
+Every other field is a setting of the same name and meaning; docs/coming-from-trl.md lists all.
+"""
+
+import math
+import os
+from collections.abc import Mapping
+from typing import Any
+
+import yaml
+
+from video_r1.settings.base import Problem
+from video_r1.settings.types import FALSE_WORDS, NONE_WORDS, TRUE_WORDS
+
+_SAMPLED = "the sampled policy must be the one that is trained: change temperature or the rewards"
+_ENTROPY = "the entropy bonus is constant: set entropy_coef"
+_REFERENCE = "the reference model does not change: start a new run from a checkpoint, or set beta 0"
+_VESPO = "loss_type vespo is not built in: give a function as module:function"
+_RECORDED = "rollouts are recorded in the run folder (log_rollouts)"
+
+REFUSED: dict[str, tuple[Any, str]] = {
+    "cache_implementation": (None, "the cache of rollouts is built in, and the prompt's is shared"),
+    "cast_lm_head_to_fp32": (False, "the head has the model's type, and log-probs are float32"),
+    "chat_template_kwargs": (None, "there is none: the prompt always asks for reasoning"),
+    "disable_dropout": (False, "set dropout to 0 in the model's config (lora_dropout is 0 by default)"),
+    "ds3_gather_for_generation": (True, "weights are gathered to sample here: use a server (engine)"),
+    "entropy_coef_delta": (0.005, _ENTROPY),
+    "entropy_coef_max": (1.0, _ENTROPY),
+    "entropy_coef_min": (0.0, _ENTROPY),
+    "entropy_target": (0.2, _ENTROPY),
+    "generation_kwargs": (None, _SAMPLED),
+    "log_completions_hub_repo": (None, f"{_RECORDED}; push_to_hub uploads checkpoints"),
+    "log_multimodal": (True, f"{_RECORDED} with their frames: 0 records none"),
+    "min_p": (None, _SAMPLED),
+    "multi_objective_aggregation": ("sum_then_normalize", "rewards are added, then their sum is normalised"),
+    "off_policy_mask_threshold": (None, "delta bounds the ratio, epsilon clips it"),
+    "pad_to_multiple_of": ("auto", "nothing is padded: a group is one packed sequence"),
+    "ref_model_mixup_alpha": (0.6, _REFERENCE),
+    "ref_model_sync_steps": (512, _REFERENCE),
+    "remove_unused_columns": (False, "the trainers and reward functions read whole rows: leave it false"),
+    "repetition_penalty": (1, _SAMPLED),
+    "router_aux_loss_coef": (None, "the load-balancing loss of a mixture of experts is not added"),
+    "shuffle_dataset": (True, "there is none: each epoch draws a new order of the questions"),
+    "sync_ref_model": (False, _REFERENCE),
+    "top_k": (0, _SAMPLED),
+    "top_p": (1, _SAMPLED),
+    "transformers_continuous_batching_config": (None, "use engine vllm"),
+    "use_adaptive_entropy": (False, _ENTROPY),
+    "use_transformers_continuous_batching": (False, "use engine vllm"),
+    "use_transformers_paged": (False, "use engine vllm"),
+    "vespo_k_neg": (3.0, _VESPO),
+    "vespo_k_pos": (2.0, _VESPO),
+    "vespo_lambda_neg": (2.0, _VESPO),
+    "vespo_lambda_pos": (3.0, _VESPO),
+    "vllm_group_port": (51216, "weights go to a server by a folder or NCCL (serve --hand_over)"),
+    "vllm_model_impl": ("vllm", "vLLM runs its own model code; use engine transformers"),
+    "vllm_structured_outputs_regex": (None, f"{_SAMPLED} (the reward `format` teaches the tags)"),
+}
+"""By name: TRL's default, which changes nothing here, and what to do instead of other values."""
+
+
+def translated(values: Mapping[str, Any]) -> tuple[dict[str, Any], list[Problem]]:
+    """Return settings without TRL's own names and forms, and what is wrong with those that are refused."""
+    settings, found = dict(values), []
+
+    def take(name: str) -> Any:
+        value = settings.pop(name, None)
+        value = yaml.safe_load(value) if isinstance(value, str) else value  # of a command line
+        return None if str(value).lower() in ("{}", *NONE_WORDS) else value
+
+    def number(name: str, default: float) -> float:
+        return float(settings.get(name) or default)
+
+    for name, (off, instead) in REFUSED.items():
+        if (value := take(name)) not in (None, off):
+            found.append((name, f"is {value!r}; {instead}"))
+    for name in ("reward_weights", "max_prompt_length"):  # None: the default
+        if name in settings and (value := take(name)) is not None:
+            settings[name] = value
+    if (scale := str(settings.get("scale_rewards")).lower()) in TRUE_WORDS + FALSE_WORDS:
+        settings["scale_rewards"] = "group" if scale in TRUE_WORDS else "none"
+    for name, value in (take("model_init_kwargs") or {}).items():
+        own = "dtype" if name == "torch_dtype" else name
+        if own in ("dtype", "attn_implementation", "trust_remote_code"):
+            settings.setdefault(own, str(value).removeprefix("torch.") if own == "dtype" else value)
+        else:
+            found.append(("model_init_kwargs", f"has {name}; pass a model that was loaded with it"))
+    steps = number("gradient_accumulation_steps", 1)
+    batch = steps * number("per_device_train_batch_size", 1) * int(os.environ.get("WORLD_SIZE", 1))
+    for name, same in (("steps_per_generation", steps), ("generation_batch_size", batch)):
+        if (value := take(name)) not in (None, same):
+            said = f"is {value}; each step samples its own rollouts: make it {same:g}"
+            found.append((name, f"{said} or remove it (num_iterations uses rollouts again)"))
+    if (value := take("num_completions_to_print")) is not None:
+        settings.setdefault("log_rollouts", math.ceil(value / number("num_generations", 8)))
+    for name in ("log_completions", "log_unique_prompts"):  # rollouts are recorded, each prompt once
+        take(name)
+    if (value := take("vllm_max_model_length")) is not None:
+        settings.setdefault("max_prompt_length", int(value - number("max_completion_length", 768)))
+    renamed = {
+        "max_tool_calling_iterations": "max_looks",
+        "vllm_importance_sampling_cap": "vllm_importance_sampling_clip_max",
+    }
+    for name, own in renamed.items():
+        if (value := take(name)) is not None:
+            settings.setdefault(own, value)
+    host, port = take("vllm_server_host"), take("vllm_server_port")
+    if settings.get("vllm_mode") == "server" and (host or port):
+        settings.setdefault("vllm_server_base_url", f"http://{host or '0.0.0.0'}:{port or 8000}")
+    if take("use_bias_correction_kl") and float(settings.get("beta", 0.04)):
+        found.append(("use_bias_correction_kl", "is true; here KL has no ratio: set it to false, or beta 0"))
+    return settings, found
