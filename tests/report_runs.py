@@ -65,6 +65,8 @@ def metrics_line(step: int, steps: int, random_: random.Random) -> dict[str, Any
         line[f"reward/accuracy/{kind}"] = noisy(learned - 0.15 + 0.05 * i, 0.12)
     gap = 0.32 * max(0.0, done - 0.15) ** 0.7
     p_shuffled = noisy(learned - gap, 0.05)
+    credits = {"accuracy": 0.5 + 0.3 * done, "format": 0.45 * (1 - done), "length": 0.1}
+    signs = {"accuracy": 0.8, "format": 0.2, "length": 0.1}
     line |= {
         "reward/temporal": noisy(0.3 * gap * learned, 0.015),
         "reward/temporal/video": noisy(0.36 * gap * learned, 0.018),
@@ -74,6 +76,8 @@ def metrics_line(step: int, steps: int, random_: random.Random) -> dict[str, Any
         "temporal/p_shuffled": p_shuffled,
         "temporal/gap": round(line["reward/accuracy"] - p_shuffled, 4),
         "temporal/credit": noisy(0.01, 0.005),
+        **{f"credit/{term}": noisy(share, 0.04) for term, share in credits.items()},
+        **{f"credit_sign/{term}": round(random_.gauss(sign, 0.1), 4) for term, sign in signs.items()},
         "completion/length": round(48 + 14 * done + random_.gauss(0, 2), 2),
         "completion/length/video": round(52 + 12 * done + random_.gauss(0, 3), 2),
         "completion/length/image": round(38 + 4 * done + random_.gauss(0, 3), 2),

@@ -47,6 +47,11 @@ VIEWS = {
     "evaluation": "#/run/runs%2Feval-rl",
     "controls": "#/evaluations/runs%2Fcontrols%20(direct)/runs%2Fcontrols",
 }
+REPORTS = {
+    "report": ["demo"],
+    "report-run": ["t-grpo"],
+    "report-compared": ["grpo", "t-grpo", "collapsed"],
+}
 WIDTHS = (390, 1280, 2560)
 MARGIN = 16
 PICTURE = 1040  # pixels of the documents' pictures across, of which a page of GitHub shows about 840
@@ -159,15 +164,24 @@ def shots(out: Path, browser: Browser) -> None:
                 page.wait_for_timeout(3000)
                 if title == "ask":
                     ask_question(page, "the lab's base", "lab/test.json")
-                for width in WIDTHS:
-                    page.set_viewport_size({"width": width, "height": 900})
-                    page.wait_for_timeout(600)
-                    for scheme in ("light", "dark"):
-                        page.emulate_media(color_scheme=scheme)
-                        page.wait_for_timeout(200)
-                        dark = "-dark" if scheme == "dark" else ""
-                        page.screenshot(path=out / f"{title}-{width}{dark}.png", full_page=True)
-                page.close()
+                each_width(page, out, title)
+        for title, runs in REPORTS.items():
+            page = browser.new_page()
+            page.goto(build_report([folder / "runs" / name for name in runs]).as_uri())
+            each_width(page, out, title)
+
+
+def each_width(page: Page, out: Path, title: str) -> None:
+    """Save a page at every width, light and dark, and close it."""
+    for width in WIDTHS:
+        page.set_viewport_size({"width": width, "height": 900})
+        page.wait_for_timeout(600)
+        for scheme in ("light", "dark"):
+            page.emulate_media(color_scheme=scheme)
+            page.wait_for_timeout(200)
+            dark = "-dark" if scheme == "dark" else ""
+            page.screenshot(path=out / f"{title}-{width}{dark}.png", full_page=True)
+    page.close()
 
 
 def pictures(out: Path, demo: Path, browser: Browser) -> None:

@@ -93,7 +93,7 @@ def test_curves_come_first_and_have_read_outs(page: Page, rl_page: Path) -> None
         "Temporal reward",
         "Response length, tokens",
     ]
-    assert "share right, p and p̃" in texts(page, ".family .title")
+    assert "share right of videos, p and p̃" in texts(page, ".family .title")
     assert "shuffled" in page.inner_text("main") and "null" not in page.inner_text("main")
     data = data_of(rl_page)
     values = data["runs"][0]["points"]["series"]["reward/accuracy"]
@@ -113,6 +113,52 @@ def test_curves_come_first_and_have_read_outs(page: Page, rl_page: Path) -> None
     )
     settle(page)
     assert page.evaluate("document.querySelector('.headline path.main').getAttribute('d')") != before
+
+
+def test_series_are_told_apart_and_named(page: Page, rl_page: Path) -> None:
+    """Labels are whole, paints differ, credit is one picture, tables end with a row, zero has no sign."""
+    show(page, rl_page)
+    edges = (
+        "[...document.querySelectorAll('.headline .label')].map((label) => {"
+        " const [a, b] = [label, label.ownerSVGElement].map((node) => node.getBoundingClientRect());"
+        " return [label.textContent, a.right - b.right, a.bottom - b.bottom, b.top - a.top]; })"
+    )
+    labels = page.evaluate(edges)
+    assert len(labels) == 8 and "…" not in str(labels)
+    assert all(max(over) <= 0 for _, *over in labels), labels
+    runs = "...Array.from({ length: 20 }, (_, i) => paintOf(i))"
+    orders = "...['ordered', ...Object.keys(CONTRASTS)].map((name) => linePaint(name, ''))"
+    paints = page.evaluate(f"[{runs}, {orders}].map((paint) => paint.colour + paint.dash)")
+    assert len(set(paints)) == 27
+    family = page.locator(".family", has_text="Credit: which reward moved the advantages")
+    assert family.locator("figure").count() == 2 and family.locator(".meaning").count() == 2
+    assert [text.split()[0] for text in family.locator(".key").first.locator("li").all_inner_texts()] == [
+        "accuracy", "format", "length",
+    ]  # fmt: skip
+    cut = (
+        "[...document.querySelectorAll('#left-out tbody tr')].filter((row) => {"
+        " const [a, b] = [row, row.closest('.scroll')].map((node) => node.getBoundingClientRect());"
+        " return a.top < b.bottom - 1 && a.bottom > b.bottom + 1; }).length"
+    )
+    for width in (1280, 390):
+        page.set_viewport_size({"width": width, "height": 900})
+        settle(page)
+        assert page.evaluate(cut) == 0
+    zeros = page.evaluate("[show(-0.0004, 2), signed(-0.0004), signed(0.0004), signed(-0.006), show(-0)]")
+    assert zeros == ["0.00", "0.00", "0.00", "−0.01", "0"]
+
+
+def test_page_opens_on_a_group_that_teaches(page: Page, tmp_path: Path) -> None:
+    """A late one whose answers differ; a group of equal answers, or of right ones alone, only if all are."""
+    for step, rewards in enumerate(([1.0, 0.0], [1.0, 1.0], [0.0, 0.0])):
+        record_group(tmp_path, step, group_of(step, rewards))
+    lines = [json.loads(line) for line in (tmp_path / "rollouts.jsonl").read_text().splitlines()]
+    for line in lines:
+        line["p"] = sum(c["rewards"]["accuracy"] for c in line["ordered"]) / 2
+        line |= {"shuffled": [], "p_shuffled": None}  # with a rule that samples no contrast
+    write_lines(tmp_path / "rollouts.jsonl", lines)
+    show(page, build_report(tmp_path))
+    assert texts(page, ".position") == ["1 of 3"]
 
 
 def test_rollouts_turn_pages_and_filter(page: Page, rl_page: Path) -> None:
@@ -210,9 +256,7 @@ def test_runs_are_laid_over_each_other(page: Page, tmp_path: Path, width: int) -
     assert len(set(colours)) == 2
     wide = width > 600  # labels at the lines' ends, else a key
     shown = texts(page, f".headline > :first-child {'.label' if wide else '.key li'}")[:2]
-    assert [text.rsplit(" ", 1)[0] for text in sorted(shown)] == (
-        ["a run whose nam…", "grpo"] if wide else ["a run whose name is long", "grpo"]
-    )
+    assert [text.rsplit(" ", 1)[0] for text in sorted(shown)] == (["a run whose name is long", "grpo"])
     assert page.evaluate(f"{head}.querySelector('output').textContent.trim()") == "step 60"
     assert texts(page, "#comparison th")[:4] == ["series", *names, "cold"][:4]
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import random
 import shutil
 import time
@@ -15,6 +16,7 @@ import numpy as np
 import pytest
 from browser import fits
 from chat_endpoint import chat_endpoint
+from media_files import write_video
 from PIL import Image
 from report_runs import (
     HOSTILE,
@@ -292,6 +294,46 @@ def test_studio_pages_through_a_manifest(page: Page, folder: Path, tmp_path: Pat
 
 
 @pytest.mark.slow
+def test_clips_that_no_browser_plays_are_shown_as_frames(chromium: Browser, tmp_path: Path) -> None:
+    """HEVC, MPEG-TS and TIFF on the page Data, in Ask; a damaged file with the reason."""
+    row = {"problem": "Which way?", "data_type": "video", "problem_type": "free-form"}
+    names = ("hevc.mp4", "plain.ts", "one.tiff", "rotten.mp4")
+    rows = [row | {"problem_id": n, "solution": "<answer>left</answer>", "path": n} for n in names]
+    rows[2] |= {"data_type": "image"}
+    (tmp_path / "clips.json").write_text(json.dumps(rows))
+    write_video(tmp_path / "hevc.mp4", frames=16, fps=8, codec="libx265")
+    write_video(tmp_path / "plain.ts", frames=16, fps=8)
+    Image.new("RGB", (64, 48), (200, 80, 60)).save(tmp_path / "one.tiff")
+    (tmp_path / "rotten.mp4").write_bytes(b"nothing")
+    page = chromium.new_page()  # its console names the files that it does not play
+    with studio(tmp_path) as (address, _):
+        page.goto(f"{address}#/data/clips.json")
+        for number, frames in enumerate((4, 4, 1)):
+            page.locator(".rows button").nth(number).click()
+            expect(page.locator(".stage .tile"), names[number]).to_have_count(frames, timeout=SLOW)
+        page.locator(".rows button").nth(3).click()
+        expect(page.locator(".stage .quiet").first).to_contain_text("rotten.mp4: is not a video")
+        fits_at(page, 390, 1280)
+        page.goto(f"{address}#/ask/clips.json/0")
+        expect(page.locator(".panel .tile")).to_have_count(4, timeout=SLOW)
+    page.close()
+
+
+@pytest.mark.slow
+def test_evaluations_opens_on_two_that_asked_the_same_questions(page: Page, tmp_path: Path) -> None:
+    """The newest answered others; beside them lies their parent, which is none."""
+    for age, (name, questions) in enumerate({"other": "y", "new": "x", "old": "x"}.items()):
+        write_evaluation(tmp_path / "demo" / name, 0.6, 0.4)
+        (tmp_path / "demo" / name / "evaluation.json").write_text(json.dumps({"questions": questions}))
+        predictions = tmp_path / "demo" / name / "predictions-8.jsonl"
+        os.utime(predictions, (1e9 - age, 1e9 - age))
+    with studio(tmp_path) as (address, _):
+        page.goto(f"{address}#/evaluations")
+        expect(page.get_by_label("Left")).to_have_value("demo/old")
+        expect(page.get_by_label("Right")).to_have_value("demo/new")
+
+
+@pytest.mark.slow
 def test_studio_says_that_its_server_is_gone_and_goes_on(chromium: Browser, folder: Path) -> None:
     shown = chromium.new_page()
     with studio(folder) as (address, _):
@@ -411,11 +453,11 @@ def test_evaluations_side_by_side_and_one_against_its_controls(page: Page, addre
     by_order = table.locator("tbody", has_text="By order of the frames")
     names = by_order.locator("th[scope=row]").all_inner_texts()
     assert names == ["in order", *CONTROLS[1:]]
-    expect(by_order.locator("tr", has_text="blind")).to_contain_text("order gains +0.")
+    expect(by_order.locator("tr", has_text="blind")).to_contain_text("gap +0.")
     by_order.locator("tr", has_text="blind").get_by_role("button").last.click()
     lead = page.locator("#questions .lead")
     expect(lead).to_contain_text("with the frames blind that eval-rl answers better")
-    expect(page.locator(".versus-question .column.shuffled .text").first).to_contain_text("blind")
+    expect(page.locator(".versus-question .column.right .text").first).to_contain_text("blind")
     before = page.locator(".versus-question .facts").first.inner_text()
     page.get_by_role("button", name="left wins").click()
     expect(page.locator(".versus-question .facts").first).not_to_have_text(before)
@@ -427,6 +469,16 @@ def test_evaluations_side_by_side_and_one_against_its_controls(page: Page, addre
     expect(page.locator("#scores thead th").nth(5)).to_have_text("temporal gap")
     page.get_by_label("In order against").select_option("blind")
     expect(page.locator("#scores thead th").nth(3)).to_have_text("blind")
+    sides = page.locator("#scores tbody tr").first.locator("td")
+    heads = sides.evaluate_all(
+        "all => all.slice(2, 4).map((td) => { const style = getComputedStyle(td, '::before');"
+        " return [style.content, style.color]; })"
+    )
+    tints = page.evaluate(
+        "['shuffled', 'ordered'].map((name) => { const node = make('i', {}); document.body.append(node);"
+        " node.style.color = `var(--${name})`; return getComputedStyle(node).color; })"
+    )
+    assert heads == [['"blind"', tints[0]], ['"in order"', tints[1]]]
     page.get_by_role("button", name="neither right").click()
     expect(lead).to_contain_text("neither answers right")
 

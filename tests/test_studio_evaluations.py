@@ -150,13 +150,17 @@ def test_benchmarks_of_two_checkpoints(tmp_path: Path) -> None:
     for model, right in (("a", range(10)), ("b", range(5))):
         for benchmark in ("mvbench", "vsibench"):
             predictions(tmp_path / model / benchmark, right)
+        (tmp_path / model / "summary.json").write_text('{"benchmarks": {}}')
     predictions(tmp_path / "b" / "mmvu", range(5))
+    for name in ("eval-sft", "eval-rl"):  # evaluations beside each other are not one
+        predictions(tmp_path / "demo" / name, range(5))
+    (tmp_path / "demo" / "summary.json").write_text('{"seconds": {}}')
     direct(tmp_path / "a" / "mvbench")
     with studio_client(tmp_path) as client:
         listed = get(client, "/api/evaluations")["evaluations"]
         names = {item["name"]: item["benchmarks"] for item in listed}
         assert names["a/"] == ["mvbench", "vsibench"] and len(names["b/"]) == 3
-        assert names["a/mvbench"] == [""]
+        assert names["a/mvbench"] == [""] and "demo/" not in names
         assert "a/mvbench (direct)" in names and "a/ (direct)" not in names  # of one benchmark alone
         found = get(client, "/api/versus", left="a/", right="b/")
         assert found["benchmarks"] == ["mvbench", "vsibench"]
@@ -165,6 +169,20 @@ def test_benchmarks_of_two_checkpoints(tmp_path: Path) -> None:
             file.write('{"problem_id": 30, "order": "ordered", "score": 1.0}\n{"half": ')
         answer = client.get("/api/versus", params={"left": "a/", "right": "b/mmvu"})
         assert answer.status_code == 400 and "different benchmarks" in answer.json()["error"]
+
+
+def test_question_texts_come_with_the_answers(tmp_path: Path) -> None:
+    """Where no manifest below the folders has the question."""
+    for name in ("a", "b"):
+        predictions(tmp_path / name, range(3 if name == "a" else 5), range(5))
+    path = tmp_path / "b" / "predictions-8.jsonl"
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    write_lines(path, [line | {"problem": "How many?", "options": ["A. 3", "B. 4"]} for line in lines])
+    with studio_client(tmp_path) as client:
+        shown = get(client, "/api/questions", left="a", right="b")["shown"]
+        assert {(item["problem"], *item["options"], item["row"]) for item in shown} == {
+            ("How many?", "A. 3", "B. 4", None)
+        }
 
 
 def test_direct_answers_stand_beside_reasoned_ones(folder: Path) -> None:

@@ -35,11 +35,11 @@ def found_in(folder: Path) -> Found:
         (Claim(ended="failed", why="no space"), False, 90, None, "failed", "no space"),
         (Claim(ended="stopped", why="checkpoint-40"), False, 90, None, "stopped", "checkpoint-40"),
         (Claim(), True, 90, None, "finished", ""),
-        (Claim(), False, 90, None, "stopped", "it ended after step 40, before"),
+        (Claim(), False, 90, None, "stopped", "it ended after step 40 before its model"),
     ],
 )
 def test_state(claim: Claim, done: bool, silent: float, alive: bool | None, word: str, why: str) -> None:
-    state = state_of(claim, done, Progress(step=40), silent, alive)
+    state = state_of(claim, done, Progress(step=40), silent, alive, "its model")
     assert state.word == word and state.why.startswith(why)
 
 
@@ -90,6 +90,7 @@ def line(**series: float) -> dict[str, float]:
         (line(sampler__logprob_difference=0.01), line(sampler__logprob_difference=0.2), "sampler"),
         (line(media__skipped=0.0), line(media__skipped=2.0), "media"),
         (line(answers__A=9, answers__B=8), line(answers__A=200, answers__B=1), "collapse"),
+        (line(credit_sign__tidy=0.4), line(credit__tidy=0.3, credit_sign__tidy=-0.9), "credit sign"),
     ],
 )
 def test_alerts(before: dict[str, float], now: dict[str, float], name: str) -> None:
@@ -98,6 +99,43 @@ def test_alerts(before: dict[str, float], now: dict[str, float], name: str) -> N
     assert alert.name == name and len(alert.advice) > 20
     assert alerts_of([before] * 70) == []
     assert alerts_of([now]) == [] or name in ("media", "collapse")
+
+
+def test_a_reward_that_moves_nothing_in_twenty_steps_is_told() -> None:
+    lines = [
+        line(credit__accuracy=0.6, credit__temporal=0.004, credit__format=0.02 * (s < 10)) for s in range(20)
+    ]
+    (alert,) = alerts_of(lines)
+    assert alert.name == "credit" and alert.title.startswith("the reward temporal moves 0.4% of")
+    assert alerts_of(lines[1:]) == []
+
+
+@pytest.mark.parametrize(
+    ("config", "files", "lock", "kind", "state"),
+    [
+        ("num_generations: 8\n", {"quarantine.jsonl": {}}, "failed: no clip", "rl", "failed"),
+        ("num_generations: 8\n", {"metrics.jsonl": {"step": 9, "eval_loss": 1.0}}, None, "rl", "stopped"),
+        ("seed: 1\n", {"metrics.jsonl": {"step": 9, "loss": 1.0}}, None, "sft", "stopped"),
+        ("save_strategy: 'no'\n", {"metrics.jsonl": {"step": 9, "loss": 1.0}}, "", "sft", "finished"),
+        ("save_strategy: no\nmax_steps: 9\n", {"metrics.jsonl": {"step": 9}}, None, "sft", "finished"),
+        ("save_strategy: no\nmax_steps: 10\n", {"metrics.jsonl": {"step": 9}}, None, "sft", "stopped"),
+        ("save_strategy: steps\n", {"metrics.jsonl": {"step": 9}}, "", "sft", "stopped"),
+        (None, {"predictions-8.jsonl": {}}, None, "evaluation", "stopped"),
+    ],
+)  # fmt: skip
+def test_what_a_folder_is_and_how_it_ended(
+    tmp_path: Path, config: str | None, files: dict[str, dict[str, float]], lock: str | None, kind: str,
+    state: str,
+) -> None:  # fmt: skip
+    for name, record in files.items():
+        write_lines(tmp_path / name, [record])
+    for name, text in (("config.yaml", config), (".lock", lock)):
+        if text is not None:
+            (tmp_path / name).write_text(text)
+    row = overview(found_in(tmp_path))
+    assert (row["kind"], row["state"]) == (kind, state)
+    assert kind != "evaluation" or "before its summary" in row["why"]
+    assert "model" not in row["why"] or "no" not in (config or "")
 
 
 def test_groups_without_variance_teach_where_there_is_a_teacher() -> None:
@@ -128,15 +166,16 @@ def test_all_runs_of_a_demo_are_listed(tmp_path: Path) -> None:
     ]  # fmt: skip
     assert rows["demo/eval-rl"]["state"] == "finished"
     gap = json.loads((tmp_path / "demo/eval-rl/summary.json").read_text())["frames"]["8"]["temporal_gap"]
-    assert rows["demo/eval-rl"]["figures"][0]["caption"] == "accuracy on videos and images"
-    assert rows["demo/eval-rl"]["figures"][1] == {"caption": "temporal gap", "value": f"{gap['gap']:.2f}"}
+    captions = ["accuracy, all questions", "accuracy, videos", "temporal gap"]
+    assert [figure["caption"] for figure in rows["demo/eval-rl"]["figures"]] == captions
+    assert rows["demo/eval-rl"]["figures"][2]["value"] == f"{gap['gap']:.2f}"
     assert rows["demo/sft"]["spark"]["name"] == "loss" and len(rows["demo/sft"]["spark"]["values"]) == 40
 
 
 def test_an_evaluation_with_looks_has_its_gap_in_the_list(tmp_path: Path) -> None:
     write_looks(tmp_path / "eval-look", 0.8, 0.5)
     (row,) = listing(Library([tmp_path]).runs())
-    assert [figure["caption"] for figure in row["figures"]] == ["accuracy on videos", "look gap"]
+    assert [figure["caption"] for figure in row["figures"]] == ["accuracy, videos", "look gap"]
 
 
 def test_a_long_run_is_told_by_its_end(tmp_path: Path) -> None:

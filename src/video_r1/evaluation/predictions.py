@@ -100,6 +100,8 @@ class _Evaluation(QuestionLoop):
         overlap = overlaps(sample.problem_type, scored.prediction, sample.answer)
         return {
             "question": question_digest(sample.problem, sample.options, sample.answer, sample.paths),
+            "problem": sample.problem,
+            "options": list(sample.options),
             **scored._asdict(),
             **({"overlaps": overlap} if overlap else {}),
             "answer": sample.answer,

@@ -26,7 +26,7 @@ function show(value, digits) {
   else if (size >= 1000) text = Math.round(value).toString().replace(/\B(?=(\d{3})+$)/g, "\u2009");
   else if (size < 0.001) text = value.toExponential(1).replace(".0e", "e");
   else text = String(Number(value.toPrecision(3)));
-  return text.replaceAll("-", "−");
+  return (Number(text) === 0 ? text.replace("-", "") : text).replaceAll("-", "−"); // not "−0.00"
 }
 
 /** Content shown over the page until it is closed. */
@@ -38,7 +38,7 @@ function showLarge(label, ...content) {
   return dialog;
 }
 
-const signed = (value) => (value > 0 ? "+" : "") + show(value, 2);
+const signed = (value) => (value >= 0.005 ? "+" : "") + show(value, 2);
 const plural = (count, noun) => `${show(count)} ${noun}${count === 1 ? "" : "s"}`;
 
 /** Round axis values inside [low, high], about `count` of them. */
@@ -79,10 +79,11 @@ function nearest(sorted, target) {
   return low > 0 && target - sorted[low - 1] <= sorted[low] - target ? low - 1 : low;
 }
 
-// A series by type or modality has the same colour in every chart.
-const LINE_COLOURS = new Map(
-  ["multiple choice", "numerical", "OCR", "free-form", "regression", "video", "image"].map((label, i) => [label, i]),
-);
+// A series has the same paint in every chart of its kind: by type or modality, letters, reward terms. The ninth has
+// the first one's colour, dashed.
+const LINES = { "": ["multiple choice", "numerical", "OCR", "free-form", "regression", "video", "image"] };
+const DASHES = ["", "7 3", "2 3", "9 3 2 3", "14 4", "5 2 2 2"];
+const paintOf = (number) => ({ colour: `var(--line${number % 8})`, dash: DASHES[Math.floor(number / 8) % DASHES.length] });
 
 /** What a chart's x is: how a value is written, and which values may have a tick. */
 const AXES = {
@@ -98,13 +99,19 @@ function timeMarks(first, last, count) {
 
 const clockTime = (seconds) => (seconds < 60 ? `${Math.round(seconds)} s` : seconds < 3600 ? `${Math.round(seconds / 60)} min` : `${(seconds / 3600).toFixed(1)} h`);
 
-const LABEL_CHARACTERS = 16; // of a label at a line's end
+const LABEL_GAP = 14; // pixels between labels at the ends of lines
+const LABEL_SHARE = 0.36; // of a chart's width for them, at most
+const measured = document.createElement("canvas").getContext("2d");
+measured.font = "12px sans-serif";
+const widthOf = (text) => 1.08 * measured.measureText(text).width;
 
-function lineColour(label) {
-  if (label === "ordered") return "var(--ordered)";
-  if (Object.hasOwn(CONTRASTS, label)) return "var(--shuffled)";
-  if (!LINE_COLOURS.has(label)) LINE_COLOURS.set(label, LINE_COLOURS.size);
-  return `var(--line${LINE_COLOURS.get(label) % 8})`;
+function linePaint(label, kind) {
+  if (!label) return { colour: "var(--ink)", dash: "" };
+  if (label === "ordered") return { colour: "var(--ordered)", dash: "" };
+  if (Object.hasOwn(CONTRASTS, label)) return { colour: "var(--shuffled)", dash: DASHES[Object.keys(CONTRASTS).indexOf(label)] };
+  const labels = LINES[kind] ??= [];
+  if (!labels.includes(label)) labels.push(label);
+  return paintOf(labels.indexOf(label));
 }
 
 /** A run with its `series`, each with its own points alone, from the columns `points`. axis: steps or times. */
@@ -139,20 +146,22 @@ function chartSpecs(run) {
     if (paired && !label) label = contrast || "ordered";
     const [, gap, end] = /^(eval_.*_gap)_(low|high)$/.exec(name) || [];
     if (gap) [base, label] = [gap, end];
-    if (parts[0] === "answers") [base, label] = ["answers/letters", parts[1]];
+    const together = Object.hasOwn(TOGETHER, parts[0]) ? TOGETHER[parts[0]] : "";
+    if (together) [base, label] = [together, parts.slice(1).join("/").replaceAll("_", " ")];
     if (base === "temporal/p_shuffled" && contrasts.includes(run.config?.temporal_contrast)) label = run.config.temporal_contrast; // the name stays, whatever the clip
     if (paired) base = orderedTwin(stem) || base;
     if (!specs.has(base)) specs.set(base, { base, group: groupOf(name), lines: [] });
-    const data = run.series[name];
-    const colour = label ? lineColour(label) : "var(--ink)";
-    specs.get(base).lines.push({ label, colour, main: !label || paired, x: data.x, y: data.y, bad: data.bad, averaged: data.averaged });
+    specs.get(base).lines.push({ ...run.series[name], label, ...linePaint(label, together ? groupOf(name) : ""), main: !label || paired });
   }
   const place = (line) => (line.main ? 0 : 2) + (Object.hasOwn(CONTRASTS, line.label) ? 1 : 0);
   for (const spec of specs.values()) spec.lines.sort((a, b) => place(a) - place(b));
   return [...specs.values()];
 }
 
-const groupOf = (name) => (name.includes("/") ? name.split("/")[0] : name.startsWith("eval_") ? "eval" : "");
+// Series `group/part` whose parts are lines of one chart.
+const TOGETHER = { answers: "answers/letters", credit: "credit/share", credit_sign: "credit_sign/right" };
+
+const groupOf = (name) => (name.includes("/") ? name.split("/")[0].replace("credit_sign", "credit") : name.startsWith("eval_") ? "eval" : "");
 
 /** Runs laid over each other: a chart for each series `name` or `group/name`, with a line for each run. */
 function overlaySpecs(runs) {
@@ -161,13 +170,18 @@ function overlaySpecs(runs) {
     for (const [base, data] of Object.entries(run.series)) {
       if (data.y.length < 2 || base.split("/").length > 2 || /_gap_(low|high)$/.test(base)) continue;
       if (!specs.has(base)) specs.set(base, { base, group: groupOf(base), overlay: true, lines: [] });
-      specs.get(base).lines.push({ label: run.name, colour: `var(--line${i % 8})`, main: true, x: data.x, y: data.y, bad: data.bad, averaged: data.averaged });
+      specs.get(base).lines.push({ ...data, label: run.name, ...paintOf(i), main: true });
     }
   });
   return [...specs.values()];
 }
 
-const shortened = (text) => (text.length > LABEL_CHARACTERS ? `${text.slice(0, LABEL_CHARACTERS - 1)}…` : text);
+/** The end of a label, which tells runs apart, in as many characters as have room. */
+function shortened(text, room) {
+  let from = 0;
+  while (from < text.length - 1 && widthOf(`${from ? "…" : ""}${text.slice(from)}`) > room) from++;
+  return from ? `…${text.slice(from)}` : text;
+}
 
 /**
  * One chart: `node` to place, `redraw(radius)` after a change of width or smoothing, `point(step)` to move the
@@ -187,7 +201,8 @@ function chart(spec, title, options) {
   const name = large ? make("span", { class: "title" }, title)
     : make("button", { type: "button", class: "title", title: "show large", click: options.onEnlarge }, title);
   const node = make("figure", { class: large ? "chart large" : "chart" },
-    make("figcaption", {}, name, large ? make("code", {}, spec.base) : "", readout), plot, keyless ? null : key);
+    make("figcaption", {}, name, large ? make("code", {}, spec.base) : "", readout), plot, keyless ? null : key,
+    Object.hasOwn(SERIES_ABOUT, spec.base) ? make("p", { class: "meaning" }, SERIES_ABOUT[spec.base]) : null);
   let state = null;
   let axis, first, last, at = null;
 
@@ -202,13 +217,15 @@ function chart(spec, title, options) {
   function redraw(radius) {
     const width = plot.clientWidth || 300;
     const height = large ? options.height : 84;
-    const direct = large && width > 620 && !single;
-    const margin = { left: large ? 46 : 42, right: direct ? 150 : 8, top: 8, bottom: 18 };
-    const lines = spec.lines.map((line) => ({ ...line, s: smooth(line.y, line.x.length > 8 ? radius : 0) }));
+    const direct = large && width > 620 && !single && spec.lines.length * LABEL_GAP < height;
+    const room = widthOf(" −0.00") + 18;
+    const wanted = 1 + room + Math.max(...spec.lines.map((line) => widthOf(line.label || "all")));
+    const margin = { left: large ? 46 : 42, right: direct ? Math.min(wanted, LABEL_SHARE * width) : 8, top: 8, bottom: 18 };
+    const lines = spec.lines.map((line) => ({ ...line, s: smooth(line.y, line.x.length > 8 ? radius : 0), short: shortened(line.label || "all", margin.right - room) }));
     const seen = lines.flatMap((line) => (line.main ? line.y : line.s));
     let low = seen.reduce((a, b) => Math.min(a, b), Infinity);
     let high = seen.reduce((a, b) => Math.max(a, b), -Infinity);
-    if (options.unitRange) [low, high] = [Math.min(low, 0), Math.max(high, 1)];
+    if (options.large && RANGES[spec.base]) [low, high] = [Math.min(low, RANGES[spec.base][0]), Math.max(high, 1)];
     else if (low > 0 && low < 0.35 * high) low = 0;
     if (low === high) [low, high] = [Math.min(low, 0), Math.max(high, 0) || 1];
     const x = (step) => margin.left + ((step - first) / (last - first || 1)) * (width - margin.left - margin.right);
@@ -233,7 +250,7 @@ function chart(spec, title, options) {
       marks.push(draw("path", { class: "raw", d: path(line.x, line.y), stroke: line.colour }));
     }
     for (const line of [...lines].reverse()) {
-      marks.push(draw("path", { class: line.main ? "line main" : "line", d: path(line.x, line.s), stroke: line.colour }));
+      marks.push(draw("path", { class: line.main ? "line main" : "line", d: path(line.x, line.s), stroke: line.colour, "stroke-dasharray": line.dash || null }));
     }
     const cursor = draw("line", { class: "cursor", y1: margin.top, y2: height - margin.bottom });
     const dots = lines.map((line) => draw("circle", { r: line.main ? 3 : 2, fill: line.colour }));
@@ -274,24 +291,23 @@ function chart(spec, title, options) {
     if (state.labels.length) placeLabels(values);
     else if (!keyless) {
       key.replaceChildren(...values.map((v) => make("li", {},
-        swatch(v.line.colour), `${v.line.label || "all"} `, make("b", {}, show(v.shown)))));
+        swatch(v.line), `${v.line.label || "all"} `, make("b", {}, show(v.shown)))));
     }
   }
 
   /** Labels stand beside the line's end with the line's own, smoothed value, pushed apart where ends are close. */
   function placeLabels(values) {
-    const gap = 14;
     const order = values.map((v, i) => ({ i, v, top: state.y(v.shown) })).sort((a, b) => a.top - b.top);
     order.forEach((item, n) => {
-      if (n) item.top = Math.max(item.top, order[n - 1].top + gap);
+      if (n) item.top = Math.max(item.top, order[n - 1].top + LABEL_GAP);
     });
     let floor = state.height - 4;
     for (const item of [...order].reverse()) {
       item.top = Math.min(item.top, floor);
-      floor = item.top - gap;
+      floor = item.top - LABEL_GAP;
     }
     for (const { i, v, top } of order) {
-      state.labels[i].textContent = `${shortened(v.line.label || "all")} ${show(v.shown, Math.abs(v.shown) < 10 ? 2 : 0)}`;
+      state.labels[i].textContent = `${v.line.short} ${show(v.shown, Math.abs(v.shown) < 10 ? 2 : 0)}`;
       state.labels[i].setAttribute("y", top + 4);
     }
   }
@@ -316,9 +332,6 @@ function chart(spec, title, options) {
   return { node, redraw, point, update, spec: () => spec };
 }
 
-/** A dash in a line's colour (set as a property: the page's policy allows no style attributes). */
-function swatch(colour) {
-  const node = make("i", { class: "swatch", "aria-hidden": "true" });
-  node.style.backgroundColor = colour;
-  return node;
-}
+/** A piece of a line. */
+const swatch = ({ colour, dash }) => draw("svg", { class: "swatch", width: 20, height: 8, "aria-hidden": "true" },
+  draw("line", { x1: 0, x2: 20, y1: 4, y2: 4, stroke: colour, "stroke-width": 2, "stroke-dasharray": dash || null }));

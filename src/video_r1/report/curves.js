@@ -2,19 +2,30 @@
 
 // Names of groups of series and of series, where the logged name is not the best one.
 const GROUP_TITLES = {
-  reward: "Rewards", reward_std: "Deviation of rewards in a group", temporal: "Frame order", teacher: "Teacher", completion: "Completions", answers: "Answers", policy: "Policy", tools: "Tools", groups: "Groups",
+  reward: "Rewards", credit: "Credit: which reward moved the advantages", reward_std: "Deviation of rewards in a group", temporal: "Frame order", teacher: "Teacher", completion: "Completions", answers: "Answers", policy: "Policy", tools: "Tools", groups: "Groups",
   "": "Optimisation", eval: "Validation", speed: "Speed", seconds: "Seconds of each phase", media: "Media", updates: "Updates",
   memory: "Memory", sampler: "Sampler against trainer",
 };
 const GROUP_ORDER = Object.keys(GROUP_TITLES);
 const SERIES_TITLES = {
   "reward/accuracy": "Accuracy reward", "reward/temporal": "Temporal reward", "completion/length": "Response length, tokens", "answers/letters": "letters answered",
+  "credit/share": "share of the advantages", "credit_sign/right": "correlation with being right",
   loss: "Loss", "accuracy/token": "Token accuracy", learning_rate: "Learning rate", grad_norm: "Gradient norm",
-  "temporal/p": "share right, p and p\u0303", "temporal/p_shuffled": "share right with the contrast, p\u0303", "temporal/gap": "temporal gap", "temporal/credit": "credit, of advantages",
-  "temporal/credit_groups": "credit, share of groups", "policy/kl": "KL to the reference", "policy/clip_ratio": "share clipped", "teacher/kl": "KL to the teacher", "teacher/agreement": "tokens likeliest to it, share", "teacher/clipped": "share clipped",
+  "temporal/p": "share right of videos, p and p\u0303", "temporal/p_shuffled": "share right with the contrast, p\u0303", "temporal/gap": "temporal gap", "temporal/drop": "log-prob contrast, nats",
+  "temporal/credit": "credit of the temporal term", "temporal/credit_groups": "groups with temporal credit, share", "policy/kl": "KL to the reference", "policy/clip_ratio": "share clipped", "teacher/kl": "KL to the teacher", "teacher/agreement": "tokens likeliest to it, share", "teacher/clipped": "share clipped",
   "groups/no_variance": "share without variance", "media/skipped": "questions skipped", "updates/skipped": "updates skipped",
   "memory/peak_gib": "peak, GiB", "sampler/logprob_difference": "log-prob difference", "sampler/share_capped": "share capped",
 };
+// What a series measures, below its chart.
+const SERIES_ABOUT = {
+  "temporal/gap": "p − p\u0303: share of right answers in order minus the share with the contrast clip.",
+  "temporal/drop": "How much less likely the model finds its answers with the contrast clip.",
+  "temporal/credit": "Change of the advantages by the temporal term, divided by the advantages without it. At 0 it cancels.",
+  "temporal/credit_groups": "Of the groups that it pays, those in which it changed an advantage by more than 0.01.",
+  "credit/share": "Share of each step’s advantages that would change without the term. At 0 the term does nothing.",
+  "credit_sign/right": "Below 0 the term favours wrong answers.",
+};
+const RANGES = { "reward/accuracy": [0, 1], "credit/share": [0, 1], "credit_sign/right": [-1, 1] }; // of large charts, at least
 const HEADLINE = { rl: ["reward/accuracy", "reward/temporal", "teacher/kl", "completion/length"], sft: ["loss", "accuracy/token", "completion/length"] };
 const KINDS = { rl: "reinforcement learning", sft: "supervised fine-tuning", evaluation: "evaluation", data: "data" };
 
@@ -44,8 +55,7 @@ function curves(run, { overlay = false, several = false, radius = null, axis = A
   const charts = [];
   const onPoint = (step) => charts.forEach((item) => item.point(step));
   const place = (spec, options) => {
-    const unitRange = options.large && spec.base === "reward/accuracy";
-    const drawn = chart(spec, seriesTitle(spec), { ...options, unitRange, onPoint, axis,
+    const drawn = chart(spec, seriesTitle(spec), { ...options, onPoint, axis,
       onEnlarge: () => enlarge(drawn.spec(), Number(slider.value), axis) });
     charts.push(drawn);
     return drawn.node;
@@ -72,18 +82,19 @@ function curves(run, { overlay = false, several = false, radius = null, axis = A
   }
   const rank = ([group]) => (GROUP_ORDER.includes(group) ? GROUP_ORDER.indexOf(group) : GROUP_ORDER.length);
   const families = [...groups].sort((a, b) => rank(a) - rank(b));
-  const crowded = families.flatMap(([, members]) => members).filter((spec) => spec.lines.length > 2);
-  const colours = new Map(crowded.flatMap((spec) => spec.lines.map((line) => [line.label || "all", line.colour])));
-  const small = make("div", { class: "families" }, families.map(([group, members]) =>
-    make("div", { class: `family of${Math.min(4, members.length)}` },
+  const small = make("div", { class: "families" }, families.map(([group, members]) => {
+    const large = group === "credit" && !overlay;
+    const keyed = new Map(members.flatMap((spec) => (large || spec.lines.length < 3 ? [] : spec.lines.map((line) => [line.label || "all", line]))));
+    return make("div", { class: `family of${large ? 4 : Math.min(4, members.length)}` },
       make("h3", {}, Object.hasOwn(GROUP_TITLES, group) ? GROUP_TITLES[group] : group),
-      make("div", { class: "multiples" }, members.map((spec) => place(spec, { large: false }))))));
+      keyed.size ? make("ul", { class: "key shared" }, [...keyed].map(([label, line]) => make("li", {}, swatch(line), label))) : "",
+      make("div", { class: large ? "pair" : "multiples" }, members.map((spec) => place(spec, { large, height: 170 }))));
+  }));
   const once = Object.entries(run.series).filter(([, series]) => series.y.length === 1);
   const node = make("div", { class: "curves" },
     several ? make("p", { class: "about" }, run.about.join(" · ")) : "",
     make("p", { class: "control" }, make("label", { for: slider.id }, "Smoothing"), slider, text),
     large,
-    colours.size ? make("ul", { class: "key shared" }, [...colours].map(([label, colour]) => make("li", {}, swatch(colour), label))) : "",
     small,
     once.length ? make("p", { class: "once" }, "Logged once: ",
       once.map(([name, series], i) => [i ? " · " : "", `${name} `, make("b", {}, show(series.y[0]))]).flat()) : "");
@@ -113,9 +124,19 @@ function enlarge(spec, radius, axis) {
 
 /** A table each of whose cells knows its column, by its `data-short` where it has one: a narrow screen shows the rows as cards. */
 function headed(table) {
-  const heads = [...table.tHead.rows[0].cells].map((head) => head.dataset.short ?? head.textContent);
-  for (const body of table.tBodies) for (const row of body.rows) [...row.cells].forEach((cell, i) => { if (cell.tagName === "TD") cell.dataset.head = heads[i]; });
+  const heads = [...table.tHead.rows[0].cells].map((head) => ({ head: head.dataset.short ?? head.textContent, tint: head.className }));
+  for (const body of table.tBodies) for (const row of body.rows) [...row.cells].forEach((cell, i) => { if (cell.tagName === "TD") Object.assign(cell.dataset, heads[i]); });
   return table;
+}
+
+/** Ends a scrolling table below the last whole row within `most` pixels. */
+function wholeRows(scroll, most) {
+  new ResizeObserver(() => {
+    const top = scroll.getBoundingClientRect().top - scroll.scrollTop;
+    const ends = [...scroll.querySelectorAll("tbody tr")].map((row) => row.getBoundingClientRect().bottom - top);
+    scroll.style.maxHeight = `${Math.ceil(Math.max(ends[0] ?? 0, ...ends.filter((end) => end <= most)))}px`;
+  }).observe(scroll.querySelector("table"));
+  return scroll;
 }
 
 function plainTable(caption, rows) {
@@ -133,7 +154,8 @@ function asideSection(all, id, title, lead, field, noun) {
   return section(id, title, make("p", { class: "lead" }, lead), runs.map((run) => {
     const { shown, total } = run[field];
     const last = `the last ${plural(shown.length, noun)}`;
-    return plainTable(`${run.name}: ${total === undefined ? last : `${plural(total, noun)}${shown.length < total ? `, ${last} shown` : ""}`}`, shown);
+    const table = plainTable(`${run.name}: ${total === undefined ? last : `${plural(total, noun)}${shown.length < total ? `, ${last} shown` : ""}`}`, shown);
+    return wholeRows(table, 430);
   }));
 }
 

@@ -148,7 +148,7 @@ def series_ends(runs: Sequence[Run]) -> list[dict[str, str]]:
     rows = []
     for name, (caption, unit, decimals) in KEY_SERIES.items():
         ended = {
-            run.name: f"{ends(values)[1]:.{decimals}f} {unit}".rstrip()
+            run.name: f"{ends(values)[1]:z.{decimals}f} {unit}".rstrip()
             for run in runs
             if (values := run.values(name))
         }
@@ -234,7 +234,7 @@ def _figures(runs: list[Run]) -> list[dict[str, str]]:
     run = next((run for run in runs if run.points["series"]), runs[0])
     for name, (caption, unit, decimals) in KEY_SERIES.items():
         if values := run.values(name):
-            start, end = (f"{mean:.{decimals}f}" for mean in ends(values))
+            start, end = (f"{mean:z.{decimals}f}" for mean in ends(values))
             figures.append({"caption": caption, "value": end, "note": f"{unit} from {start}".lstrip()})
     return figures[:4]
 
@@ -259,8 +259,8 @@ def _demo_figures(scores: list[dict[str, Any]]) -> list[dict[str, str]]:
         before = earlier[-1] if earlier else None
         for key, caption in captions.items():
             if last[key]:
-                note = f"{before['name']} {before[key]['mean']:.2f}" if before and before[key] else ""
-                value = f"{last[key]['mean']:.2f}"
+                note = f"{before['name']} {before[key]['mean']:z.2f}" if before and before[key] else ""
+                value = f"{last[key]['mean']:z.2f}"
                 about = f", {last['about']}" if last["about"] else ""
                 figures.append({"caption": f"{last['name']} {caption}{about}", "value": value, "note": note})
     return figures

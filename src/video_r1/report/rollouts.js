@@ -183,9 +183,11 @@ function rollouts(runs, live = {}) {
   let width = 0;
   new ResizeObserver(() => { if (map.clientWidth !== width) { width = map.clientWidth; drawMap(); } }).observe(map);
   filter();
-  // The first page is one where the model is already trained and not all completions are alike.
-  const telling = state.list.findLastIndex((group) => isCompared(group) && share(group) > 0 && share(group) < 1);
-  go(telling >= 0 ? telling : state.list.length - 1);
+  // The first page is a late one whose group teaches: some answers are right, some wrong, and their rewards differ.
+  const teaches = (group) => !OUTCOMES.flat[1](group);
+  const telling = [(group) => teaches(group) && OUTCOMES.some[1](group) && isCompared(group), (group) => teaches(group) && OUTCOMES.some[1](group), teaches, () => true]
+    .map((test) => state.list.findLastIndex(test)).find((at) => at >= 0);
+  go(telling ?? 0);
   const made = section("rollouts", "Rollouts", node);
   made.update = () => {
     lead.textContent = said();
@@ -294,7 +296,7 @@ function card(completion, marks, spans = "") {
   } }, "Show all") : "";
   const node = make("article", { class: `card ${right} ${tone}` },
     make("header", {},
-      advantage === null ? "" : make("span", { class: "advantage" }, make("span", { class: "hidden" }, "advantage "), signed(advantage)),
+      advantage === null ? "" : make("span", { class: "advantage" }, make("small", {}, "advantage "), signed(advantage)),
       (completion.without ?? null) === null ? "" : make("span", { class: "total" }, "without the temporal term ", make("b", {}, signed(completion.without))),
       completion.total === null ? "" : make("span", { class: "total" }, "total ", make("b", {}, show(completion.total))),
       terms,

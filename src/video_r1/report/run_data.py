@@ -52,16 +52,17 @@ class Run:
 
     @property
     def kind(self) -> str:
-        return kind_of(self.folder, self.points["series"])
+        return kind_of(self.folder, self.points["series"], self.config)
 
     def values(self, name: str) -> list[float]:
         """Return the known points of a series, [] if there are none."""
         return [value for value in self.points["series"].get(name, ()) if value is not None]
 
 
-def kind_of(folder: Path, series: Iterable[str]) -> str:
-    """Return the kind of a folder's files: `rl`, `sft`, `evaluation` or `data`. series: logged names."""
-    if (folder / "rollouts.jsonl").exists() or any(name.startswith("reward/") for name in series):
+def kind_of(folder: Path, series: Iterable[str], settings: Collection[str]) -> str:
+    """Return the kind of a folder's files: `rl`, `sft`, `evaluation` or `data`. series, settings: names."""
+    of_rl = "num_generations" in settings or any(name.startswith("reward/") for name in series)
+    if of_rl or (folder / "rollouts.jsonl").exists():
         return "rl"
     if (folder / "metrics.jsonl").exists():
         return "sft"

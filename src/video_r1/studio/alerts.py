@@ -1,7 +1,7 @@
 """Alerts: signs of trouble in a run's last metrics, each with what to do. Pure functions."""
 
 from collections.abc import Mapping, Sequence
-from statistics import median
+from statistics import mean, median
 from typing import Any, NamedTuple
 
 from video_r1.report.values import finite
@@ -12,6 +12,7 @@ FLAT, CUT, FORMAT_LOST, COLLAPSED = 0.8, 0.25, 0.5, 0.9  # shares
 ENOUGH = 100  # answers
 KL_FACTOR, KL_FLOOR = 5.0, 0.1
 MISMATCH = 0.05  # nats; rounding explains about 0.01
+JUDGED_AFTER, UNMOVED, AGAINST = 20, 0.01, -0.2  # steps, share of the advantages, correlation
 
 Lines = Sequence[Mapping[str, Any]]
 
@@ -75,6 +76,17 @@ def alerts_of(lines: Lines) -> list[Alert]:
         say("sampler", f"sampler and trainer differ by {apart:.2g} nats a token; rounding explains 0.01",
             "the sampler's weights, number format or positions differ: see docs/vllm.md, and keep "
             "vllm_importance_sampling_correction on")  # fmt: skip
+    for name in sorted({name for line in lines[-RECENT:] for name in line if name.startswith("credit/")}):
+        term = name.removeprefix("credit/")
+        moved, sign = values(lines, name), values(lines, f"credit_sign/{term}")[-JUDGED_AFTER:]
+        if len(moved) >= JUDGED_AFTER and (share := mean(moved)) < UNMOVED:
+            say("credit", f"the reward {term} moves {share:.1%} of the advantages: training ignores it",
+                "its values are equal within a group, or it cancels against other terms or the deviation: "
+                "change its weight or scale_rewards, or leave it out")  # fmt: skip
+        elif len(sign) >= JUDGED_AFTER and mean(sign) < AGAINST:
+            say("credit sign", f"the reward {term} favours wrong answers (correlation {mean(sign):.2f})",
+                "read the rollouts: right answers earn less because of it; lower its weight or correct it"
+            )  # fmt: skip
     skipped = sum(values(lines, "media/skipped")[-RECENT:])
     if skipped:
         say("media", f"{skipped:,.0f} question{'s' if skipped > 1 else ''} skipped in the last lines",

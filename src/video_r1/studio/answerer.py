@@ -1,6 +1,7 @@
 """The process that holds the model: it reads questions as JSON lines and writes events as JSON lines.
 
     {"settings": {…}, "orders": ["ordered", "shuffled"]}, or "stop"; an empty `path` asks without a clip
+    {"clip": {…}}, the fields of a `ClipRef`: its frames alone, without a model
     ◄ {"event": "state" | "frames" | "text" | "answers" | "error" | "end", …}
 
 Started by ask.py, which imports neither torch nor a model. Every failure of a model or a server becomes an
@@ -18,15 +19,18 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
+from video_r1.data.decoding.decoders import read_media
 from video_r1.data.decoding.media import Media
 from video_r1.data.manifests.records import Sample
 from video_r1.data.rollouts import Rollout
+from video_r1.data.sources.media_types import ClipRef
 from video_r1.errors import VideoR1Error, first_line
 from video_r1.evaluation.ask import named_answer, question_sample
 from video_r1.evaluation.session import ModelSession, View, sampling_of, verdict
 from video_r1.recipe import load_recipe
 from video_r1.report.run_data import place_of, turn_of
 from video_r1.settings.decoding import AskSettings
+from video_r1.settings.frames import FrameBudget
 from video_r1.training.recording import recorded_turns, save_shown
 
 WITH_LOOKS = 8  # answers of a view whose looks are shown: an event has a limit (ask.py)
@@ -61,6 +65,10 @@ class Answerer:
         self.say("end")
 
     def _answer(self, asked: dict[str, Any], stopped: threading.Event) -> None:
+        if "clip" in asked:
+            clip = ClipRef(**asked["clip"])
+            self.say("frames", media=clip.data_type, **strip_of([read_media(clip, FrameBudget())]))
+            return
         settings = load_recipe("ask", None, asked["settings"]).section(AskSettings)
         sample = question_sample(settings, asked["settings"]["question"][0], is_text=not settings.path)
         if self._session is None:
@@ -75,7 +83,6 @@ class Answerer:
         self.say(
             "frames", decoded=decoded, media=sample.data_type, type=sample.problem_type, **strip_of(shown),
             **place_of(f"<answer>{sample.answer}</answer>", sample.problem_type),
-            timestamps=[round(float(time), 3) for media in shown for time in media.timestamps],
             views=[
                 {
                     "order": prompt.order,
@@ -100,13 +107,15 @@ class Answerer:
 
 
 def strip_of(shown: Sequence[Media]) -> dict[str, Any]:
-    """Return the frames as one JPEG, and the size of each."""
+    """Return the frames as one JPEG, the size of each, and their times."""
     if not shown:
-        return {"strip": "", "count": 0}
+        return {"strip": "", "count": 0, "timestamps": []}
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "strip", "frames.jpg")
         facts = save_shown(shown, path)
-        return {**facts, "strip": base64.b64encode(path.read_bytes()).decode("ascii")}
+        strip = base64.b64encode(path.read_bytes()).decode("ascii")
+    times = [round(float(time), 3) for media in shown for time in media.timestamps]
+    return {**facts, "strip": strip, "timestamps": times}
 
 
 def _view(sample: Sample, view: View) -> dict[str, Any]:

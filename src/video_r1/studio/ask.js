@@ -228,8 +228,7 @@ function answerView(asked) {
     node,
     begun: () => parts.length > 0,
     frames(event) {
-      const bytes = Uint8Array.from(atob(event.strip), (letter) => letter.charCodeAt(0));
-      const strip = URL.createObjectURL(new Blob([bytes], { type: "image/jpeg" }));
+      const strip = stripAddress(event.strip);
       node.dataset.decoded = String(event.decoded);
       for (const item of event.views) {
         const group = { ...event, strip, permutation: item.permutation, shuffled: [item] };
@@ -261,7 +260,7 @@ function answerView(asked) {
           rest.length ? make("details", {}, make("summary", {}, plural(rest.length, "more answer")), rest) : "");
         part.tally.replaceChildren(shareBar(item.share), make("b", {}, `${item.counted} of ${item.completions.length}`), ` ${word}`,
           make("span", { class: "quiet" }, `, ${percent(item.share.low)} to ${percent(item.share.high)} % · answers: ${counted(item.completions)}`),
-          item.gap ? make("span", { class: "gap" }, gainWords(item.gap, "order gains")) : "");
+          item.gap ? make("span", { class: "gap" }, gainWords(item.gap, `in order − ${part.order}:`)) : "");
       });
       verdict.textContent = event.verdict;
     },

@@ -8,6 +8,7 @@ import signal
 import sys
 import tempfile
 from collections.abc import AsyncGenerator, AsyncIterator, Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, BinaryIO, get_args
 from urllib.parse import urlsplit
@@ -22,6 +23,7 @@ from starlette.routing import Route
 from video_r1.data.answers import LETTERS
 from video_r1.data.manifests.records import PROBLEM_TYPES, check_manifest
 from video_r1.data.sources.media_paths import data_type_of
+from video_r1.data.sources.remote import local_file
 from video_r1.errors import ManifestError, RequestError
 from video_r1.evaluation.ask import labelled, solution_of
 from video_r1.files import append_line, draft_of
@@ -29,6 +31,7 @@ from video_r1.fingerprint import digest, model_stamps
 from video_r1.report.values import as_list, as_table, finite, parse, text, whole
 from video_r1.settings.decoding import addresses, has_path
 from video_r1.settings.frames import Contrast
+from video_r1.studio.manifests import asked_clip
 from video_r1.studio.requests import Answer, body_of
 
 MOST_SAMPLES, MOST_TOKENS = 64, 16_384
@@ -228,6 +231,16 @@ def _options(asked: dict[str, Any]) -> list[str]:
     return [option for option in options if option][: len(LETTERS)]
 
 
+async def stills(request: Request) -> Answer:
+    """Answer the frames that a model gets of a file which the browser does not play. Raises HTTPException."""
+    clip = await run_in_threadpool(asked_clip, request)
+    if local_file(clip.path) is None:
+        raise HTTPException(404, "the file is not on this machine")
+    events = request.app.state.decoder.ask((), {"clip": asdict(clip)}, keys=False)
+    found, *_ = [event async for event in events]  # to the end, so that the process takes the next one
+    return Answer(found, 415 if "error" in found else 200)
+
+
 async def upload(request: Request) -> Answer:
     """Take a clip: the body is the file, `name` its name."""
     name = await request.app.state.uploads.take(request.query_params.get("name", ""), request.stream())
@@ -319,6 +332,7 @@ def keep_clip(source: Path, copied: Path) -> None:
 ROUTES = [
     Route("/api/choices", choices),
     Route("/api/ask", ask, methods=["POST"]),
+    Route("/api/stills", stills),
     Route("/api/upload", upload, methods=["POST"]),
     Route("/api/add", add, methods=["POST"]),
 ]

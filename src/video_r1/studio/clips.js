@@ -10,7 +10,17 @@ function clipAddress(clip) {
 const BACKWARDS_FPS = 4; // frames a second of a file that is played backwards
 const BEGINNING = 0.001; // seconds: some browsers draw no frame of a clip before it plays unless they are sent to one
 
-const unplayable = () => make("p", { class: "quiet" }, "This browser does not play the file. The model may still read it.");
+const stripAddress = (strip) => URL.createObjectURL(new Blob([Uint8Array.from(atob(strip), (letter) => letter.charCodeAt(0))], { type: "image/jpeg" }));
+
+/** In place of a file that this browser does not play: the frames that a model gets. group: its frames are shown anyway. */
+function unplayable(clip, group) {
+  const say = (text) => make("p", { class: "quiet" }, `This browser does not play the file. ${text}`);
+  if (group) return say("Below are its frames.");
+  const node = make("div", {}, say("Decoding its frames …"));
+  ask("/api/stills", clip).then((found) => node.replaceChildren(say("These are the frames that a model gets:"),
+    tiles({ ...found, strip: stripAddress(found.strip), shuffled: [] }, "ordered")), (error) => node.replaceChildren(say(error.message)));
+  return node;
+}
 
 /**
  * The clip or image of a row as a browser plays it, or a word of why it does not; several beside each other. group: the
@@ -38,7 +48,7 @@ function filePlayer(clip, isImage, row, frames, group) {
     return framePlayer(clip, frames ? times(frames.count) : (seconds) => times(Math.ceil(seconds * fps)), 1000 / fps, frames, group, playedHow(row));
   }
   const times = `#t=${row.start || BEGINNING}${row.end ? `,${row.end}` : ""}`;
-  const failed = () => node.replaceChildren(unplayable());
+  const failed = () => node.replaceWith(unplayable(clip, group));
   const screen = isImage
     ? make("img", { src: clipAddress(clip), alt: "the image", error: failed })
     : make("video", { src: clipAddress(clip) + times, controls: true, muted: true, playsinline: true, preload: "metadata", error: failed });
@@ -57,7 +67,7 @@ function holdPlace(screen, group) {
  * times: or a function of a file's seconds; how: `playedHow`.
  */
 function framePlayer(clip, times, pace, frames, group, how = "") {
-  const failed = () => node.replaceChildren(unplayable());
+  const failed = () => node.replaceWith(unplayable(clip, group));
   const picture = (time) => clipAddress({ ...clip, frame: Math.max(0, Math.min(frames.count - 1, Math.round(time * frames.fps))) });
   const screen = frames
     ? make("img", { src: picture(times[0] ?? 0), alt: "a frame", error: failed })

@@ -21,7 +21,7 @@ function dataView(view, [wanted]) {
   const keepField = make("span", { class: "choice" }, make("label", { for: "data-keep" }, "Pass rates"), keep);
   const list = make("table", { class: "rows" },
     make("thead", {}, make("tr", {}, ["row", "question", "type", "source", "pass rates", ""].map((name) => make("th", { scope: "col" }, name)))), body);
-  const table = make("div", { class: "scroll", tabindex: 0, role: "region", "aria-label": "Rows; the arrow keys go from one to the next" }, list);
+  const table = wholeRows(make("div", { class: "scroll", tabindex: 0, role: "region", "aria-label": "Rows; the arrow keys go from one to the next" }, list), 750);
   document.getElementById("main").replaceChildren(
     make("div", { class: "controls" }, make("span", { class: "choice" }, make("label", { for: "data-manifest" }, "Manifest"), manifest)), lead, notes,
     make("div", { class: "controls" }, make("span", { class: "choice" }, make("label", { for: "data-words" }, "Find"), words),

@@ -10,11 +10,11 @@ from starlette.routing import Route
 
 from video_r1.evaluation.metrics import mean_figure
 from video_r1.report.run_data import ANSWERS
-from video_r1.report.values import finite, text
+from video_r1.report.values import as_list, finite, parse, text
 from video_r1.settings.frames import Order
 from video_r1.studio.folders import Found
 from video_r1.studio.manifests import ManifestIndex, row_of
-from video_r1.studio.overview import last_written
+from video_r1.studio.overview import SUMMARY_BYTES, last_written
 from video_r1.studio.requests import Answer, number
 from video_r1.studio.tail import Tail
 
@@ -90,6 +90,7 @@ def list_evaluations(request: Request) -> Answer:
             "name": name,
             "frames": sides[""].frames if "" in sides else [],
             "benchmarks": sorted(sides),
+            "questions": _table(sides[""].found, "evaluation.json").get("questions") if "" in sides else None,
             "written": max(last_written(side.found) or 0.0 for side in sides.values()),
         }
         for name, sides in sorted(_comparable(request).items())
@@ -214,10 +215,14 @@ def _question(
 ) -> dict[str, Any]:
     answer = text(left.get("answer", ""))
     digest = text(left.get("question") or right.get("question") or "")  # missing in files of older versions
+    row = row_of(indexes, problem, answer, digest)
+    asked = row or (left if "problem" in left else right)
     return {
+        "problem": text(asked.get("problem", ""))[:TEXT],
+        "options": [text(option)[:2000] for option in as_list(asked.get("options"))[:26]],
         "id": problem[:200], "answer": answer[:2000], "type": text(left.get("problem_type", ""))[:80],
         "task": text(left.get("task_type") or "")[:80], "left": _output(left), "right": _output(right),
-        "row": row_of(indexes, problem, answer, digest),
+        "row": row,
     }  # fmt: skip
 
 
@@ -244,7 +249,19 @@ def _comparable(request: Request) -> dict[str, dict[str, Side]]:
                 found.setdefault(f"{name}{called}", {})[""] = side
                 if parent and parent not in runs:
                     found.setdefault(f"{parent}/{called}", {})[benchmark] = side
-    return {name: sides for name, sides in found.items() if "" in sides or len(sides) > 1}
+
+    def is_one(sides: dict[str, Side]) -> bool:
+        """Whether the benchmarks are of one evaluation, not evaluations that lie beside each other."""
+        folder = next(iter(sides.values())).found
+        above = Found("", folder.folder.parent, folder.root)
+        return len(sides) > 1 and "benchmarks" in _table(above, "summary.json")
+
+    return {name: sides for name, sides in found.items() if "" in sides or is_one(sides)}
+
+
+def _table(found: Found, name: str) -> dict[str, Any]:
+    """Return the JSON object of a file, {} if there is none."""
+    return parse(found.text(name, SUMMARY_BYTES)) or {}
 
 
 def _pairs(request: Request) -> dict[str, tuple[Side, Side]]:

@@ -8,8 +8,8 @@ function sparkline({ name, values }) {
   const [width, height] = [120, 28];
   const [low, high] = [Math.min(...values), Math.max(...values)];
   const points = values.map((value, i) => `${i ? "L" : "M"}${((i / (values.length - 1)) * width).toFixed(1)} ${(2 + (1 - (value - low) / (high - low || 1)) * (height - 4)).toFixed(1)}`);
-  return draw("svg", { class: "spark", width, height, viewBox: `0 0 ${width} ${height}`, role: "img", "aria-label": `${name}: from ${show(values[0])} to ${show(values[values.length - 1])}` },
-    draw("path", { d: points.join("") }));
+  return [draw("svg", { class: "spark", width, height, viewBox: `0 0 ${width} ${height}`, role: "img", "aria-label": `${name}: from ${show(values[0])} to ${show(values[values.length - 1])}` },
+    draw("path", { d: points.join("") })), make("small", {}, name)];
 }
 
 function progressText(run) {
@@ -60,9 +60,9 @@ function listView(view) {
     return make("tr", {},
       make("th", { scope: "row" }, make("label", {}, box, make("a", { href: runAddress(run.name), dir: "auto" }, run.name)),
         make("small", {}, Object.hasOwn(KINDS, run.kind) ? KINDS[run.kind] : run.kind, run.demo ? " · of a demo" : "")),
-      make("td", {}, stateNode(run), run.why ? make("span", { class: "why", dir: "auto" }, run.why.slice(0, 200)) : ""),
+      make("td", {}, stateNode(run), run.why ? make("span", { class: "why", dir: "auto" }, run.why) : ""),
       make("td", {}, progressText(run), progressBar(run), make("small", {}, run.left ? `${run.left} left` : run.taken || "")),
-      make("td", { class: "figure" }, run.figures.slice(0, 3).map((figure, k) => [k ? " · " : "", `${figure.caption} `, make("b", {}, figure.value)]).flat()),
+      make("td", { class: "figure" }, run.figures.slice(0, 4).map((figure) => make("span", {}, `${figure.caption} `, make("b", {}, figure.value)))),
       make("td", {}, sparkline(run.spark)),
       make("td", {}, run.alerts.length ? make("span", { class: "alert-count", title: run.alerts.map((alert) => alert.title).join("\n") }, plural(run.alerts.length, "alert")) : ""));
   }

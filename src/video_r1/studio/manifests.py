@@ -22,12 +22,13 @@ from starlette.routing import Route
 
 from video_r1.data.balance import constant_answers
 from video_r1.data.manifests.records import Sample, check_row, question_digest
-from video_r1.data.sources.media_paths import MediaPaths
+from video_r1.data.sources.media_paths import MediaPaths, data_type_of
+from video_r1.data.sources.media_types import ClipRef
 from video_r1.data.sources.remote import local_file
 from video_r1.errors import ConfigError, ManifestError
 from video_r1.report.values import as_list, as_table, finite, parse, short_path, text
 from video_r1.settings.filters import PASS_RATES, TRUE, Keep, parse_keep
-from video_r1.studio.clips import frames_of, media_file, play
+from video_r1.studio.clips import frames_of, play
 from video_r1.studio.folders import Library, Manifest
 from video_r1.studio.requests import Answer, number
 from video_r1.studio.tail import JsonArray, Tail
@@ -318,18 +319,22 @@ def row_of(
     }  # fmt: skip
 
 
-def clip(request: Request) -> Response:
-    """Answer a row's clip, or one that a browser sent, as a file that plays (with Range).
-
-    file: its number in a row with several; frame: the number of a frame in a folder of frames.
-    """
+def asked_clip(request: Request) -> ClipRef:
+    """Return a row's file (`file`: its number), or one that a browser sent. Raises HTTPException."""
     asked = request.query_params
     if "upload" in asked:
-        return media_file(request.app.state.uploads.path(asked["upload"]))
-    paths = request.app.state.manifests.sample(asked.get("manifest"), number(asked, "row")).paths
-    if not 0 <= number(asked, "file") < len(paths):
-        raise HTTPException(404, f"the row has {len(paths)} files")
-    return play(paths[number(asked, "file")], number(asked, "frame"), request.headers.get("range"))
+        path = str(request.app.state.uploads.path(asked["upload"]))
+        return ClipRef(path, data_type_of(path))
+    files = request.app.state.manifests.sample(asked.get("manifest"), number(asked, "row")).files
+    if not 0 <= number(asked, "file") < len(files):
+        raise HTTPException(404, f"the row has {len(files)} files")
+    return files[number(asked, "file")]
+
+
+def clip(request: Request) -> Response:
+    """Answer a clip as a file that plays (with Range). frame: number of a frame in a folder of frames."""
+    path = asked_clip(request).path
+    return play(path, number(request.query_params, "frame"), request.headers.get("range"))
 
 
 ROUTES = [

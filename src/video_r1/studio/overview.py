@@ -33,7 +33,7 @@ SHOWN = {
 }
 SUMMARY_BYTES = 4 << 20
 UNREADABLE: dict[str, Any] = {
-    "kind": "data", "state": "failed", "demo": False, "figures": [], "alerts": [],
+    "kind": "unreadable", "state": "failed", "demo": False, "figures": [], "alerts": [],
     "spark": {"name": "", "values": []}, **dict.fromkeys(("step", "steps", "left", "taken", "written")),
 }  # fmt: skip
 
@@ -76,10 +76,16 @@ def overview(found: Found, now: float | None = None) -> dict[str, Any]:
     """Return a run's row of the list as JSON values."""
     written = last_written(found)
     silent = (time.time() if now is None else now) - written if written is not None else 0.0
-    progress, facts = contents(found, tuple(_stamp(found, name) for name in READ_FILES))
-    claim = parse_claim(found.text(".lock", 2000))
-    done = is_finished(found.folder) if facts["kind"] in SHOWN else (found.folder / "summary.json").is_file()
-    state = state_of(claim, done, progress, silent, is_alive(claim, silent))
+    progress, facts, saves = contents(found, tuple(_stamp(found, name) for name in READ_FILES))
+    trains, lock = facts["kind"] in SHOWN, found.text(".lock", 2000)
+    done = is_finished(found.folder) if trains else (found.folder / "summary.json").is_file()
+    if not saves:  # no model shows the end: an empty lock file does, or the last step
+        at_end = progress.step is not None and progress.step == progress.steps
+        done = done or at_end or (not lock and (found.folder / ".lock").is_file())
+    claim = parse_claim(lock)
+    end = "its model was saved" if trains else "its summary was written"
+    end = f"{end}; the same command continues it" if saves else "its last step, without checkpoints"
+    state = state_of(claim, done, progress, silent, is_alive(claim, silent), end)
     running = state.word == "running"
     silence = [alert_of_silence(silent, progress.each)] if running else []
     return {
@@ -92,13 +98,15 @@ def overview(found: Found, now: float | None = None) -> dict[str, Any]:
 
 
 @lru_cache(maxsize=512)
-def contents(found: Found, stamps: tuple[Any, ...]) -> tuple[Progress, dict[str, Any]]:
-    """Return what a run's files say at any time. stamps: the files are read again when these change."""
-    lines = last_lines(found, "metrics.jsonl", SPARK_POINTS)
-    kind = kind_of(found.folder, (name for line in lines[-3:] for name in line))
+def contents(found: Found, stamps: tuple[Any, ...]) -> tuple[Progress, dict[str, Any], bool]:
+    """Return what a run's files say at any time, and whether it saves checkpoints. stamps: the files are read
+    again when these change.
+    """
+    lines, settings = last_lines(found, "metrics.jsonl", SPARK_POINTS), read_settings(found)
+    kind = kind_of(found.folder, (name for line in lines[-3:] for name in line), settings)
     figures = training_figures(kind, lines) if kind in SHOWN else evaluation_figures(found)
     facts = {"kind": kind, "figures": figures, "spark": sparkline(lines), "alerts": alerts_of(lines)}
-    return progress_of(lines, read_settings(found)), facts
+    return progress_of(lines, settings), facts, settings.get("save_strategy") not in ("no", "false")
 
 
 def _stamp(found: Found, name: str) -> tuple[int, ...] | None:
@@ -116,11 +124,13 @@ def last_written(found: Found) -> float | None:
     return max((stamp[2] / 1e9 for name in files if (stamp := _stamp(found, name))), default=None)
 
 
-def state_of(claim: Claim, done: bool, progress: Progress, silent: float, alive: bool | None) -> State:
+def state_of(
+    claim: Claim, done: bool, progress: Progress, silent: float, alive: bool | None, end: str
+) -> State:  # fmt: skip
     """Return the state of a run or an evaluation.
 
-    done: its model, or its summary, was written. silent: seconds since it last wrote. alive: whether the
-    process of the claim exists; None on another machine, which cannot be asked.
+    done: it reached its end; end: that end in words, and what to do before it. silent: seconds since it last
+    wrote. alive: whether the process of the claim exists; None on another machine, which cannot be asked.
     """
     slow = max(LOST, 10 * (progress.each or 0.0))
     after = f" after step {progress.step:,}" if progress.step is not None else ""
@@ -137,7 +147,7 @@ def state_of(claim: Claim, done: bool, progress: Progress, silent: float, alive:
         return State("failed" if claim.ended == "failed" else "stopped", claim.why)
     if done:
         return State("finished")
-    return State("stopped", f"it ended{after}, before its model was saved; the same command resumes it")
+    return State("stopped", f"it ended{after} before {end}")
 
 
 def is_alive(claim: Claim, silent: float) -> bool | None:
@@ -193,18 +203,19 @@ def training_figures(kind: str, lines: Lines) -> list[dict[str, str]]:
     for name in SHOWN[kind]:
         caption, unit, decimals = KEY_SERIES[name]
         if (value := recent(lines, name)) is not None:
-            figures.append({"caption": caption, "value": f"{value:.{decimals}f} {unit}".rstrip()})
+            figures.append({"caption": caption, "value": f"{value:z.{decimals}f} {unit}".rstrip()})
     return figures
 
 
 def evaluation_figures(found: Found) -> list[dict[str, str]]:
-    """Return the accuracy in order and the gaps with an evaluation's largest number of frames."""
+    """Return accuracies in order, over all and over videos, and gaps with an evaluation's most frames."""
     by_frames = as_table(as_table(parse(found.text("summary.json", SUMMARY_BYTES))).get("frames"))
     counts = [count for count in by_frames if len(count) < 10 and count.isdecimal()]
     table = as_table(by_frames[max(counts, key=int)]) if counts else {}
-    media = [f"{name}s" for name in ("video", "image") if name in as_table(table.get("by_modality"))]
-    accuracy = finite(as_table(table.get("ordered")).get("accuracy"))
-    figures = {f"accuracy on {' and '.join(media) or 'all questions'}": accuracy}
+    media = as_table(table.get("by_modality"))
+    of = {} if list(media) == ["video"] else {"all questions": table}
+    of["videos"] = as_table(media.get("video"))
+    figures = {f"accuracy, {k}": finite(as_table(t.get("ordered")).get("accuracy")) for k, t in of.items()}
     for name in ("temporal_gap", "look_gap"):
         figures[name.replace("_", " ")] = finite(as_table(table.get(name)).get("gap"))
     return [{"caption": c, "value": f"{v:z.2f}"} for c, v in figures.items() if v is not None]

@@ -70,7 +70,7 @@ function runView(view, [name]) {
     before = now;
     run = answer;
     about.replaceChildren(make("p", { class: "about" }, stateNode(run), run.why ? ` ${run.why}` : "", " · ", KINDS[run.kind] || "",
-      [progressText(run), run.left ? `${run.left} left` : "", run.taken ? `${run.taken} so far` : ""].filter(Boolean).map((part) => ` · ${part}`)), progressBar(run),
+      [progressText(run), run.left ? `${run.left} left` : "", run.taken && `${run.state === "running" ? "" : "took "}${run.taken}${run.state === "running" ? " so far" : ""}`].filter(Boolean).map((part) => ` · ${part}`)), progressBar(run),
       run.figures.length ? make("dl", { class: "figures" }, run.figures.map((figure) => make("div", {}, make("dt", {}, figure.caption), make("dd", {}, figure.value)))) : "");
     above.replaceChildren(run.alerts.length ? make("ul", { class: "alerts", "aria-label": "Alerts", role: "list" }, run.alerts.map((alert) =>
       make("li", {}, make("b", {}, alert.title), make("span", {}, alert.advice)))) : "");
@@ -133,7 +133,7 @@ function compareView(view, names) {
   let axis = "step";
   const picked = axisChoice((value) => { axis = value; redraw(); });
   const kinds = new Map();
-  header(`${all.length} runs`, make("ul", { class: "key" }, all.map((columns, i) => make("li", {}, swatch(`var(--line${i % 8})`), make("a", { href: runAddress(columns.name), dir: "auto" }, columns.name)))));
+  header(`${all.length} runs`, make("ul", { class: "key" }, all.map((columns, i) => make("li", {}, swatch(paintOf(i)), make("a", { href: runAddress(columns.name), dir: "auto" }, columns.name)))));
   document.getElementById("main").replaceChildren(make("div", { class: "controls" }, picked.node), drawn, table);
 
   const redraw = () => {

@@ -82,7 +82,8 @@ def application(
     )
     app.state.predictions = lru_cache(evaluations.OPEN_FILES)(evaluations.Predictions)
     app.state.key_origins = {origin for engine in engines for origin in ask.origins_of(engine)}
-    app.state.model, app.state.uploads, app.state.adding = ask.ModelProcess(), Uploads(), asyncio.Lock()
+    app.state.model, app.state.decoder = ask.ModelProcess(), ask.ModelProcess()
+    app.state.uploads, app.state.adding = Uploads(), asyncio.Lock()
     return app
 
 
@@ -90,6 +91,7 @@ def application(
 async def _lifespan(app: Starlette) -> AsyncIterator[None]:
     yield
     await app.state.model.close()
+    await app.state.decoder.close()
     app.state.uploads.close()
 
 

@@ -1,12 +1,13 @@
 // Two evaluations side by side, or two orders of one, and the questions that one side answers better.
 
 const GROUP_NAMES = { "": "All questions", order: "By order of the frames", task: "By task", type: "By type", media: "By media", source: "By source" };
-const TINTS = [["ordered", "shuffled"], ["shuffled", "ordered"]]; // colours of the sides: of two evaluations, of one whose right side is in order
+const TINTS = [["left", "right"], ["shuffled", "ordered"]]; // colours of the sides: of two evaluations, of one whose right side is in order
 const WHO = { left: "left wins", right: "right wins", both: "both right", neither: "neither right" };
 
 /** Whether two evaluations have a benchmark in common, and a number of frames (of a folder with several it is not known). */
 const comparable = (a, b) => a !== b && a.benchmarks.some((name) => b.benchmarks.includes(name))
   && (!a.frames.length || !b.frames.length || a.frames.some((count) => b.frames.includes(count)));
+const sameQuestions = (a, b) => comparable(a, b) && Boolean(a.questions) && a.questions === b.questions;
 
 /** The table of two sides, and below it the questions of one of its rows. sides(): their names; own: both are one evaluation, the left side in another order. */
 function versusPanel(view, sides, own = false) {
@@ -83,8 +84,9 @@ function versusView(view, [first, second]) {
       }
       const newest = [...found].sort((a, b) => b.written - a.written);
       const [before, after] = [first, second].map((name) => found.find((item) => item.name === name));
-      const now = after ?? newest.find((item) => (before ? comparable(before, item) : found.some((other) => comparable(item, other)))) ?? newest.find((item) => item !== before);
-      const other = before ?? newest.find((item) => comparable(item, now)) ?? newest.find((item) => item !== now);
+      const best = (fits) => newest.find((item) => fits(item, sameQuestions)) ?? newest.find((item) => fits(item, comparable));
+      const now = after ?? best((item, test) => (before ? [before] : found).some((other) => test(item, other))) ?? newest.find((item) => item !== before);
+      const other = before ?? best((item, test) => test(item, now)) ?? newest.find((item) => item !== now);
       options(left, found.map((item) => item.name), other.name);
       options(right, found.map((item) => item.name), now.name);
       await panel.load();
@@ -99,9 +101,9 @@ function options(chooser, values, wanted) {
 
 function versusTable(answer, [left, right], own, list) {
   const cell = (write, score, ...more) => make("td", {}, make("b", {}, write(score.mean)),
-    make("small", {}, ` ${write(score.low)} to ${write(score.high)}`), more.filter(Boolean).map((words) => make("small", { class: "also" }, words)));
+    score.low === null ? "" : make("small", {}, ` ${write(score.low)} to ${write(score.high)}`), more.filter(Boolean).map((words) => make("small", { class: "also" }, words)));
   const plain = (score) => show(score, 2);
-  const side = (row, i) => cell(plain, i ? row.right : row.left, tokenWords(row.tokens[i]), row.gaps?.[i] ? gainWords(row.gaps[i], row.name === "elsewhere" ? "looks gain" : "order gains") : "");
+  const side = (row, i) => cell(plain, i ? row.right : row.left, tokenWords(row.tokens[i]), row.gaps?.[i] ? gainWords(row.gaps[i], "gap") : "");
   const longer = ([first, second]) => (first === null || second === null || first === second ? "" : `${second > first ? "+" : ""}${tokenWords(second - first)}`);
   const count = (row, who, n) => make("td", {}, n ? make("button", { type: "button", class: "title", click: () => list(row, who) }, show(n)) : "0");
   const groups = new Map();
@@ -109,10 +111,10 @@ function versusTable(answer, [left, right], own, list) {
     const key = JSON.stringify([row.benchmark, row.group]);
     groups.set(key, [...(groups.get(key) || []), row]);
   }
-  const heads = [["questions", ""], ["", "picture"], [left, TINTS[+own][0], "left"], [right, TINTS[+own][1], "right"], [own ? (left === "elsewhere" ? "look gap" : "temporal gap") : "right minus left", ""], [own ? `only ${left}` : "left wins", ""], [own ? `only ${right}` : "right wins", ""]];
+  const heads = [["questions", ""], ["", "picture"], [left, TINTS[+own][0], own ? left : "left"], [right, TINTS[+own][1], own ? right : "right"], [own ? (left === "elsewhere" ? "look gap" : "temporal gap") : "right minus left", ""], [own ? `only ${left}` : "left wins", ""], [own ? `only ${right}` : "right wins", ""]];
   return make("div", { class: "scroll", tabindex: 0, role: "region", "aria-label": "Scores" }, headed(make("table", { class: "scores versus" },
-    make("caption", {}, own ? "Mean scores over the questions asked in both orders, with 95 % bootstrap intervals; that of the gap is paired."
-      : "Mean scores over the questions that both have answered, with 95 % bootstrap intervals; that of the difference is paired."),
+    make("caption", {}, own ? "Mean scores, 0 to 1, over the questions asked in both orders, with 95 % intervals; the gap is in order minus the other order, question by question."
+      : "Mean scores, 0 to 1, over the questions that both have answered, with 95 % intervals; differences are taken question by question. Gap: score in order minus that of the row’s order."),
     make("thead", {}, make("tr", {}, make("th", { scope: "col" }, ""), heads.map(([name, style, short]) => make("th", { scope: "col", class: style, dir: "auto", "data-short": short }, style === "picture" ? make("span", { class: "ends" }, ["0", "0.5", "1"].map((end) => make("span", {}, end))) : name)))),
     [...groups.values()].map((rows) => make("tbody", {},
       rows[0].group || rows[0].benchmark ? make("tr", { class: "part" }, make("th", { scope: "rowgroup", colspan: 8, dir: "auto" }, [rows[0].benchmark, GROUP_NAMES[rows[0].group]].filter(Boolean).join(" · "))) : "",
@@ -122,7 +124,7 @@ function versusTable(answer, [left, right], own, list) {
 
 const orderName = (name) => (name === "ordered" ? "in order" : name);
 const rowName = (row) => (row.group === "order" ? orderName(row.name) : row.name || `all, ${row.frames} frames`);
-const gainWords = ({ mean, low, high }, what) => `${what} ${signed(mean)} (${signed(low)} to ${signed(high)})`;
+const gainWords = ({ mean, low, high }, what) => `${what} ${signed(mean)}${low === null ? "" : ` (${signed(low)} to ${signed(high)})`}`;
 const tokenWords = (count) => (count === null ? "" : `${show(count)} tokens`);
 
 /** Both scores with their intervals on a line from 0 to 1. */
@@ -130,7 +132,7 @@ function pairPlot(row, tints) {
   const [width, height, edge] = [200, 24, 5];
   const x = (value) => edge + Math.max(0, Math.min(1, value)) * (width - 2 * edge);
   const marks = [["left", 7], ["right", 17]].flatMap(([side, y], i) => [
-    draw("line", { class: "bar", stroke: `var(--${tints[i]})`, x1: x(row[side].low), x2: x(row[side].high), y1: y, y2: y }), draw("circle", { cx: x(row[side].mean), cy: y, r: 3.4, fill: `var(--${tints[i]})` })]);
+    row[side].low === null ? "" : draw("line", { class: "bar", stroke: `var(--${tints[i]})`, x1: x(row[side].low), x2: x(row[side].high), y1: y, y2: y }), draw("circle", { cx: x(row[side].mean), cy: y, r: 3.4, fill: `var(--${tints[i]})` })]);
   return draw("svg", { class: "dotplot", viewBox: `0 0 ${width} ${height}`, "aria-hidden": "true" }, [0, 0.5, 1].map((v) => draw("line", { class: "grid", x1: x(v), x2: x(v), y1: 0, y2: height })), ...marks);
 }
 
@@ -145,9 +147,9 @@ function questionNode(item, left, right, tints) {
       " ", make("a", { href: `#/ask/${encodeURIComponent(row.manifest)}/${row.row}` }, "Ask a model about it"));
   }
   return make("article", { class: "group versus-question", "aria-label": `Question ${item.id}` },
-    make("p", { class: "facts", dir: "auto" }, [`question ${item.id}`, item.type, item.task, row ? row.manifest : "in no manifest below these folders", row ? playedHow(row) : ""].filter(Boolean).join(" · ")),
-    row ? make("h3", { class: "question", dir: "auto" }, row.problem) : "",
-    row && row.options.length ? make("ul", { class: "options" }, row.options.map((option) => make("li", { class: isRight(option, item.answer) ? "right" : null, dir: "auto" }, option))) : "",
+    make("p", { class: "facts", dir: "auto" }, [`question ${item.id}`, item.type, item.task, row ? row.manifest : "no clip: in no manifest below these folders", row ? playedHow(row) : ""].filter(Boolean).join(" · ")),
+    item.problem ? make("h3", { class: "question", dir: "auto" }, item.problem) : "",
+    item.options.length ? make("ul", { class: "options" }, item.options.map((option) => make("li", { class: isRight(option, item.answer) ? "right" : null, dir: "auto" }, option))) : "",
     make("p", { class: "answer", dir: "auto" }, make("span", {}, "Right answer "), item.answer), row ? oneOfSeveral(row) : "", clip,
     make("div", { class: left === right ? "columns alone" : "columns" }, left === right ? "" : side(left, item.left, tints[0]), side(right, item.right, tints[1])));
 }
