@@ -50,7 +50,7 @@ def answered(problem: str, options: list[str], answer: str) -> str | None:
     [
         ("The answer changes: 100 questions.", 93),
         ("No answer follows: 100 questions.", 0),
-        ("Written after the rules", 18),
+        ("Written after the rules", 34),
     ],
 )
 def test_no_answer_is_false_on_general_english(section: str, least: int) -> None:

@@ -157,6 +157,8 @@ class Reversals:
                     if not story and (story := self._story(" ".join(event), *self._asked(" ".join(what)))):
                         named = " ".join(re.findall(_N, " ".join(what)) or re.findall(_N, " ".join(event)))
         events = {event for one in story for event in one}
+        if not story:
+            raise Unknown("the question is no event that the rules can read")
         if len(story) > 1:
             clauses = re.findall(r" (?:before|after) (?:\[|\w+ing\b)?", asked)
             if any(be or each.endswith(" ") for each in clauses):
@@ -214,13 +216,16 @@ class Reversals:
         moved = verb in self.lists["moved"]
         if moved or not passive:
             thing = re.match(rf"({_N}) (?=.)", rest) if moved and not passive else None
-            if thing and "people" in self._kinds(thing[1]):
+            if thing and not self._kinds(thing[1]) & (_MOVE - {"people"}):
                 return
             if found := self._turns(verb, rest[thing.end() :] if thing else rest, kinds):
                 yield Event("", verb, found[0], (*found[1], _bare(thing[1]) if thing else ""))
         for how, particle, turn, of in self.turning.get(verb, ()):
             particle = f" {particle}" if particle else ""
-            alone = re.fullmatch(rf"{particle}((?:{_WITH})*)", f" {rest}".rstrip())
+            tail = (
+                _BESIDE.pattern if kinds & {"people", "animals", "flyers"} else _WITH
+            )  # "grows on a wall" is a state
+            alone = re.fullmatch(rf"{particle}((?:{tail})*)", f" {rest}".rstrip())
             thing = rf"(?:{particle}( {_N})|( {_N}){particle})((?:{_BESIDE.pattern})*)"
             if alone and how != ("itself" if passive else "done") and (not kinds or kinds & of):
                 yield Event("", "", frozenset({turn}), ("", _bare(alone[1])))
