@@ -31,7 +31,8 @@ def test_strict_answer_is_the_first_pair_of_tags(text: str, answer: str) -> None
     [
         ("12", 12.0), (" -3.50 ", -3.5), (".5", 0.5), ("1,200", 1200.0), ("1,234,567.89", 1234567.89),
         ("2e3", 2000.0), (",", None), ("three", None), ("12 m", None), ("nan", None), ("1e999", None),
-        ("1_000", None), ("−5", -5.0), ("1 200", 1200.0), ("12\u00a0345.5", 12345.5), ("1\u202f200", 1200.0),
+        ("1_000", None), ("−5", -5.0), ("–5", -5.0), ("－5", -5.0), ("1 200", 1200.0),
+        ("12\u00a0345.5", 12345.5), ("1\u202f200", 1200.0),
         ("1 2", None), ("1 200 30", None),
     ],
 )  # fmt: skip
@@ -122,6 +123,13 @@ def test_options_named_by_their_texts(output: str, letter: str) -> None:
     assert read_answer(output, "multiple choice", COLOURS) == letter
 
 
+def test_options_that_differ_in_signs_only() -> None:
+    options = ("A. को", "B. का", "C. 👍", "D. 👎")
+    assert [
+        read_answer(f"<answer>{option[3:]}</answer>", "multiple choice", options) for option in options
+    ] == [*"ABCD"]
+
+
 def test_the_word_i_is_no_option() -> None:
     assert read_answer("I choose B", "multiple choice") == "B"
     assert read_answer("I is correct", "multiple choice") == "I"
@@ -206,6 +214,9 @@ def test_numbers_and_other_texts_are_not_doubtful(text: str) -> None:
         (r"1{,}200", 1200),
         ("1,2 or 7", 7),
         ("1/2.5", 0.4),
+        ("<answer>–5 °C</answer>", -5),
+        ("10–20", 20),
+        ("it is – 5", 5),  # a dash of the sentence
         ("3...5", 5),
         ("many", None),
     ],

@@ -120,6 +120,10 @@ PROBLEMS = [
     ({"path": "/etc/passwd"}, "path '/etc/passwd' is absolute; it must be relative to the media root"),
     ({"problem_type": "numerical", "options": [], "solution": "<answer>1e999</answer>"}, "finite number"),
     ({**TEXT, "solution": "<answer>¿…?</answer>"}, "must have a word or a symbol to compare, unlike '¿…?'"),
+    (
+        {**TEXT, "problem_type": "OCR", "solution": "<answer>\u200b\x07</answer>"},
+        "has nothing that can be seen",
+    ),
     ({**TEXT, "solution": "<answer>a <think> b</answer>"}, "has a tag in it, so that no completion with it"),
     ({**TEXT, "problem_type": "OCR", "solution": "<answer></think></answer>"}, "has a tag in it"),
     ({"options": ["A. a  ball", "B.  a ball "]}, "the options A and B are the same, 'a ball'"),

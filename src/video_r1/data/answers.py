@@ -5,7 +5,9 @@ import ast
 import json
 import math
 import re
+import unicodedata
 from collections.abc import Collection, Iterable, Mapping, Sequence
+from functools import cache
 from itertools import pairwise
 from typing import Any, Literal, NamedTuple
 
@@ -23,6 +25,7 @@ _SPACE = "[ \u00a0\u2007\u2009\u202f]"  # between thousands: plain, no-break, fi
 _PLAIN_NUMBER = re.compile(
     rf"[-+]?(?:[1-9]\d{{0,2}}(?:(?:,\d{{3}})+|(?:{_SPACE}\d{{3}})+)(?:\.\d*)?|\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?"
 )
+_MINUS = re.compile(r"[−－﹣]|(?<!\S)–(?=[\d.])")
 _PARTED = r"\d+(?:[.,'’_٫٬]\d+)*"  # a number, or what looks like one: "3,5", "1'200"
 _DOTTED = re.compile(r"[\d. ]+")  # a date, a version
 _NUMBER = re.compile(  # 1: number, 2: part behind a whole number, 3: denominator, 4: power
@@ -233,10 +236,10 @@ def extract_answer(text: str) -> str:
 def plain_number(text: str) -> str | None:
     """Return the digits of a text that is one finite decimal number, without separators; None for others.
 
-    Thousands may be separated by commas or spaces, and "−" is a minus. A comma anywhere but before groups of
-    three digits is no separator: "3,5", "0,500" and "1.234,5" are no numbers.
+    Commas or spaces may separate thousands, and "−" or "–" is a minus. A comma that is not before groups
+    of three digits is no separator: "3,5", "0,500" and "1.234,5" are no numbers.
     """
-    text = text.strip().replace("−", "-")
+    text = _MINUS.sub("-", text.strip())
     if not _PLAIN_NUMBER.fullmatch(text):
         return None
     plain = re.sub(r"[,\s]", "", text)
@@ -250,8 +253,9 @@ def parse_number(text: str) -> float | None:
 
 def is_doubtful_number(text: str) -> bool:
     """Return whether a text seems to be a number, but it is not sure which: "3,5", "1.234,5", "1'200"."""
-    seems = re.fullmatch(rf"[-+−]?{_PARTED}", re.sub(_SPACE, "", text.strip())) and ", " not in text
-    return plain_number(text) is None and bool(seems) and not _DOTTED.fullmatch(text.strip())
+    bare = _MINUS.sub("-", text.strip())
+    seems = re.fullmatch(rf"[-+]?{_PARTED}", re.sub(_SPACE, "", bare)) and ", " not in bare
+    return plain_number(bare) is None and bool(seems) and not _DOTTED.fullmatch(bare)
 
 
 def read_answer(output: str, problem_type: str, options: Sequence[str] = ()) -> str:
@@ -295,7 +299,7 @@ def _read_number(text: str, first: bool) -> str:
     """
     if (plain := plain_number(text)) is not None:
         return plain
-    text = _SPACED_SIGN.sub(r"\1 \2", text.replace("−", "-"))
+    text = _SPACED_SIGN.sub(r"\1 \2", _MINUS.sub("-", text))
     for written, value in _LATEX:
         text = written.sub(value, text)
     stated = _after_cue(text)
@@ -329,8 +333,16 @@ def _in_digits(match: re.Match[str]) -> str:
 
 
 def _plain(text: str) -> str:
-    """Reduce a text to its words in lower case, to compare an answer with an option's text."""
-    return " ".join(re.findall(r"\w+", text.lower()))
+    """Reduce a text to its words in lower case, to compare an answer with an option's text. Vowel signs and
+    emoji count."""
+    return " ".join("".join(map(_in_word, unicodedata.normalize("NFC", text.lower()))).split())
+
+
+@cache
+def _in_word(character: str) -> str:
+    kind = unicodedata.category(character)[0]
+    is_part = character.isalnum() or character == "_" or kind == "M" or (kind == "S" and character > "\x7f")
+    return character if is_part else " "
 
 
 def _read_choice(text: str, options: Sequence[str]) -> str:

@@ -123,7 +123,7 @@ def _parted(text: str, words_only: bool) -> list[str]:
 
     words_only: also around symbols, and at everything else that is no letter, mark or digit.
     """
-    if not text.isascii():
+    if not text.isascii() or not text.isprintable():
         text = "".join(_apart(character, words_only) for character in text)
     return text.split()
 
@@ -131,7 +131,9 @@ def _parted(text: str, words_only: bool) -> list[str]:
 @cache
 def _apart(character: str, words_only: bool) -> str:
     kind, name = unicodedata.category(character), unicodedata.name(character, "")
-    if kind == "Cf" or name.startswith("VARIATION SELECTOR"):  # joiners, direction marks: not seen
+    if character.isspace():
+        return character
+    if kind in ("Cc", "Cf") or name.startswith("VARIATION SELECTOR"):  # joiners, direction marks: not seen
         return ""
     symbol = words_only and kind[0] == "S" and not character.isascii()
     if words_only and kind[0] not in "LMN" and not symbol:
@@ -232,7 +234,10 @@ def unpaid(
     problem_type: str, truth: str, score: Callable[[str, str, str], float] = correctness
 ) -> Iterator[str]:
     """Yield why a completion with a row's own truth as its answer would not earn the full reward."""
-    of_kind, shown = f"the solution of a {problem_type} problem", repr(truth[:80])
+    of_kind, shown = (
+        f"the solution of {'an' if problem_type == 'OCR' else 'a'} {problem_type} problem",
+        repr(truth[:80]),
+    )
     earned = score(problem_type, truth, truth)
     if problem_type in ("numerical", "regression") and parse_number(truth) is None:
         comma = "; a comma stands only before groups of three digits" * ("," in truth)
@@ -241,6 +246,8 @@ def unpaid(
         yield f"{of_kind} is {shown}: errors are relative to it, so that no answer is paid; use numerical"
     elif problem_type == "free-form" and earned < 0.66:  # one word earns 2/3
         yield f"{of_kind} must have a word or a symbol to compare, unlike {shown}; OCR compares every sign"
+    elif problem_type == "OCR" and score(problem_type, "", truth):
+        yield f"{of_kind} has nothing that can be seen: {shown}"
     elif problem_type != "free-form" and earned < 0.99:
         yield f"{of_kind} earns {earned:g} of 1 when it is copied: {shown}"
     elif not format_reward(f"<think></think><answer>{truth}</answer>", problem_type):

@@ -544,7 +544,7 @@ def _letter(options: Sequence[str], answer: str, published: bool) -> str:
         raise ValueError(f"option {option} does not begin with its letter, as in 'A. the man sits'")
     if twice := sorted({letter for letter in letters if letters.count(letter) > 1}):
         raise ValueError(f"options use the letter {', '.join(twice)} more than once")
-    texts = [" ".join(option[len(option_prefix(option)) :].split()) for option in options]
+    texts = [" ".join(option[len(option_prefix(option)) :].rstrip(". ").split()) for option in options]
     if not published and (same := next((text for text in texts if text and texts.count(text) > 1), None)):
         which = " and ".join(letter for letter, text in zip(letters, texts, strict=True) if text == same)
         raise ValueError(f"the options {which} are the same, {quoted(same)}")
