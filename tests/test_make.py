@@ -259,6 +259,36 @@ def test_what_is_there_is_not_lost(shelf: Path, tmp_path: Path) -> None:
         assert main(["data", "make", str(tmp_path / name), "--out", str(tmp_path / "x.json")]) == said
 
 
+def test_holdout_by_clip(shelf: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """No clip is on both sides, whatever window or list it is in; other rows do not change sides."""
+    clips = ["cup", "ball", "a/same", "b/same", "4010069381", "video_0", ["a/same", "b/same"], "sign"]
+    content = [
+        {"question": f"q{n}", "answer": "yes", "video": clip, **({} if n < 8 else {"start": 0.5})}
+        for n, clip in enumerate([*clips, "cup", "ball", "video_0"])
+    ]
+    table, held_path = written(tmp_path, "t.json", content), tmp_path / "held-out.json"
+    rows, _ = make(shelf, table, "--holdout", "0.4")
+    held = json.loads(held_path.read_text())
+    sides = [
+        {path for row in side for path in (row["path"] if isinstance(row["path"], list) else [row["path"]])}
+        for side in (rows, held)
+    ]
+    assert sides[0].isdisjoint(sides[1]) and len(rows) + len(held) == len(content) and 1 <= len(held) <= 4
+    assert f"--train_manifest {tmp_path / 'out.json'} --eval_manifest {held_path}" in capsys.readouterr().out
+    make(shelf, table, "--holdout", "0.4")  # again: the same
+    assert json.loads(held_path.read_text()) == held
+    assert make(shelf, table, "--holdout", "0.001")[0] and len(json.loads(held_path.read_text())) == 1
+    other = ["data", "make", str(table), "--media_root", str(shelf), "--holdout", "0.4", "--out"]
+    for out, said in (
+        (tmp_path / "new.json", "exists"),
+        (tmp_path / "x" / "held-out.json", "where --holdout"),
+    ):
+        assert main([*other, str(out)]) == 2 and said in capsys.readouterr().err and not out.exists()
+    table = written(tmp_path, "t.json", content[:1])
+    assert main([*other, str(tmp_path / "out.json")]) == 2
+    assert "all questions are about the same clips" in capsys.readouterr().err
+
+
 # --- subtitles -----------------------------------------------------------------------------------
 
 SRT = (

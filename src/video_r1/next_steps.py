@@ -36,14 +36,16 @@ def after_training(recipe: Recipe) -> list[str]:
     """Return the merge of a LoRA run, then RL after SFT, or an evaluation and a report after RL."""
     values = recipe.values()
     run, train = values["output_dir"], Path(values["train_manifest"])
-    rl, test = train.with_name("rl.json"), train.with_name("test.json")  # as `lab make` writes them
+    rl = train.with_name("rl.json")  # as `lab make` writes it, and test.json; `data make`: held-out.json
+    media = ["--media_root", values["media_root"]] if values["media_root"] else []
     model = run.rstrip("/") + MERGED if values["use_peft"] else run
     lines = [then("merge", run, model)] if values["use_peft"] else []
     if recipe.command == "rl":
-        held_out = values["eval_manifest"] or (test if test.is_file() else "held-out.json")
-        return [*lines, then("eval", model, held_out, "--order", "ordered,shuffled"), then("report", run)]
+        beside = [one for name in ("test", "held-out") if (one := train.with_name(f"{name}.json")).is_file()]
+        held_out = values["eval_manifest"] or (beside[0] if beside else "held-out.json")
+        evaluate = then("eval", model, held_out, *media, "--order", "ordered,shuffled")
+        return [*lines, evaluate, then("report", run)]
     name = counterpart("rl", values["model_name_or_path"], recipe.made_for) or "RECIPE"
-    media = ["--media_root", values["media_root"]] if values["media_root"] else []
     words = ["rl", name, "--model_name_or_path", model, "--train_manifest"]
     words += [rl if rl.is_file() else "MANIFEST", *media]
     processes = int(os.environ.get("WORLD_SIZE", 1))

@@ -45,6 +45,9 @@ class MakeSettings(PlacesSettings, RemoteSettings):
         "auto", "meaning of a number as an answer: the option's text, or its index from 0 or from 1"
     )
     problem_type: ProblemType | None = setting(None, "type of all questions (default: by row and options)")
+    holdout: float = setting(
+        0.0, "share of questions to write to held-out.json beside OUT instead, by clip", at_least=0, below=1
+    )
     subtitles: Literal["off", "text", "timed"] = setting(
         "off", "from a column or an .srt or .vtt beside the clip; timed: with minute and second"
     )

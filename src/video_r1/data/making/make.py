@@ -2,7 +2,7 @@
 
     TABLE ─► rows ─► layout or guessed columns ─► drafts ─► rows of a manifest ─► checked, media opened ─► OUT
                                                     └──────────────┴───────────────────────┴►
-                                                    OUT.refused.jsonl
+                                                    OUT.refused.jsonl        (--holdout: and held-out.json)
 
 Every rejected row gets a line in OUT.refused.jsonl with the reason and the remedy.
 """
@@ -49,10 +49,11 @@ from video_r1.data.manifests.records import (
     read_rows,
 )
 from video_r1.data.manifests.tables import InTable, Unreadable, name_of
-from video_r1.data.sources.media_paths import MediaPaths, media_root_of
+from video_r1.data.sources.media_paths import MediaPaths, media_root_of, path_below
 from video_r1.data.sources.remote import is_address
 from video_r1.errors import ManifestError, RequestError
 from video_r1.files import claimed, replace_rows
+from video_r1.fingerprint import digest
 from video_r1.settings.commands import MakeSettings
 from video_r1.settings.frames import FrameBudget
 
@@ -73,21 +74,25 @@ Rejections = list[dict[str, Any]]
 
 
 def run_make(settings: MakeSettings) -> int:
-    """Write the manifest OUT and OUT.refused.jsonl, and print how the table was understood.
+    """Write the manifest OUT, OUT.refused.jsonl and with `holdout` held-out.json, and print how the table was
+    understood.
 
     Returns the exit code: 1 if no question was accepted, or if any row was rejected and `strict` is set.
 
     Raises:
-        RequestError: OUT is a file that this command did not write, unknown columns, or numbers as answers
-            that may be read in two ways.
+        RequestError: OUT is a file that this command did not write, unknown columns, numbers as answers that
+            may be read in two ways, or questions that cannot be divided by clip.
         ManifestError: no such table or media root.
     """
     assert settings.table is not None and settings.out is not None
     out = Path(settings.out)
-    rejected_path = out.with_name(f"{out.stem}.refused.jsonl")
-    own = rejected_path.exists() and str(out.resolve()) != os.path.realpath(settings.table)
-    if out.exists() and not own:
-        raise RequestError(f"{out} exists and was not made from this table; choose another --out")
+    rejected_path, held_path = out.with_name(f"{out.stem}.refused.jsonl"), out.with_stem("held-out")
+    own = rejected_path.exists()
+    for path in (out, held_path) if settings.holdout else (out,):
+        if path.exists() and (not own or str(path.resolve()) == os.path.realpath(settings.table)):
+            raise RequestError(f"{path} exists and was not made from this table; choose another --out")
+    if settings.holdout and out.stem == held_path.stem:
+        raise RequestError(f"--out {out} is where --holdout writes; choose another --out")
     root = media_root_of(settings.table, settings.media_root)
     places = MediaPaths(root, settings.allow_urls, settings.allowed_roots)
     table_rows = list(read_table(settings.table, settings.split))
@@ -109,9 +114,12 @@ def run_make(settings: MakeSettings) -> int:
     samples = _checked(rows, settings, root, rejected)
     usable = {sample.problem_id for sample in samples}
     kept = [row.fields for row in rows if row.fields["problem_id"] in usable]
+    held = held_out(samples, settings.holdout, root) if settings.holdout and kept else set()
     with claimed(out.parent):
         replace_rows(rejected_path, sorted(rejected, key=lambda line: line["row"]))
-        if kept:
+        if held:
+            replace_rows(held_path, [row for row in kept if row["problem_id"] in held])
+        if kept := [row for row in kept if row["problem_id"] not in held]:
             replace_rows(out, kept)
     counts = Counter(line["reason"] for line in rejected).most_common()
     if counts:
@@ -131,7 +139,10 @@ def run_make(settings: MakeSettings) -> int:
     subtitles = f", {spoken:,} of them with subtitles (shown with --subtitles)" if spoken else ""
     print(format_counts(samples), end="\n\n")
     print(f"{out}: {len(kept):,} questions from {len(table_rows):,} rows{subtitles}")
-    print(f"to train on it: --train_manifest {out} --media_root {root}")
+    if held:
+        print(f"{held_path}: {len(held):,} more, about clips that {out} does not have")
+    validate = f" --eval_manifest {held_path}" if held else ""
+    print(f"to train on it: --train_manifest {out}{validate} --media_root {root}")
     return 1 if rejected and settings.strict else 0
 
 
@@ -275,6 +286,35 @@ def _checked(
         number = rows[problem.row - 1].number
         rejected.append(Rejected(reason, problem.text).line(number, problem.problem_id))
     return samples
+
+
+def held_out(samples: Sequence[Sample], share: float, root: str) -> set[str | int]:
+    """Return the ids of at most `share` of the questions, but of one clip at least. No clip is on both sides.
+
+    Clips are drawn by their paths below `root`, so the division is the same on every machine. Raises
+    RequestError if all questions are about the same clips.
+    """
+    leads: dict[str, str] = {}  # of each file: another that is shown with it, or itself
+
+    def lead(path: str) -> str:
+        while leads.setdefault(path, path) != path:
+            path = leads[path]
+        return path
+
+    for sample in samples:
+        for path in sample.paths:
+            leads[lead(path)] = lead(sample.path)
+    groups: dict[str, list[str | int]] = {}
+    for sample in samples:
+        name = path_below(root, lead(sample.path)) if sample.paths else f"text {sample.problem_id}"
+        groups.setdefault(name, []).append(sample.problem_id)
+    if len(groups) < 2:
+        raise RequestError("holdout: all questions are about the same clips; add others, or leave it out")
+    held: list[str | int] = []
+    for name in sorted(groups, key=digest):
+        if len(held) + len(groups[name]) <= share * len(samples):
+            held += groups[name]
+    return set(held or min(groups.values(), key=len))
 
 
 # --- tables that are not manifests: CSV, TSV, JSON objects ---------------------------------------
