@@ -10,10 +10,13 @@ from typing import Any
 import datasets
 import pytest
 from made_tables import make, written
+from PIL import Image
 
 from video_r1.cli import main
 from video_r1.data.answers import options_of, split_options
 from video_r1.data.manifests.records import load_manifest
+from video_r1.evaluation.ask import question_sample
+from video_r1.settings.decoding import AskSettings
 
 # --- layouts of other trainers ---------------------------------------------------------------------
 
@@ -237,6 +240,34 @@ def test_cases_of_file_names(shelf: Path, tmp_path: Path, capsys: pytest.Capture
         for name in ("clip_0001", "x:y.mp4", "a::b.mp4", "v_abc.mp4", "video6513.mp4", "cup.png", "picture"):
             (shelf / name).unlink()
         shutil.rmtree(shelf / "deep")
+
+
+def test_cases_of_animations(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A GIF that moves is a clip, one that does not an image, other animations are refused: by `data make`,
+    `data check` and `ask` alike."""
+    first, *others = (Image.new("RGB", (56, 56), (shade, 0, 0)) for shade in (0, 90, 200))
+    for name in ("moves.gif", "moves.png", "moves.webp"):
+        first.save(tmp_path / name, save_all=True, append_images=others, duration=500)
+    first.save(tmp_path / "still.gif")
+    first.save(tmp_path / "still.webp")
+    names = {"moves.gif": "video", "still.gif": "image", "still.webp": "image"}
+    content = [{"question": "q", "answer": "yes", "file": path.name} for path in sorted(tmp_path.iterdir())]
+    rows, refused = make(tmp_path, written(tmp_path, "t.json", content))
+    assert {row["path"]: row["data_type"] for row in rows} == names
+    assert [line["found"].partition(" is an animation of 3 frames")[2] != "" for line in refused] == [
+        True
+    ] * 2
+    for name in ("moves.gif", "moves.png", "moves.webp", "still.gif"):
+        asks = question_sample(AskSettings(path=str(tmp_path / name), model="m", question=["q"]), "q")
+        assert asks.data_type == names.get(name, "image")
+        written(tmp_path, "m.json", [{**rows[0], "path": name, "data_type": asks.data_type}])
+        assert main(["data", "check", str(tmp_path / "m.json")]) == (name not in names)
+    (line,) = {line for line in capsys.readouterr().out.splitlines() if "moves.png" in line}
+    assert "save" in line and "as a video (MP4 or GIF" in line
+    with Image.open(tmp_path / "moves.png") as picture:  # what the message says
+        picture.save(tmp_path / "moves.gif", save_all=True)
+    written(tmp_path, "m.json", [{**rows[0], "path": "moves.gif", "data_type": "video"}])
+    assert main(["data", "check", str(tmp_path / "m.json")]) == 0
 
 
 @pytest.mark.parametrize("several", [False, True])

@@ -202,16 +202,16 @@ def _media(draft: Draft, making: Making, marks: Sequence[str]) -> Mapping[str, A
         if not isinstance(one, InTable):
             path = making.clips.find(one, known, draft.get(KIND))
             is_clear = path.lower().endswith(MEDIA_EXTENSIONS)
-            kind = known or (not is_clear and draft.get(KIND)) or data_type_of(path)
+            kind = known or (not is_clear and draft.get(KIND))
         elif not named or not one.places or one.kind not in DATA_TYPES:
             raise Rejected("media inside the table", "the table contains the file itself, not its name")
         else:
             kind, path = one.kind, path_below(making.places.root, one.places[0])
         try:
-            making.places.find(path)
+            place = making.places.find(path)
         except ValueError as error:
             raise Rejected("clip elsewhere", str(error)) from error
-        kinds.setdefault(kind, []).append(path)
+        kinds.setdefault(kind or data_type_of(place), []).append(path)
     if len(kinds) > 1:
         raise Rejected("several media", f"it shows {', '.join(map(str, named))}")
     ((kind, paths),) = kinds.items()

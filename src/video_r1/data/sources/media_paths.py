@@ -5,6 +5,7 @@ import glob
 import os
 import re
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Literal
 
@@ -27,13 +28,19 @@ _WINDOWS = re.compile(r"[A-Za-z]:[\\/]|\\\\")  # C:\clips or \\server\clips; "x:
 
 
 def data_type_of(path: str) -> Literal["image", "video"]:
-    """Tell image from video by the extension, or by the name of a table's column. Others, and GIF, are
-    videos.
+    """Tell image from video by the extension, or by the name of a table's column. Others are videos, and so
+    is a GIF, unless it is a file on this machine that does not move.
     """
     if path.startswith(TABLE):
         return "image" if re.search("image|img|picture|photo", path.partition("::")[0].lower()) else "video"
     name = path.partition("::")[0].partition("?")[0] if is_address(path) else path
-    return "image" if os.path.splitext(name)[1].lower() in IMAGE_EXTENSIONS else "video"
+    ending = os.path.splitext(name)[1].lower()
+    if ending == ".gif" and os.path.isfile(name):
+        from PIL import Image
+
+        with suppress(Exception), Image.open(name) as picture:  # damaged: its decoder says why
+            return "video" if getattr(picture, "is_animated", True) else "image"
+    return "image" if ending in IMAGE_EXTENSIONS else "video"
 
 
 def is_pattern(source: str) -> bool:
