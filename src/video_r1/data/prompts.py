@@ -365,7 +365,10 @@ class PromptBuilder(TextPrompts):
         """Build what follows the policy's end-of-turn token. Raises PromptError for special tokens."""
         if self._added_token("".join(text for content in contents for text in _texts(content))):
             raise PromptError("a tool's text holds a special token of the model")
-        input_ids, features = self._encoded(turn_text(self.processor, contents, like.thinks), media)
+        try:
+            input_ids, features = self._encoded(turn_text(self.processor, contents, like.thinks), media)
+        except ValueError as error:  # clips of several lengths, for some families
+            raise PromptError(f"the model's processor does not take these results: {error}") from error
         return replace(super()._turn(contents, media, like), input_ids=input_ids, features=features)
 
     def build_with_response(self, sample: Sample, media: Shown, response: str) -> tuple[Prompt, Tensor]:

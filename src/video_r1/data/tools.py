@@ -16,7 +16,6 @@ from concurrent.futures import Future
 from dataclasses import replace
 from typing import Any, NamedTuple
 
-import numpy
 import torch
 from PIL import Image
 from torch import Tensor
@@ -28,7 +27,8 @@ from transformers.utils.chat_template_utils import (
 
 from video_r1.data.decoding.decoders import read_media_at
 from video_r1.data.decoding.frame_cache import FrameCache
-from video_r1.data.decoding.media import Media, fitted_size, resize
+from video_r1.data.decoding.media import Media, fitted
+from video_r1.data.decoding.pictures import read_picture
 from video_r1.data.manifests.records import Sample
 from video_r1.data.prompts import Prompt, PromptBuilder
 from video_r1.data.rollouts import Rollout, ToolCall
@@ -41,6 +41,8 @@ from video_r1.settings.frames import TEMPORAL_PATCH, FrameBudget
 from video_r1.settings.tools import ToolSettings
 
 LONGEST_CALL, LONGEST_TEXT = 4000, 2000  # characters of a call, and of a text that a tool returns
+DEEPEST_CALL = 20  # levels of its arguments: they are written to files and prompts
+MOST_PARTS = 64  # texts, images and frames that a call returns, or look_frames if these are more
 TOOL_SECONDS = 60.0  # for a tool of the user's
 _CALL = re.compile(r"<tool_call>(.*?)(</tool_call>|\Z)", re.DOTALL)
 _FUNCTION = re.compile(r"\s*<function=([^>]+)>(.*?)(?:</function>\s*|\Z)", re.DOTALL)
@@ -69,9 +71,10 @@ def parse_calls(text: str) -> list[Asked]:
     for call in _CALL.finditer(text):
         try:
             asked = _parsed(call[1]) if call[2] else Asked("", {}, "the call has no </tool_call>")
-            # No infinity, no half of a character, nothing too deep: it is written to files and prompts.
+            # No infinity, no half of a character: it is written to files and prompts.
             json.dumps(asked, allow_nan=False, ensure_ascii=False).encode()
-            found.append(asked)
+            deep = _is_deep(asked.arguments)
+            found.append(Asked("", {}, "the call is nested too deeply") if deep else asked)
         except (ValueError, RecursionError):
             found.append(Asked("", {}, "the call is not valid JSON"))
     return found
@@ -91,6 +94,11 @@ def _parsed(body: str) -> Asked:
     if not isinstance(arguments, dict):
         return Asked(call["name"], {}, "arguments is not an object")
     return Asked(call["name"], arguments)
+
+
+def _is_deep(value: Any, left: int = DEEPEST_CALL) -> bool:
+    parts = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    return left == 0 or any(_is_deep(part, left - 1) for part in parts)
 
 
 def _value(text: str) -> Any:
@@ -186,14 +194,13 @@ class Toolbox:
             raise Unreadable(f"{asked.name}: {error}") from error
         if function is look:
             return self._look(prompt, **given.arguments)
-        try:
-            result = _within(TOOL_SECONDS, lambda: function(*given.args, **given.kwargs))
-            return [self._shown(one) for one in (result if isinstance(result, (list, tuple)) else [result])]
-        except Unreadable:
-            raise
-        except Exception as error:  # the user's code may raise anything; it tells the model, and the user
-            warn_once(f"tool {asked.name}: raises {type(error).__name__}; the model is told what it says")
-            raise Unreadable(str(error) or type(error).__name__) from error
+        result, raised, said = _within(
+            TOOL_SECONDS, lambda: self._shown(function(*given.args, **given.kwargs))
+        )
+        if raised:
+            warn_once(f"tool {asked.name}: raises {raised}; the model is told what it says")
+            raise Unreadable(said or raised)
+        return result
 
     def _look(self, prompt: Prompt, start: Any, end: Any, fps: Any = None) -> list[str | Media]:
         if len(prompt.files) != 1 or prompt.files[0].data_type != "video" or not prompt.media:
@@ -219,20 +226,20 @@ class Toolbox:
             raise Unreadable(f"look: this part of the clip {error.reason}") from error
         return [f"{start:g} to {end:g} s:", replace(media, timestamps=media.timestamps + start)]
 
-    def _shown(self, result: Any) -> str | Media:
+    def _shown(self, result: Any) -> list[str | Media]:
         """Return what a user's tool gave, in a form that fits the model. Raises ValueError."""
-        if isinstance(result, Image.Image):
-            pixels = torch.from_numpy(numpy.array(result.convert("RGB"))).permute(2, 0, 1)[None]
-            result = Media(pixels, torch.zeros(1, dtype=torch.float64), 0.0, "image")
-        if isinstance(result, Media):
-            if result.kind == "video" and not result.duration > 0:
-                raise ValueError(f"its clip lasts {result.duration:g} seconds")
-            most = self.budget.frame_pixels if result.kind == "video" else self.budget.image_pixels
-            height, width = result.frames.shape[-2:]
-            size = fitted_size(height, width, most, self.budget.size_multiple)
-            return replace(result, frames=resize(result.frames, *size).contiguous())
-        text = str(result).encode(errors="replace").decode()
-        return text if len(text) <= LONGEST_TEXT else text[:LONGEST_TEXT] + " (cut)"
+        shown: list[str | Media] = []
+        for part in result if isinstance(result, (list, tuple)) else [result]:
+            if isinstance(part, Image.Image):
+                part = Media(read_picture(part)[None], torch.zeros(1, dtype=torch.float64), 0.0, "image")
+            if not isinstance(part, Media):
+                text = str(part).encode(errors="replace").decode()
+                part = text if len(text) <= LONGEST_TEXT else text[:LONGEST_TEXT] + " (cut)"
+            shown.append(part if isinstance(part, str) else fitted(part, self.budget))
+            most = max(MOST_PARTS, self.budget.max_frames)
+            if sum(1 if isinstance(each, str) else len(each.frames) for each in shown) > most:
+                raise ValueError(f"it returns more than {most} texts, images and frames")
+        return shown
 
 
 def worked_pieces(builder: PromptBuilder, sample: Sample, prompt: Prompt) -> list[Tensor | Prompt]:
@@ -307,23 +314,26 @@ def is_control(prompt: Prompt, rollout: Rollout) -> bool:
     return True
 
 
-def _within(seconds: float, work: Callable[[], Any]) -> Any:
-    """Return what `work` does, or raise what it raises; after `seconds` its thread is told to stop."""
+def _within(seconds: float, work: Callable[[], Any]) -> tuple[Any, str, str]:
+    """Return what `work` does, or the name and the text of what it raises; after `seconds` its thread is told
+    to stop. Ctrl-C is raised here, in the main thread: what is raised in the other one is the tool's own.
+    """
     future: Future[Any] = Future()
 
     def run() -> None:
         try:
-            future.set_result(work())
-        except BaseException as error:  # raised again in the caller's thread
-            future.set_exception(error)
+            try:
+                future.set_result((work(), "", ""))
+            except BaseException as error:
+                future.set_result((None, type(error).__name__, str(error)))
+        except BaseException as error:  # raised by the __str__ of the first
+            future.set_result((None, type(error).__name__, ""))
 
     thread = threading.Thread(target=run, daemon=True)
     thread.start()
     try:
         return future.result(seconds)
     except TimeoutError:
-        if future.done():  # the tool's own
-            raise
         number = ctypes.c_ulong(thread.ident or 0)
         ctypes.pythonapi.PyThreadState_SetAsyncExc(number, ctypes.py_object(SystemExit))
         raise Unreadable(f"it took longer than {seconds:g} s") from None

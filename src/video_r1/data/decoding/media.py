@@ -9,13 +9,14 @@ import math
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import Literal, Self
 
 import torch
 from torch import Tensor
 from torch.nn.functional import interpolate
 
-from video_r1.data.decoding.clips import decode_clip
+from video_r1.data.decoding.clips import MAX_PIXELS, decode_clip
 from video_r1.data.decoding.pictures import decode_frames, read_picture
 from video_r1.data.sources.archives import Part, whole_file
 from video_r1.data.sources.media_types import ClipRef, ShowsClips, clip_of, frame_names
@@ -184,7 +185,32 @@ def _read_image(file: Part | list[Part], budget: FrameBudget) -> Media:
     if isinstance(file, list):
         raise ValueError("is a folder, not a media file")
     frame = read_picture(file)[None]
-    (height, width), least = frame.shape[-2:], budget.size_multiple
-    own_pixels = max(height, least) * max(width, least)  # images are not scaled up
-    size = fitted_size(height, width, min(budget.image_pixels, own_pixels), least)
-    return Media(resize(frame, *size).contiguous(), torch.zeros(1, dtype=torch.float64), 0.0, "image")
+    return fitted(Media(frame, torch.zeros(1, dtype=torch.float64), 0.0, "image"), budget)
+
+
+def fitted(media: Media, budget: FrameBudget) -> Media:
+    """Return media that were not read here, resized as files are. Raises ValueError, in words, for media that
+    no file could give.
+    """
+    frames, times = media.frames, media.timestamps
+    if frames.dtype != torch.uint8 or frames.ndim != 4 or frames.shape[1] != 3 or not frames.numel():
+        raise ValueError(f"its frames are {frames.dtype} {list(frames.shape)}, not uint8 [T, 3, H, W]")
+    (height, width), multiple, count = frames.shape[-2:], budget.size_multiple, len(frames)
+    if height * width > MAX_PIXELS:
+        raise ValueError(f"its frames are {width}×{height} pixels; the limit is {MAX_PIXELS:,}")
+    if media.kind not in ("image", "video") or (media.kind == "image" and count > 1):
+        raise ValueError(f"it is of the kind {media.kind!r} and has {count} frames")
+    if media.kind == "image":  # images are not scaled up
+        pixels, least = min(budget.image_pixels, max(height, multiple) * max(width, multiple)), None
+    else:
+        pixels, least, ordered = budget.frame_pixels, budget.least_pixels, [-1e-6, *times.tolist()]
+        if count % TEMPORAL_PATCH or count > budget.max_frames:
+            raise ValueError(
+                f"its clip has {count} frames; an even number up to {budget.max_frames} is needed"
+            )
+        if not 0 < media.duration < math.inf or len(times) != count:
+            raise ValueError(f"its clip lasts {media.duration:g} seconds and has {len(times)} times")
+        if not all(a < b <= media.duration for a, b in pairwise(ordered)):
+            raise ValueError("the times of its frames do not ascend from 0 to its duration")
+    size = fitted_size(height, width, pixels, multiple, least)
+    return replace(media, frames=resize(frames.cpu(), *size).contiguous(), timestamps=times.cpu())

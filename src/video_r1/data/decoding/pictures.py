@@ -2,7 +2,7 @@
 
 import warnings
 from collections.abc import Callable, Sequence
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from functools import cache
 from io import BytesIO
 from typing import Any
@@ -48,12 +48,18 @@ def decode_frames(
     return Clip(frames, chosen_times, duration)
 
 
-def read_picture(file: Part) -> Tensor:
-    """Return [3, H, W] uint8 RGB, upright as EXIF says. Raise ValueError with a reason in words."""
+def read_picture(file: Part | Image.Image) -> Tensor:
+    """Return [3, H, W] uint8 RGB of a file or an open picture, upright as EXIF says. Raise ValueError with a
+    reason in words.
+    """
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # the limit below is lower
-            with Image.open(BytesIO(file.read()), formats=_image_formats()) as image:
+            is_open = isinstance(file, Image.Image)
+            opened = (
+                nullcontext(file) if is_open else Image.open(BytesIO(file.read()), formats=_image_formats())
+            )
+            with opened as image:
                 if image.width * image.height > MAX_PIXELS:
                     raise Image.DecompressionBombError(f"{image.width}×{image.height}; limit {MAX_PIXELS:,}")
                 frames = getattr(image, "n_frames", 1) if image.format in _ANIMATED else 1
