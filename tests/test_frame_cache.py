@@ -99,6 +99,9 @@ def test_what_decides_the_pixels_decides_the_entry(clip: Path, tmp_path: Path) -
     areas = ({"frame_pixels": 84 * 84}, {"size_multiple": 56}, {"least_pixels": 784})
     for change in ({"fps": 4.0}, {"min_frames": 2}, *areas):
         keys.append(cache_key(question, replace(BUDGET, **change), 8))
+    image = tmp_path / "image.png"
+    image.write_bytes(b"")
+    keys += [cache_key(sample(image), replace(BUDGET, **change), 8) for change in ({}, {"least_pixels": 784})]
     copy = tmp_path / "clip.mp4"
     copy.write_bytes(clip.read_bytes())
     keys.append(cache_key(sample(copy), BUDGET, 8))

@@ -1,6 +1,8 @@
 """Which frames, which size, images and shuffling."""
 
 import itertools
+import math
+import random
 import struct
 from collections import Counter
 from fractions import Fraction
@@ -19,6 +21,8 @@ from video_r1.data.decoding.decoders import read_media
 from video_r1.data.decoding.media import fitted_size, frame_indices, resize
 from video_r1.data.prompts import shuffled_order
 from video_r1.errors import ConfigError
+from video_r1.evaluation.paper import as_sized
+from video_r1.settings.decoding import PROTOCOLS
 from video_r1.settings.frames import FrameBudget
 
 INDICES = [
@@ -97,10 +101,32 @@ def test_sizes_agree_with_the_qwen_processor_where_the_least_is_given(height, wi
     least, most = 128 * 784, 256 * 784
     assume(max(height, width) <= 200 * min(height, width))
     fitted = fitted_size(height, width, most, 28, least)
-    if round(height / 28) * round(width / 28) <= 256:
-        assert fitted == smart_resize(height, width, 28, least, most)
-    else:
-        assert fitted == fitted_size(height, width, most, 28)
+    assert fitted == smart_resize(height, width, 28, least, most)
+
+
+def reference_size(height: int, width: int) -> tuple[int, int]:
+    """Of an image in the reference's code: qwen_vl_utils with its MAX_PIXELS of 256 · 28 · 28."""
+    low, high, sides = 4 * 784, 256 * 784, (height, width)
+    size = [max(28, round(side / 28) * 28) for side in sides]
+    if math.prod(size) > high:
+        size = [math.floor(side / math.sqrt(height * width / high) / 28) * 28 for side in sides]
+    elif math.prod(size) < low:
+        size = [math.ceil(side * math.sqrt(low / (height * width)) / 28) * 28 for side in sides]
+    return size[0], size[1]
+
+
+def test_images_are_sized_as_in_the_references_protocol(tmp_path):
+    draw = random.Random(0)
+    sizes = [(draw.randint(20, 3000), draw.randint(20, 3000)) for _ in range(20_000)]
+    sized = [fitted_size(*size, 256 * 784, 28, 4 * 784) for size in sizes]
+    assert [size for size, ours in zip(sizes, sized, strict=True) if ours != reference_size(*size)] == []
+    protocol = {name: PROTOCOLS["reference"][name] for name in ("frame_pixels", "image_pixels")}
+    for height, width in [(40, 60), (43, 100), (10, 10), (43, 1500), (300, 500), (900, 700)]:
+        Image.new("L", (width, height)).save(tmp_path / "image.png")
+        image = sample(tmp_path / "image.png", data_type="image")
+        shown = read_media(image, as_sized(FrameBudget(**protocol)))
+        assert shown.frames.shape[-2:] == reference_size(height, width), (height, width)
+        assert read_media(image, FrameBudget()).frames.shape[-2] <= max(height, 28)
 
 
 def test_frames_are_scaled_up_to_the_least_area(tmp_path):

@@ -63,7 +63,7 @@ def as_asked(sample: Sample) -> Sample:
 
 
 def as_sized(budget: FrameBudget) -> FrameBudget:
-    """Return the budget with small frames scaled up as in the code, if its frames may be that large."""
+    """Return the budget with frames and images sized as in the code, if its frames may be that large."""
     return replace(budget, least_pixels=LEAST_PIXELS) if budget.frame_pixels > LEAST_PIXELS else budget
 
 

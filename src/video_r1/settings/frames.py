@@ -37,7 +37,9 @@ class FrameBudget:
     size_multiple: int = 28  # both sides are multiples of it: patch × merge of the model
     # Read once for each of these max_frames, the frames concatenated (see read_media_at).
     frame_counts: tuple[int, ...] = ()
-    least_pixels: int | None = None  # smaller frames are scaled up to this area instead of frame_pixels
+    # Smaller frames are scaled up to this area instead of frame_pixels, and images to four squares; between
+    # the limits, sides are rounded to the nearest multiples.
+    least_pixels: int | None = None
     # Limits of one file, beyond which it is unusable. They do not change the frames.
     seconds: float = field(default=120.0, compare=False)  # 0: decode in this process, without limits
     memory: int = field(default=4 << 30, compare=False)  # bytes that a worker process may allocate

@@ -97,8 +97,8 @@ def cache_key(source: ShowsClips, budget: FrameBudget, count: int) -> str | None
     if clip.data_type == "video":
         frames = (budget.fps, budget.min_frames, count)
         rule = ("video", budget.frame_pixels, *frames, clip.start, clip.end)
-        rule = (*rule, budget.least_pixels) if budget.least_pixels else rule
         rule = (*rule, clip.play) if clip.play != "forward" else rule
+    rule = (*rule, budget.least_pixels) if budget.least_pixels else rule
     return digest((VERSION, clip.path, *state, budget.size_multiple, *rule), size=20)
 
 

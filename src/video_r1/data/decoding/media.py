@@ -92,7 +92,7 @@ def fitted_size(
     Both sides are rounded down, as Qwen's `smart_resize` does when it shrinks, but not below one multiple;
     small frames are scaled up by the same rule. Exact: a frame that has the budget's size keeps it. least:
     small frames are scaled up to this area only, and those between the two rounded to the nearest multiples,
-    as `smart_resize` does. Raises ValueError if one side is more than 200 times the other.
+    as by `smart_resize`, with its floats. Raises ValueError if one side is more than 200 times the other.
     """
     if max(height, width) > MAX_ASPECT_RATIO * min(height, width):
         raise ValueError(
@@ -105,10 +105,13 @@ def fitted_size(
         if math.prod(sides) * multiple**2 < least:
             scale = math.sqrt(least / (height * width))
             sides = [math.ceil(side * scale / multiple) for side in (height, width)]
-        if math.prod(sides) <= squares:
-            return sides[0] * multiple, sides[1] * multiple
-    rows = max(1, math.isqrt(pixels * height // (width * multiple**2)))
-    columns = max(1, math.isqrt(pixels * width // (height * multiple**2)))
+        if math.prod(sides) > squares:  # in its order, whose rounding can cost a square
+            scale = math.sqrt(height * width / pixels)
+            sides = [max(1, math.floor(side / scale / multiple)) for side in (height, width)]
+        rows, columns = sides
+    else:
+        rows = max(1, math.isqrt(pixels * height // (width * multiple**2)))
+        columns = max(1, math.isqrt(pixels * width // (height * multiple**2)))
     return min(rows, squares) * multiple, min(columns, squares) * multiple
 
 
@@ -200,7 +203,9 @@ def fitted(media: Media, budget: FrameBudget) -> Media:
         raise ValueError(f"its frames are {width}×{height} pixels; the limit is {MAX_PIXELS:,}")
     if media.kind not in ("image", "video") or (media.kind == "image" and count > 1):
         raise ValueError(f"it is of the kind {media.kind!r} and has {count} frames")
-    if media.kind == "image":  # images are not scaled up
+    if media.kind == "image" and budget.least_pixels is not None:
+        pixels, least = budget.image_pixels, min(4 * multiple**2, budget.image_pixels)
+    elif media.kind == "image":  # images are not scaled up
         pixels, least = min(budget.image_pixels, max(height, multiple) * max(width, multiple)), None
     else:
         pixels, least, ordered = budget.frame_pixels, budget.least_pixels, [-1e-6, *times.tolist()]
