@@ -20,19 +20,18 @@ def test_figures_are_those_of_their_files(page: Path) -> None:
 
 def test_the_readmes_figures_are_those_of_their_files() -> None:
     text = " ".join((DOCS.parent / "README.md").read_text(encoding="utf-8").split())
-    demo = json.loads((DOCS / "demo" / "seed-0.json").read_text())
-    for stage in ("grpo", "tgrpo"):
-        low, high = demo["interval95"][stage]["lying"]
-        assert f"{demo['accuracy'][stage]['lying']:.3f} [{low:.3f}, {high:.3f}]" in text
+    demos = [json.loads((DOCS / "demo" / f"seed-{seed}.json").read_text()) for seed in range(3)]
+    for stage, low, high in (("grpo", 0.26, 0.33), ("tgrpo", 0.61, 0.64)):
+        assert f"{low} to {high}" in text
+        assert all(low <= round(demo["accuracy"][stage]["lying"], 2) <= high for demo in demos)
     runs = [run for run in kept() if run["part"] == "confirmation"]
     for arm in ("grpo", "margin", "gate-frozen"):
         own = [run["accuracy"]["lying"] for run in runs if run["arm"] == arm]
-        assert len(own) == 10 and f" in {sum(own) / 10:.3f}" in text, arm
-    skilled, _, _, clear, unskilled, *_ = [
+        assert len(own) == 10 and f" {sum(own) / 10:.3f} " in text, arm
+    skilled, _, _, clear, *_ = [
         line.split("|")[3].strip() for line in agreement(kept()).splitlines()[2:]
     ]
     study = " ".join((DOCS / "study.md").read_text(encoding="utf-8").split())
-    assert f"in {skilled} runs" in text and f"in {unskilled} of one" in text
     assert f"in {skilled} runs" in study and f"{clear} have their sign" in study
     ratio = json.loads((DOCS / "figures" / "update.json").read_text())["ratio"]
-    assert f"{ratio:.1f} times faster" in text
+    assert f"{ratio:.1f} times as fast" in text

@@ -18,6 +18,7 @@ from video_r1.settings.commands import (
     MakeSettings,
     MergeSettings,
     PlanSettings,
+    RecipesSettings,
     ReportSettings,
     StudioSettings,
 )
@@ -119,7 +120,7 @@ COMMANDS: dict[str, Command] = {
          "plan my.yaml --model_config Qwen/Qwen2.5-VL-32B-Instruct --gpus 16 --gpu h200 --sharding zero3")),
     "recipes": Command(
         "the recipes that come with the package: machine, model and what for", "recipe_files:run_recipes",
-        "sections", (), examples=("recipes",)),
+        "values", (RecipesSettings,), examples=("recipes", "recipes --path")),
     "eval": Command(
         "score a checkpoint on a manifest or on benchmarks, with frames in order and shuffled",
         "evaluation.evaluate:run_eval", "sections", (EvalSettings, BenchmarkSettings),

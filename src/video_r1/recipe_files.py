@@ -194,8 +194,11 @@ def counterpart(command: str, start: str | None, made_for: MadeFor) -> str | Non
     return None
 
 
-def run_recipes() -> None:
-    """Print the table of packaged recipes, recipes for a CPU first."""
+def run_recipes(path: bool = False) -> None:
+    """Print the table of packaged recipes, recipes for a CPU first; or with `path` their folder."""
+    if path:
+        print(RECIPES)
+        return
     entries = sorted(catalogue(), key=lambda entry: (entry.made_for.gpus != 0, entry.name))
     rows = (
         (entry.name, str(entry.made_for.command), entry.made_for.machine, entry.checkpoint, entry.about)

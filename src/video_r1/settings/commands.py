@@ -156,6 +156,13 @@ class CompletionSettings(Settings):
 
 
 @dataclass(kw_only=True)
+class RecipesSettings(Settings):
+    """Recipes"""
+
+    path: bool = setting(False, "print the folder of the packaged recipes and of accelerate's files")
+
+
+@dataclass(kw_only=True)
 class ReportSettings(Settings):
     """Report"""
 
