@@ -270,3 +270,15 @@ def test_the_quarantine_is_that_of_the_run(checkpoint: Path, tmp_path: Path) -> 
     for steps in (3, 6):
         train(run, checkpoint, str(manifest), max_steps=steps, per_device_train_batch_size=4)
         assert sorted(line["problem_id"] for line in lines(quarantine)) == [0, 1]
+
+
+def test_a_tensor_changed_in_a_large_file_is_seen(tmp_path: Path) -> None:
+    """Of a large file one place in each MB is read: a matrix of 1 MB is seen wherever it lies."""
+    path = tmp_path / "weights.bin"
+    with open(path, "wb") as file:
+        file.truncate((1 << 28) + 5_000_000)
+    before = contents(path)
+    with open(path, "r+b") as file:
+        file.seek(12_345_678)
+        file.write(b"\1" * (1 << 20))
+    assert contents(path) != before
