@@ -262,7 +262,7 @@ def confirmation(found: Sequence[Any]) -> str:
 
 SETTINGS = {
     "gate-frozen": "as in the confirmation: α = 0.9, a fifth of the tokens",
-    "gate-floor": "the default now: 0.1 added to a group's deviation",
+    "gate-floor": "0.1 added to the deviation of every group",
     "gate-apart": "added to the advantages",
     "gate-0.5": "α = 0.5",
     "gate-1": "α = 1",
