@@ -28,9 +28,7 @@ def test_the_readmes_figures_are_those_of_their_files() -> None:
     for arm in ("grpo", "margin", "gate-frozen"):
         own = [run["accuracy"]["lying"] for run in runs if run["arm"] == arm]
         assert len(own) == 10 and f" {sum(own) / 10:.3f} " in text, arm
-    skilled, _, _, clear, *_ = [
-        line.split("|")[3].strip() for line in agreement(kept()).splitlines()[2:]
-    ]
+    skilled, _, _, clear, *_ = [line.split("|")[3].strip() for line in agreement(kept()).splitlines()[2:]]
     study = " ".join((DOCS / "study.md").read_text(encoding="utf-8").split())
     assert f"in {skilled} runs" in study and f"{clear} have their sign" in study
     ratio = json.loads((DOCS / "figures" / "update.json").read_text())["ratio"]
