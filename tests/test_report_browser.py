@@ -289,7 +289,7 @@ def test_words_have_the_teachers_colours_and_a_legend(page: Page, tmp_path: Path
     line["ordered"][0] = {"word_drops": [["x", 0.5]], "text": "x", "rewards": {}}
     write_lines(tmp_path / "rollouts.jsonl", [line])
     show(page, build_report(tmp_path))
-    assert texts(page, ".legend") == ["Words that are less likely with the contrast clip"]
+    assert texts(page, ".legend") == ["Words that are less likely with the contrast clip: frames shuffled"]
 
 
 def test_gaps_have_intervals(page: Page, tmp_path: Path) -> None:

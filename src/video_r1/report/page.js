@@ -13,11 +13,12 @@ const GLOSSARY = {
   "p, p\u0303": "shares of right answers to one question: with the frames in order, and with the contrast clip. Curves show their means over the questions.",
   "temporal gap": "p − p\u0303; in an evaluation accuracy in order minus accuracy shuffled, on the same questions. Near 0, the model answers without the order of the frames.",
   "look gap": "accuracy in order minus accuracy when each look shows another stretch of the clip. Near 0, the model does not use what it asks to see.",
-  "temporal reward": "what right answers in order earn or lose, by temporal_rule: −α·exp(−drop), with the drop of their log-probability in nats (likelihood_gate); α·(p − p\u0303) where that is above 0 (margin); α wherever p ≥ μ·p\u0303 (threshold).",
+  "temporal reward": "what temporal_rule adds to right answers in order: α·(p − p\u0303) where that is above 0 (margin), α wherever p ≥ μ·p\u0303 (threshold); or what it takes away: the share α·exp(−Δ) of their reward (likelihood_gate).",
+  "log-prob contrast": "Δ: how much less likely the model finds an answer’s decisive words with the contrast clip, in nats.",
   "contrast clip": "the same clip with its frames shuffled, reversed, frozen, half of them dropped, one alone (single), or none (blind).",
   "accuracy, format, length reward": "1 for a right answer; 1 for <think>…</think><answer>…</answer> and nothing else; a little for right answers of a wanted length.",
   advantage: "how much better an answer is than the others of its group: what the update weighs its tokens by. Positive ones become likelier.",
-  credit: "how much the temporal reward changes the advantages. Near 0 it cancels, and the run is plain GRPO.",
+  credit: "the share of a step’s advantages that a reward term moved. Near 0 the term cancels: training goes on as without it.",
   "KL to the reference": "how far the model has moved from the one that training started with.",
   "without variance": "groups whose answers all earn the same: their rewards teach nothing.",
 };
@@ -41,6 +42,7 @@ function header() {
     single && single.about.length ? make("p", { class: "about" }, single.about.join(" · ")) : "",
     ...introduction(data.runs.filter((run) => run.kind === "rl")),
     figures.length ? make("dl", { class: "figures" }, figures) : "",
+    figures.length && !data.scores.length ? make("p", { class: "about" }, "Means over the last tenth of the steps, and over the first.") : "",
     data.notes.length ? make("ul", { class: "notes" }, data.notes.map((note) => make("li", {}, note))) : "");
 }
 
@@ -89,7 +91,7 @@ const scoreCells = (row) => [
 ];
 
 function scoreTable(caption, first, bodies, withFormat) {
-  const heads = ["ordered", "shuffled"].map((order) => make("th", { scope: "col", class: order }, order));
+  const heads = ["ordered", "shuffled"].map((order) => make("th", { scope: "col", class: order }, order === "ordered" ? "in order" : order));
   return make("div", { class: "scroll", tabindex: 0, role: "region", "aria-label": caption }, headed(make("table", { class: "scores" },
     make("caption", {}, caption),
     make("thead", {}, make("tr", {}, make("th", { scope: "col" }, first),
@@ -119,7 +121,7 @@ function evaluation() {
   return section("evaluation", "Evaluation",
     make("p", { class: "lead" }, "Mean scores with the frames ",
       make("span", { class: "ordered" }, "● in order"), " and ", make("span", { class: "shuffled" }, "○ shuffled"),
-      ", with 95 % bootstrap intervals. The temporal gap is the difference of the two on the same questions.",
+      ", from 0 to 1, with 95 % intervals. The temporal gap is the difference of the two on the same questions.",
       withLooks ? " The look gap is accuracy in order minus that with looks elsewhere in the clip." : ""),
     scoreTable(`Scores of each checkpoint${about ? ` on ${about}` : ""}`, "checkpoint", make("tbody", {}, rows), true), overlapTable(data.scores), parts);
 }

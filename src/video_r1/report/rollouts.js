@@ -253,7 +253,7 @@ function column(group, order, state) {
       isJudged ? ` ${right} of ${completions.length} right` : "",
       p === null ? "" : make("span", { class: "quiet" }, `${isJudged ? ", " : ""}${order === "ordered" ? "p" : "p\u0303"} = ${show(p)}`),
       make("span", { class: "quiet" }, ` · answers: ${answersGiven(completions)}`)),
-    legend(completions),
+    legend(completions, group.contrast),
     make("div", { class: "cards" }, cards));
 }
 
@@ -321,11 +321,11 @@ function lookTurn(turn) {
 const worded = (turn) => (turn.scored ? taught(turn.scored) : turn.words ? shaded(turn.words) : styled(turn.text));
 
 /** What the colours of the words mean. */
-function legend(completions) {
+function legend(completions, contrast) {
   const has = (field) => completions.some((completion) => completion[field]);
   const sample = (style, words) => make("span", { class: `shaded ${style}` }, words);
   if (has("scored")) return make("p", { class: "quiet legend" }, "Words that the teacher finds ", sample("wanted", "likelier"), " or ", sample("unwanted", "less likely"), " than the policy");
-  return has("words") ? make("p", { class: "quiet legend" }, "Words that are ", sample("", "less likely"), " with the contrast clip") : "";
+  return has("words") ? make("p", { class: "quiet legend" }, "Words that are ", sample("", "less likely"), ` with the contrast clip: ${CONTRASTS[contrast].toLowerCase()}`) : "";
 }
 
 /** A completion whose words are the darker the more their log-probability drops with the contrast clip. */

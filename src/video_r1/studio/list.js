@@ -54,7 +54,7 @@ function listView(view) {
   }
 
   function row(run, i) {
-    const box = make("input", { type: "checkbox", id: `choose-${slug(run.name)}-${i}`, "aria-label": `compare ${run.name}`, disabled: run.step === null,
+    const box = make("input", { type: "checkbox", id: `choose-${slug(run.name)}-${i}`, "aria-label": `compare ${run.name}`, disabled: run.step === null, title: run.step === null ? "without curves" : null,
       change: () => { box.checked ? chosen.add(run.name) : chosen.delete(run.name); compare.disabled = chosen.size < 2; } });
     box.checked = chosen.has(run.name);
     return make("tr", {},

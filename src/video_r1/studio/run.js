@@ -59,7 +59,7 @@ function runView(view, [name]) {
   document.getElementById("main").replaceChildren(above, controls, left, drawn, recorded, aside);
 
   const redraw = () => {
-    holder.draw(columns.run(run.kind, AXIS_COLUMNS[holder.axis], run.config), {});
+    if (run) holder.draw(columns.run(run.kind, AXIS_COLUMNS[holder.axis], run.config), {});
   };
 
   let before = "";
@@ -71,7 +71,8 @@ function runView(view, [name]) {
     run = answer;
     about.replaceChildren(make("p", { class: "about" }, stateNode(run), run.why ? ` ${run.why}` : "", " · ", KINDS[run.kind] || "",
       [progressText(run), run.left ? `${run.left} left` : "", run.taken && `${run.state === "running" ? "" : "took "}${run.taken}${run.state === "running" ? " so far" : ""}`].filter(Boolean).map((part) => ` · ${part}`)), progressBar(run),
-      run.figures.length ? make("dl", { class: "figures" }, run.figures.map((figure) => make("div", {}, make("dt", {}, figure.caption), make("dd", {}, figure.value)))) : "");
+      run.figures.length ? make("dl", { class: "figures" }, run.figures.map((figure) => make("div", {}, make("dt", {}, figure.caption), make("dd", {}, figure.value)))) : "",
+      run.figures.length && run.step !== null ? make("p", { class: "about" }, "Means over the last ten logged lines.") : "");
     above.replaceChildren(run.alerts.length ? make("ul", { class: "alerts", "aria-label": "Alerts", role: "list" }, run.alerts.map((alert) =>
       make("li", {}, make("b", {}, alert.title), make("span", {}, alert.advice)))) : "");
     const tables = { ...run, skippedUpdates: run.skipped_updates, leftOut: run.left_out };

@@ -104,7 +104,7 @@ function versusTable(answer, [left, right], own, list) {
     score.low === null ? "" : make("small", {}, ` ${write(score.low)} to ${write(score.high)}`), more.filter(Boolean).map((words) => make("small", { class: "also" }, words)));
   const plain = (score) => show(score, 2);
   const side = (row, i) => cell(plain, i ? row.right : row.left, tokenWords(row.tokens[i]), row.gaps?.[i] ? gainWords(row.gaps[i], "gap") : "");
-  const longer = ([first, second]) => (first === null || second === null || first === second ? "" : `${second > first ? "+" : ""}${tokenWords(second - first)}`);
+  const longer = ([first, second]) => (first === null || second === null || Math.round(first) === Math.round(second) ? "" : `${second > first ? "+" : ""}${tokenWords(second - first)}`);
   const count = (row, who, n) => make("td", {}, n ? make("button", { type: "button", class: "title", click: () => list(row, who) }, show(n)) : "0");
   const groups = new Map();
   for (const row of answer.rows) {
@@ -114,18 +114,18 @@ function versusTable(answer, [left, right], own, list) {
   const heads = [["questions", ""], ["", "picture"], [left, TINTS[+own][0], own ? left : "left"], [right, TINTS[+own][1], own ? right : "right"], [own ? (left === "elsewhere" ? "look gap" : "temporal gap") : "right minus left", ""], [own ? `only ${left}` : "left wins", ""], [own ? `only ${right}` : "right wins", ""]];
   return make("div", { class: "scroll", tabindex: 0, role: "region", "aria-label": "Scores" }, headed(make("table", { class: "scores versus" },
     make("caption", {}, own ? "Mean scores, 0 to 1, over the questions asked in both orders, with 95 % intervals; the gap is in order minus the other order, question by question."
-      : "Mean scores, 0 to 1, over the questions that both have answered, with 95 % intervals; differences are taken question by question. Gap: score in order minus that of the row’s order."),
+      : `Mean scores, 0 to 1, over the questions that both have answered, with 95 % intervals; differences are taken question by question.${answer.rows.some((row) => row.gaps?.[0]) ? " Gap: score in order minus that of the row’s order." : ""}`),
     make("thead", {}, make("tr", {}, make("th", { scope: "col" }, ""), heads.map(([name, style, short]) => make("th", { scope: "col", class: style, dir: "auto", "data-short": short }, style === "picture" ? make("span", { class: "ends" }, ["0", "0.5", "1"].map((end) => make("span", {}, end))) : name)))),
     [...groups.values()].map((rows) => make("tbody", {},
       rows[0].group || rows[0].benchmark ? make("tr", { class: "part" }, make("th", { scope: "rowgroup", colspan: 8, dir: "auto" }, [rows[0].benchmark, GROUP_NAMES[rows[0].group]].filter(Boolean).join(" · "))) : "",
-      rows.map((row) => make("tr", {}, make("th", { scope: "row", dir: "auto" }, rowName(row)), make("td", {}, show(row.questions)), make("td", { class: "picture" }, pairPlot(row, TINTS[+own])),
+      rows.map((row) => make("tr", {}, make("th", { scope: "row", dir: "auto" }, rowName(row, own)), make("td", {}, show(row.questions)), make("td", { class: "picture" }, pairPlot(row, TINTS[+own])),
         side(row, 0), side(row, 1), cell(signed, row.difference, longer(row.tokens)), count(row, "left", row.left_wins), count(row, "right", row.right_wins))))))));
 }
 
 const orderName = (name) => (name === "ordered" ? "in order" : name);
-const rowName = (row) => (row.group === "order" ? orderName(row.name) : row.name || `all, ${row.frames} frames`);
+const rowName = (row, own) => (row.group === "order" ? orderName(row.name) : row.name || `${own ? "asked in both orders" : "answered by both"}, ${row.frames} frames`);
 const gainWords = ({ mean, low, high }, what) => `${what} ${signed(mean)}${low === null ? "" : ` (${signed(low)} to ${signed(high)})`}`;
-const tokenWords = (count) => (count === null ? "" : `${show(count)} tokens`);
+const tokenWords = (count) => (count === null ? "" : `${show(Math.round(count))} tokens`);
 
 /** Both scores with their intervals on a line from 0 to 1. */
 function pairPlot(row, tints) {
