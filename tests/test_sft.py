@@ -15,7 +15,8 @@ from transformers import AutoModelForImageTextToText
 
 from video_r1.data.manifests.records import load_manifest
 from video_r1.data.prompts import Prompt
-from video_r1.errors import ConfigError
+from video_r1.data.templates import load_template
+from video_r1.errors import ConfigError, ManifestError
 from video_r1.recipe import load_recipe
 from video_r1.training.sft import SFTConfig, SFTTrainer, run_sft
 
@@ -135,6 +136,24 @@ def test_the_last_step_is_logged(checkpoint: Path, manifest: Path, tmp_path: Pat
     """Otherwise a run below `logging_steps` would leave no metrics and no report."""
     make_trainer(checkpoint, str(manifest), tmp_path, logging_steps=10, save_strategy="no").train()
     assert [line["step"] for line in read_lines(tmp_path / "metrics.jsonl")] == [3]
+
+
+def test_answers_alone(checkpoint: Path, manifest: Path, tmp_path: Path) -> None:
+    """Rows without rationales are refused with what writes them, or train the answers to direct prompts."""
+    bare = [replace(sample, process=None) for sample in load_manifest(manifest)]
+    with pytest.raises(
+        ManifestError, match=r"none of the 8 .*video-r1 annotate .*--target answer"
+    ) as refused:
+        make_trainer(checkpoint, bare, tmp_path / "refused")
+    assert "data check" not in str(refused.value)
+    trainer = make_trainer(checkpoint, bare, tmp_path / "run", target="answer", max_steps=1)
+    prompt, response, _ = trainer.load(bare[0])
+    assert trainer.builder.tokenizer.decode(response) == f"{bare[0].solution}<|im_end|>"
+    asked = trainer.builder.tokenizer.decode(prompt.input_ids)
+    assert "Answer within <answer></answer>" in asked and "Think" not in asked
+    trainer.train()
+    template = load_template(tmp_path / "run" / "video_r1.json")
+    assert template == trainer.builder.template and not template.thinks
 
 
 def test_question_without_rationale_is_set_aside(checkpoint: Path, manifest: Path, tmp_path: Path) -> None:

@@ -115,10 +115,16 @@ class Prompt:
         return patches if whole else None
 
 
+NO_RATIONALE = (
+    "SFT needs a rationale: video-r1 annotate writes them with a teacher, and --target answer trains on the "
+    "answers alone"
+)
+
+
 def response_text(sample: Sample) -> str:
     """Return SFT's target: the rationale, then the tagged answer. Raises PromptError without a rationale."""
     if not sample.process:
-        raise PromptError(f"question {sample.problem_id!r} has no `process`; SFT needs a rationale")
+        raise PromptError(f"question {sample.problem_id!r} has no `process`; {NO_RATIONALE}")
     return f"{sample.process.strip()}\n{sample.solution.strip()}"
 
 

@@ -142,7 +142,7 @@ def _parsed(lines: list[str]) -> Template:
         raise ValueError(f"unknown placeholder {{{field}}}; known are {known}")
     if not fields >= {"question", "options"}:
         raise ValueError("it must contain {question} and {options}")
-    return Template(text, hints)
+    return Template(text, hints, not text.endswith(DIRECT_TEMPLATE))  # as `Template.direct` makes it
 
 
 def prompt_text(

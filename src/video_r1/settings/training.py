@@ -68,6 +68,9 @@ class SFTSettings(TrainingSettings):
     """SFT"""
 
     gradient_accumulation_steps: int = setting(2, "forward passes per optimizer step", above=0)
+    target: Literal["rationale", "answer"] = setting(
+        "rationale", "what to learn: the rationale and the answer, or the answer alone, asked for directly"
+    )
     max_response_length: int = setting(2048, "longest response in tokens; longer ones are skipped", above=0)
 
 

@@ -135,7 +135,7 @@ class QuestionSource(Generic[Loaded, Content]):
 
         Raises VideoR1Error when MAX_DRAWS questions in a row cannot be used.
         """
-        reason = ""
+        reason, check = "", " Check media_root and the files with: video-r1 data check MANIFEST"
         for attempt in range(MAX_DRAWS):
             index = self.draw(slot, attempt)
             if index in self.unusable:
@@ -147,10 +147,10 @@ class QuestionSource(Generic[Loaded, Content]):
             except (MediaError, PromptError) as error:
                 self.set_aside(index, error)
                 reason = f"; the last one: {error}"
+                check = check if isinstance(error, MediaError) else ""
         raise VideoR1Error(
             f"none of {min(MAX_DRAWS, len(self.samples))} questions could be used{reason}. "
-            f"All reasons are in {self.quarantine}. "
-            "Check media_root and the files with: video-r1 data check MANIFEST"
+            f"All reasons are in {self.quarantine}.{check}"
         )
 
     def loaded(self, index: int) -> Loaded:

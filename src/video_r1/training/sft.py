@@ -9,6 +9,7 @@ and the answer of rows whose messages call tools; tool results are context.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import wraps
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple, cast
 
@@ -17,10 +18,10 @@ from torch import Tensor, nn
 
 from video_r1.data.decoding.media import Shown, clips_of
 from video_r1.data.manifests.records import Sample
-from video_r1.data.prompts import Prompt, response_text
+from video_r1.data.prompts import NO_RATIONALE, Prompt, response_text
 from video_r1.data.reading import derived_generator
 from video_r1.data.tools import overview, worked_pieces
-from video_r1.errors import ConfigError, PromptError
+from video_r1.errors import ConfigError, ManifestError, PromptError
 from video_r1.evaluation.validation import held_out
 from video_r1.models.group_forward import GroupLogprobs, group_logprobs
 from video_r1.processes import gather, process_count
@@ -52,7 +53,8 @@ class SFTConfig(SFTSettings, TrainingToolSettings, RunArguments):
 
 
 class SFTTrainer(QuestionTrainer):
-    """Trains a video-language model on the rationales and answers of a manifest (its rows need `process`).
+    """Trains a video-language model on the rationales (`process`) and answers of a manifest, or with `target`
+    answer on the answers to a prompt that asks for no reasoning.
 
     The arguments are those of `TGRPOTrainer`, without rewards. The loss is the mean over the response tokens
     of the whole optimizer step. Raises ConfigError and ManifestError when it is built.
@@ -62,6 +64,15 @@ class SFTTrainer(QuestionTrainer):
     progress_series: ClassVar = {"loss": "loss", "token accuracy": "accuracy/token"}
     default_settings = staticmethod(lambda: SFTConfig(output_dir="runs/sft"))
 
+    @wraps(QuestionTrainer.__init__)
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        samples = cast(list[Sample], self.train_dataset or [])
+        if self.settings.target == "answer":
+            self.builder = self.builder.with_template(self.builder.template.direct())
+        elif samples and not any(sample.process for sample in samples):
+            raise ManifestError(f"none of the {len(samples):,} questions has a `process`; {NO_RATIONALE}")
+
     def load(self, sample: Sample) -> Example:
         return self.example(sample, self.reader.media(sample))
 
@@ -70,7 +81,8 @@ class SFTTrainer(QuestionTrainer):
         if bounds := self.settings.overview_frames:
             drawn = derived_generator(self.settings.seed, "overview", sample.problem_id)
             media = tuple(overview(clip, bounds, drawn) for clip in clips_of(media))
-        prompt, answer = self.builder.build_with_response(sample, media, response_text(sample))
+        target = sample.solution if self.settings.target == "answer" else response_text(sample)
+        prompt, answer = self.builder.build_with_response(sample, media, target)
         pieces = [*worked_pieces(self.builder, sample, prompt), answer]
         response = torch.cat([piece for piece in pieces if isinstance(piece, Tensor)])
         if len(response) > self.settings.max_response_length:
