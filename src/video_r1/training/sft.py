@@ -9,7 +9,7 @@ and the answer of rows whose messages call tools; tool results are context.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import wraps
+from functools import update_wrapper
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple, cast
 
@@ -64,7 +64,6 @@ class SFTTrainer(QuestionTrainer):
     progress_series: ClassVar = {"loss": "loss", "token accuracy": "accuracy/token"}
     default_settings = staticmethod(lambda: SFTConfig(output_dir="runs/sft"))
 
-    @wraps(QuestionTrainer.__init__)
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
         samples = cast(list[Sample], self.train_dataset or [])
@@ -146,6 +145,9 @@ class SFTTrainer(QuestionTrainer):
             "questions": questions,
             "skipped": len(samples) - questions,
         }
+
+
+update_wrapper(SFTTrainer.__init__, QuestionTrainer.__init__)  # its signature, for help()
 
 
 def run_sft(recipe: Recipe) -> Path:
