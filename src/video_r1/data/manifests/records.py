@@ -215,8 +215,8 @@ class CheckedManifest(NamedTuple):
 
     def without_problems(self, name: object, bad_rows: BadRows | None = None) -> list[Sample]:
         """Return the samples. Raises ManifestError with all problems of the manifest called `name`; with
-        `leave_out` rank 0 warns instead, and only a manifest without any good row raises. None: `stop`, where
-        the setting does not exist.
+        `leave_out` rank 0 warns instead, and only a manifest without any good row raises. None: `stop`,
+        where nobody can choose.
         """
         if (problems := self.problems) and self.samples and bad_rows == "leave_out":
             if process_index() == 0:
@@ -230,7 +230,7 @@ class CheckedManifest(NamedTuple):
             more = len(problems) - _PROBLEMS_IN_MESSAGE
             rest = f"; and {more} more (`video-r1 data check` lists all)" if more > 0 else ""
             if self.samples and bad_rows:
-                rest += f"; correct them, or use the other {len(self.samples):,} with --bad_rows leave_out"
+                rest += f"; correct them, or use the other {len(self.samples):,} (bad_rows leave_out)"
             count = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
             raise ManifestError(f"{name}: {count}: {shown}{rest}", tuple(problems))
         return self.samples
@@ -242,7 +242,7 @@ def load_manifest(
     allow_urls: bool = False,
     split: str = "train",
     allowed_roots: Sequence[str | Path] = (),
-    bad_rows: BadRows = "stop",
+    bad_rows: BadRows | None = "stop",
     score: Score | None = correctness,
 ) -> list[Sample]:
     """Read and check a manifest.
@@ -256,7 +256,8 @@ def load_manifest(
         allow_urls: accept URLs (https://, s3://, hf://, …) outside the media root as `path`.
         split: the split of a dataset that has several.
         allowed_roots: further folders that absolute paths and links may lead to.
-        bad_rows: `leave_out` skips bad rows, and later rows with a repeated id, with a warning.
+        bad_rows: `leave_out` skips bad rows, and later rows with a repeated id, with a warning. None: `stop`,
+            where nobody can choose.
         score: a row whose own solution does not get the full score is bad. None: published questions are
             taken as they are, also with one option or equal ones.
 
@@ -297,14 +298,12 @@ def check_manifest(
             "the paths of the manifest start at"
         )
     places = MediaPaths(media_root, allow_urls, allowed_roots)
-    samples: list[Sample] = []
-    rows: list[int] = []
-    problems: list[Problem] = []
+    checked = CheckedManifest([], [], [])
     rows_by_id: dict[str, int] = {}
     number = 0
     for number, row in placed_rows(source, split):
         if isinstance(row, Unreadable):
-            problems.append(Problem(number, None, row.reason))
+            checked.problems.append(Problem(number, None, row.reason))
             continue
         sample, found = check_row(row, places, score)
         problem_id = row.get("problem_id") if isinstance(row, dict) else None
@@ -314,13 +313,13 @@ def check_manifest(
             first = rows_by_id.setdefault(str(problem_id), number)
             if first != number:
                 found.append(f"problem_id is used before, in row {first}; each row needs its own")
-        problems.extend(Problem(number, problem_id, text) for text in found)
+        checked.problems.extend(Problem(number, problem_id, text) for text in found)
         if sample is not None and not found:
-            samples.append(sample)
-            rows.append(number)
+            checked.samples.append(sample)
+            checked.rows.append(number)
     if number == 0:
-        problems.append(Problem(0, None, "the manifest has no rows"))
-    return CheckedManifest(samples, rows, problems)
+        checked.problems.append(Problem(0, None, "the manifest has no rows"))
+    return checked
 
 
 def _is_filled(value: Any) -> bool:
@@ -389,6 +388,8 @@ _WORK = (
     'the assistant\'s with "tool_calls", each followed by a {"role": "tool"} for each call (its final answer '
     "is `process` and `solution`)"
 )
+_STRING = (lambda value: isinstance(value, str), "it must be a string")
+_TIME = (_is_time, "it must be a time in seconds from the beginning")
 _FIELDS: dict[str, tuple[Callable[[Any], object], str]] = {
     "problem_id": (
         lambda value: isinstance(value, (int, str)) and value != "" and not isinstance(value, bool),
@@ -418,10 +419,10 @@ _FIELDS: dict[str, tuple[Callable[[Any], object], str]] = {
         ),
         "it must be <think>…</think>, without further tags",
     ),
-    "data_source": (lambda value: isinstance(value, str), "it must be a string"),
-    "start": (_is_time, "it must be a time in seconds from the beginning"),
-    "end": (_is_time, "it must be a time in seconds from the beginning"),
-    "subtitles": (lambda value: isinstance(value, str), "it must be a string"),
+    "data_source": _STRING,
+    "start": _TIME,
+    "end": _TIME,
+    "subtitles": _STRING,
     "play": (lambda value: value in ("forward", "reversed"), "it must be forward or reversed"),
     "messages": (
         _is_chat,
@@ -638,20 +639,26 @@ def read_rows(source: Any, split: str) -> Iterator[tuple[int, Any]]:
     """
     if isinstance(source, Sequence) and not isinstance(source, str):
         yield from enumerate(source, start=1)
-    elif not isinstance(source, (str, Path)):
-        yield from dataset_rows(source, split)
-    elif (name := on_this_machine(str(source))) and is_address(name):
-        yield from _rows_at(name, split)
-    else:
-        yield from _local_rows(name, split)
-
-
-def _rows_at(address: str, split: str) -> Iterator[tuple[int, Any]]:
-    if name_of(address).endswith(ENDING):
-        yield from enumerate(table_rows(tables_of(address)), start=1)
         return
-    with local_copy(address) as copy:
-        yield from _local_rows(str(copy), split)
+    if not isinstance(source, (str, Path)):
+        yield from dataset_rows(source, split)
+        return
+    name = on_this_machine(str(source))
+    remote = is_address(name)
+    path = Path(name_of(name) if remote else name)
+    if path.suffix == ENDING and (remote or path.is_file() or (is_pattern(name) and not path.is_dir())):
+        yield from enumerate(table_rows(tables_of(name)), start=1)
+    elif path.suffix.lower() in TABLE_EXTENSIONS and (remote or path.is_file()):
+        raise ManifestError(f"{name}: a table, not a manifest; video-r1 data make writes one from it")
+    elif remote:
+        with local_copy(name) as copy:
+            yield from _file_rows(copy)
+    elif path.is_file():
+        yield from _file_rows(path)
+    else:
+        if not path.is_dir():
+            check_source(name)
+        yield from named_rows(name, split)
 
 
 @contextmanager
@@ -664,22 +671,6 @@ def local_copy(address: str) -> Iterator[Path]:
         except MediaError as error:
             raise ManifestError(str(error)) from error
         yield copy
-
-
-def _local_rows(source: str, split: str) -> Iterator[tuple[int, Any]]:
-    """Yield the rows of a file, a glob pattern of tables, a folder or a dataset id."""
-    path = Path(source)
-    if path.suffix == ENDING and not path.is_dir() and (path.is_file() or is_pattern(source)):
-        yield from enumerate(table_rows(tables_of(source)), start=1)
-    elif path.suffix.lower() in TABLE_EXTENSIONS and path.is_file():
-        raise ManifestError(f"{path}: a table, not a manifest; video-r1 data make writes one from it")
-    elif path.is_file():
-        yield from _file_rows(path)
-    elif path.is_dir():
-        yield from named_rows(str(path), split)
-    else:
-        check_source(source)
-        yield from named_rows(source, split)
 
 
 def check_source(source: str) -> None:

@@ -79,7 +79,7 @@ def load_questions(
     benchmark, problems = BENCHMARKS.get(name), []
     if benchmark is None:
         check_benchmark(name)
-        samples, source = load_manifest(name, media_root, score=answer_score), ""
+        samples, source = load_manifest(name, media_root, bad_rows=None, score=answer_score), ""
         name = title = Path(name).stem
         kind, whole = None, len(samples)
     else:
