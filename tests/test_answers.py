@@ -77,13 +77,18 @@ ONE_ANSWER = [
     "X or Y? The answer is X", "Neither Y nor anything else, only X",
     "I first thought Y is correct. But the answer is X", "X", "(X)", "X.", "**X**", "\\boxed{X}",
     "Answer: X", "**Answer:** X", "The answer is (X).", "The correct option is X",
-    "First I thought the answer is Y. No: the answer is X",
+    "First I thought the answer is Y. No: the answer is X", "Y... no, wait: X is right.",
+    "X. Actually, Y is wrong.", "X. Wait for the end.", "X, no doubt.", "X. There is no dog in Y",
 ]  # fmt: skip
 NO_ANSWER = [
     "X, Y", "(X) or (Y)", "X or Y", "X and Y", "X Y", "X\nY", "Either X or Y", "X, Y and maybe even Y",
     "Both X and Y are correct", "Option X, option Y", "The answer is X or Y", "X or Y is correct", "not X",
     "It is not X", "It can't be X", "X is wrong.", "Option X is incorrect", "The answer is not X",
     "neither X nor Y", "X can be ruled out", "Both X and Y", "Wait, X? No, Y.",
+    "At first I thought X, but it is Y", "X looked right at first; it is Y", "X... no, wait, Y.", "X. No, Y.",
+    "X, actually Y", "(X). Actually, it should be Y.", "Answer: X. On second thought, Y.",
+    "So X. But wait, it's Y", "The answer is X. No, Y.", "I choose X, sorry, I mean Y",
+    "None of these", "None of them fits.",
 ]  # fmt: skip
 
 
@@ -121,6 +126,13 @@ COLOURS = ("A. red", "B. blue", "C. not blue at all", "D. a dog")
 )  # fmt: skip
 def test_options_named_by_their_texts(output: str, letter: str) -> None:
     assert read_answer(output, "multiple choice", COLOURS) == letter
+
+
+def test_none_of_these_is_an_answer_where_it_is_an_option() -> None:
+    options = ("A. red", "B. blue", "C. None of these")
+    for output in ("None of these.", "The answer is none of these"):
+        assert read_answer(output, "multiple choice", options) == "C"
+        assert read_answer(output, "multiple choice", options[:2]) == ""
 
 
 def test_options_that_differ_in_signs_only() -> None:

@@ -82,6 +82,12 @@ _DENIAL = re.compile(
     r"(?i)\b(?:not|never|no(?! doubt| question)|neither|nor|cannot|rather than|instead of|except|unlike|"
     r"exclud\w*|eliminat\w*|rul\w+ out)\b|n['’]t\b"
 )
+# Between an answer and the one that takes its place: "B. No, A", "B, actually it is A", "B, but it is A".
+_WITHDRAWN = re.compile(
+    r"(?i)(?:(?:\A|[^\w\s])\s*no\b(?=\W*[,.:;!]|\W*\Z)|\b(?:wait|actually|sorry|scratch that|correction"
+    r"|i mean|but (?:now )?it|on second thoughts?)\b)(?:\W+(?:no|wait|actually|but|so|i|it|s|that|the|answer"
+    r"|correct|is|was|should|must|be|think|mean|choose|pick|option|choice))*\W*\Z"
+)
 _STANDING = re.compile(r"(?<![A-Za-z0-9'’])([A-Za-z])(?![A-Za-z0-9'’])")
 _DENIED = re.compile(
     r"(?i)[*_)\]\"']*\s+(?:(?:is|are|was|were|seems?|looks?|(?:can|must|would) be)\s+(?:\w+ly\s+)?"
@@ -374,7 +380,11 @@ def _read_choice(text: str, options: Sequence[str]) -> str:
         here = [chain for chain in chains if not places.isdisjoint(range(chain.start, chain.end))]
         found = frozenset[str]().union(*(chain.letters for chain in (here[-1:] if last else here)))
         if len(found) == 1 or (found and last):
-            return "".join(found) if len(found) == 1 else ""
+            later = [chain for chain in chains if chain.start >= here[-1].end and chain.letters != found]
+            if not any(
+                _WITHDRAWN.search(text[max(here[-1].end, chain.start - 80) : chain.start]) for chain in later
+            ):
+                return "".join(found) if len(found) == 1 else ""
     return ""
 
 
