@@ -4,15 +4,6 @@ A contrast clip is a question's own clip without its frame order, or without fra
 that depends only on their count T. A model that answers correctly with a contrast clip does not need what the
 contrast removes; the temporal gap is the accuracy that needs the order.
 
-| contrast | frames of a clip 0 1 2 3 4 5 6 7 | removes | source |
-|---|---|---|---|
-| shuffled | 3 1 0 2 7 5 4 6, any order but the clip's own | order | T-GRPO, arXiv 2503.21776 |
-| reversed | 7 6 5 4 3 2 1 0 | the arrow of time | ArrowRL, arXiv 2506.03340 |
-| frozen | 5 5 5 5 5 5 5 5, any one frame | change | – |
-| single | 4 4, the middle frame, as one temporal patch | all frames but one | – |
-| dropped | 1 2 5 6, half of the frames in order | moments | TaRO, arXiv 2606.09248 |
-| blind | none: the prompt has no visuals | everything | – |
-
 Shuffled and reversed may act on pairs of frames, the temporal patches of the Qwen vision towers: reversed is
 then 6 7 4 5 2 3 0 1. A tower sees one pair at a time, so permuting pairs permutes the features.
 """
@@ -461,14 +452,16 @@ def _dropped(frames: int, generator: Generator) -> Tensor:
     return torch.randperm(frames, generator=generator)[:kept].sort().values
 
 
-_CONTRASTS: dict[Contrast, Callable[[int, Generator], Tensor]] = {
-    "shuffled": shuffled_order,
+_CONTRASTS: dict[Contrast, Callable[[int, Generator], Tensor]] = {  # of a clip 0 1 2 3 4 5 6 7
+    "shuffled": shuffled_order,  # 3 1 0 2 7 5 4 6: no order (T-GRPO, arXiv 2503.21776)
+    # 7 6 5 4 3 2 1 0: no arrow of time (ArrowRL, arXiv 2506.03340)
     "reversed": lambda frames, generator: torch.arange(frames).flip(0),
+    # 5 5 5 5 5 5 5 5: no change
     "frozen": lambda frames, generator: torch.randint(frames, (1,), generator=generator).repeat(frames),
-    # The middle frame, as often as one temporal patch needs it.
+    # 4 4: one frame, as often as a temporal patch needs it
     "single": lambda frames, generator: torch.full((TEMPORAL_PATCH,), frames // 2),
-    "dropped": _dropped,
-    "blind": lambda frames, generator: torch.empty(0, dtype=torch.long),
+    "dropped": _dropped,  # 1 2 5 6: fewer moments (TaRO, arXiv 2606.09248)
+    "blind": lambda frames, generator: torch.empty(0, dtype=torch.long),  # no visuals
 }
 
 
