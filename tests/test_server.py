@@ -181,6 +181,24 @@ def _umask() -> int:
 SETTINGS = SamplingSettings(n=3, max_tokens=8, seed=1)
 
 
+def test_a_server_of_other_weights_than_the_checkpoints_files(loopback: Server, tmp_path: Path) -> None:
+    """Sent by a training, or read before the files were changed: no answers under the checkpoint's name."""
+    folder = tmp_path / "model"
+    folder.mkdir()
+    for name in ("config.json", "model.safetensors"):
+        (folder / name).write_text("x")
+    loopback.model, changed = str(folder), (folder / "config.json").stat().st_mtime_ns
+    loopback.served["started"] = changed + 10**9
+    client = engine(loopback.url, tmp_path, model=folder)
+    client.require_weights_of(str(folder))
+    os.utime(folder / "model.safetensors", ns=(0, changed + 2 * 10**9))
+    with pytest.raises(ConfigError, match=r"weights of .*model: they have changed since it was started; st"):
+        client.require_weights_of(str(folder))
+    loopback.served["started"], loopback.version = changed + 3 * 10**9, "of a training"
+    with pytest.raises(ConfigError, match="a training has sent it others"):
+        client.require_weights_of(str(folder))
+
+
 def test_completions_in_order(loopback: Server, tmp_path: Path) -> None:
     client = engine(loopback.url, tmp_path)
     groups = client.generate(prompts(5), SETTINGS, counts=[3, 1, 0, 2, 3])

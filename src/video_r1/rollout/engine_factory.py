@@ -93,7 +93,9 @@ def _engine(settings: DecodingSettings, processor: Any) -> RolloutEngine:
         check_vllm_supports(load_config(settings.model, settings.trust_remote_code))
     if settings.engine.startswith("http"):
         urls, generation = addresses(settings.engine), generation_config(settings.model)
-        return ServerEngine(urls, processor, generation, model=settings.model, timeout=settings.timeout)
+        engine = ServerEngine(urls, processor, generation, model=settings.model, timeout=settings.timeout)
+        engine.require_weights_of(settings.model)
+        return engine
     if settings.engine == "vllm":
         if settings.trust_remote_code:
             raise ConfigError("engine: vllm runs no code that comes with a checkpoint; use transformers")

@@ -21,7 +21,7 @@ from video_r1.data.manifests.trl_rows import is_trl_table, trl_samples
 from video_r1.data.prompts import PromptBuilder
 from video_r1.data.sources.media_paths import MediaPaths, media_root_of
 from video_r1.errors import ConfigError
-from video_r1.files import is_finished, replace_json
+from video_r1.files import is_finished, replace_json, warn_once
 from video_r1.fingerprint import contents, digest, refuse_changed
 from video_r1.models.loading import add_lora, load_model, load_processor, with_trained_parts
 from video_r1.processes import claimed_by_first, decided_by_first, process_count
@@ -167,11 +167,8 @@ def earlier_run(
     changed = changed_settings(settings, folder)
     before = read_record(checkpoint / RECORD).get("contents", {})
     other = {name: (before[name], state) for name, state in known.items() if before.get(name, state) != state}
-    if "media_root" in other and "media_root" not in changed:
-        logger.warning(
-            "%s: the training media have changed since the run began; it resumes with them", folder
-        )
-        del other["media_root"]
+    if "media_root" not in changed and other.pop("media_root", None) and "train_manifest" not in other:
+        warn_once(f"{folder}: some training media have changed since the run began; it resumes")
     same = {name for name, state in known.items() if before.get(name) == state}
     refused = {name: values for name, values in changed.items() if name not in MAY_CHANGE | same}
     refused |= {f"contents of {name}": states for name, states in other.items()}

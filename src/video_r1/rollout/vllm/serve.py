@@ -5,6 +5,7 @@ import os
 import secrets
 import shlex
 import sys
+import time
 from collections.abc import Mapping, Sequence
 from importlib import metadata, util
 from typing import Any
@@ -19,6 +20,7 @@ from video_r1.rollout.vllm.mrope import (
 )
 from video_r1.settings.vllm import ServeSettings
 
+STARTED = time.time_ns()  # before the weights are read
 EXTENSION = "video_r1.rollout.vllm.serve.WorkerExtension"
 MIDDLEWARE = "video_r1.rollout.vllm.serve.ask_for_key"
 
@@ -147,6 +149,7 @@ class WorkerExtension:
             "logprobs_mode": settings.logprobs_mode,
             "mm_device_do_normalize": settings.multimodal_config.mm_device_do_normalize,
             "positions": "transformers" if ours else "vllm",
+            "started": STARTED,
             "weight_transfer": None if transfer is None else transfer.backend,
         }
 

@@ -42,6 +42,7 @@ from video_r1.chat_client import (
 from video_r1.data.prompts import Prompt
 from video_r1.data.rollouts import Rollout
 from video_r1.errors import ConfigError, RequestError, VideoR1Error
+from video_r1.fingerprint import model_stamps
 from video_r1.models.group_forward import vision_language_model
 from video_r1.processes import gather, process_count, process_index, wait_for_everyone
 from video_r1.rollout.engine import Asking, RolloutEngine, Then, stop_token_ids
@@ -54,6 +55,7 @@ Hear = Callable[[int, Rollout], object]
 logger = logging.getLogger(__name__)
 
 KEY_VARIABLE = "VLLM_API_KEY"
+FIRST_WEIGHTS = "default"  # vLLM's version of the weights that a server starts with
 WATCH_SECONDS = 2.0
 TRANSFER_SECONDS = 600.0  # from GPU to GPU
 ATTEMPTS = 5  # of one request, each after the server has answered its health check
@@ -121,7 +123,7 @@ class ServerEngine(RolloutEngine):
         self.served = self._describe(self.urls[0])
         for one in self.urls[1:]:
             for name, value in self._describe(one).items():
-                if self.served[name] != value:
+                if name != "started" and self.served[name] != value:
                     raise ConfigError(
                         f"{one}: its {name} is {value}, that of {self.urls[0]} is {self.served[name]}; "
                         "requests are shared by servers of one model"
@@ -143,6 +145,24 @@ class ServerEngine(RolloutEngine):
             if served[name] != value:
                 raise ConfigError(f"{url}: its {name} is {served[name]}, not {value}; {advice}")
         return served
+
+    def require_weights_of(self, model: str) -> None:
+        """Raise ConfigError for a server whose weights are no longer, or not yet, the model's files."""
+        newest = max((changed for *_, changed in model_stamps(Path(model))), default=0)
+        for url in self.urls:
+            try:
+                served, info = (
+                    describe(url, self._key, self.timeout),
+                    get(f"{url}/weight_info", self._key, 10.0),
+                )
+                with shape_of([served, info], "description"):
+                    trained = info["weight_version"] != FIRST_WEIGHTS
+                    changed = newest > number(served.get("started", newest), 0, 1 << 62, int)
+            except (ServerRefusal, ServerFailure) as error:
+                raise ConfigError(f"{url} does not say which weights it has: {error}") from error
+            if trained or changed:
+                why = "a training has sent it others" if trained else "they have changed since it was started"
+                raise ConfigError(f"{url} does not serve the weights of {model}: {why}; start it again")
 
     def _told(self, path: str, read: Callable[[Any], T], body: Any = None) -> T:
         """Return what `read` finds in the answer at a path, after retries. Raises VideoR1Error."""
