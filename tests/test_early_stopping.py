@@ -19,6 +19,8 @@ from tiny_questions import read_lines
 
 from video_r1.cli import main
 from video_r1.rewards import scoring
+from video_r1.studio.folders import Found
+from video_r1.studio.overview import overview
 from video_r1.training.tgrpo import TGRPOTrainer
 
 #             step 0    1    2    3    4    5    6    7    8
@@ -99,6 +101,10 @@ def ended_at_the_best(run: Path) -> None:
     validated = [(line["step"], line["eval_accuracy"]) for line in lines if "eval_accuracy" in line]
     assert validated == list(enumerate(ACCURACIES))[: STOP + 1]
     assert max(line["step"] for line in lines) == STOP
+    assert lines[-1]["stopped_early"] == STOP - BEST
+    row = overview(Found(run.name, run, run.parent))
+    why = f"early, after step {STOP}: {STOP - BEST} validations in a row brought no better model"
+    assert (row["state"], row["why"]) == ("finished", why)
     assert {path.name for path in run.glob("checkpoint-*")} == {f"checkpoint-{BEST}", "checkpoint-4"}
     assert weights_file(run) == weights_file(run / f"checkpoint-{BEST}")
     assert weights_file(run) != weights_file(run / "checkpoint-4")

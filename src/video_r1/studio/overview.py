@@ -46,12 +46,15 @@ class State(NamedTuple):
 
 
 class Progress(NamedTuple):
-    """Progress of a run: done and planned steps, seconds so far and of one step. None: unknown."""
+    """Progress of a run: done and planned steps, seconds so far and of one step, validations that stopped it
+    early. None: unknown.
+    """
 
     step: int | None = None
     steps: int | None = None
     taken: float | None = None
     each: float | None = None
+    stopped_early: float | None = None
 
     @property
     def left(self) -> float | None:
@@ -134,11 +137,14 @@ def state_of(
     """
     slow = max(LOST, 10 * (progress.each or 0.0))
     after = f" after step {progress.step:,}" if progress.step is not None else ""
+    count = progress.stopped_early
+    early = f"early,{after}: {count:.0f} validations in a row brought no better model" if count else ""
+    finished = State("finished", early)
     if claim.process is not None:
         if alive or (alive is None and silent < slow):
             return State("running", "" if alive else f"on {claim.host}")
         if done:
-            return State("finished")
+            return finished
         who = f"process {claim.process} on {claim.host}"
         if alive is None:
             return State("failed", f"{who} has written nothing for {silent / 3600:.1f} h{after}")
@@ -146,7 +152,7 @@ def state_of(
     if claim.ended:
         return State("failed" if claim.ended == "failed" else "stopped", claim.why)
     if done:
-        return State("finished")
+        return finished
     return State("stopped", f"it ended{after} before {end}")
 
 
@@ -181,7 +187,9 @@ def progress_of(lines: Lines, settings: Mapping[str, str]) -> Progress:
     if len(timed) > 1 and timed[-1][0] > timed[0][0]:
         each = max(0.0, (timed[-1][1] - timed[0][1]) / (timed[-1][0] - timed[0][0]))
     epoch = next((value for line in reversed(lines) if (value := finite(line.get("epoch")))), None)
-    return Progress(step, _planned(settings, step, epoch), taken, each)
+    return Progress(
+        step, _planned(settings, step, epoch), taken, each, finite(lines[-1].get("stopped_early"))
+    )
 
 
 def _planned(settings: Mapping[str, str], step: int | None, epoch: float | None) -> int | None:

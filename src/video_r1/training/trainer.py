@@ -276,6 +276,19 @@ class QuestionTrainer(Trainer, ABC):
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in self.validate(samples).items()}
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        stop, state = self.callback_of(EarlyStoppingCallback), self.state
+        if (
+            stop is not None
+            and (count := stop.early_stopping_patience_counter) >= stop.early_stopping_patience
+        ):
+            best = (
+                f"{self.args.metric_for_best_model} {state.best_metric:.4g} of step {state.best_global_step}"
+            )
+            logger.warning(
+                "%s: stopped early, after step %d of %d: %d validations in a row were not better than %s",
+                self.folder, state.global_step, state.max_steps, count, best,
+            )  # fmt: skip
+            self.log({"stopped_early": float(count)})
         return metrics
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
