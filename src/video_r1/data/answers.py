@@ -27,7 +27,6 @@ _PLAIN_NUMBER = re.compile(
 )
 _MINUS = re.compile(r"[−－﹣]|(?<!\S)–(?=[\d.])")
 _PARTED = r"\d+(?:[.,'’_٫٬]\d+)*"  # a number, or what looks like one: "3,5", "1'200"
-_DOTTED = re.compile(r"[\d. ]+")  # a date, a version
 _NUMBER = re.compile(  # 1: number, 2: part behind a whole number, 3: denominator, 4: power
     rf"(?<![\d^])({_SIGN}(?:(?:[1-9]\d{{0,2}}(?:{_SPACE}\d{{3}})*{_SPACE}(?=\d{{3}}(?!\d)))?{_PARTED}|(?<!\.)\.\d+)"
     rf"(?:[eE][-+]?\d+)?)(?:(?: +(\d+))? ?/ ?({_PARTED})(?![\d/])|\^([-+]?\d{{1,3}})(?!\d))?"
@@ -259,9 +258,9 @@ def parse_number(text: str) -> float | None:
 
 def is_doubtful_number(text: str) -> bool:
     """Return whether a text seems to be a number, but it is not sure which: "3,5", "1.234,5", "1'200"."""
-    bare = _MINUS.sub("-", text.strip())
-    seems = re.fullmatch(rf"[-+]?{_PARTED}", re.sub(_SPACE, "", bare)) and ", " not in bare
-    return plain_number(bare) is None and bool(seems) and not _DOTTED.fullmatch(bare)
+    bare = re.sub(_SPACE, "", _MINUS.sub("-", text.strip()))
+    marked = re.search(r"\d[,'’_٫٬]\d", text)  # others are dates and versions
+    return bool(marked and re.fullmatch(rf"[-+]?{_PARTED}", bare)) and plain_number(text) is None
 
 
 def read_answer(output: str, problem_type: str, options: Sequence[str] = ()) -> str:
