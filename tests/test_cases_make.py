@@ -149,6 +149,8 @@ REFUSED: list[tuple[dict[str, Any], str, str]] = [
      "message", "a part with fps, which is not read"),
     ({"conversations": [{"from": "human", "value": "q"}]}, "no answer", "no answer"),
     ({"conversations": asked("q"), "answer": ["one", "two"]}, "several answers", "['one', 'two']"),
+    ({"conversations": asked("q"), "answer": [[0, 1], [2, 3]], "problem_type": "temporal grounding",
+      "videos": [CUP]}, "several answers", "[[0, 1], [2, 3]]"),
 ]  # fmt: skip
 
 
@@ -158,6 +160,45 @@ def test_cases_of_chats_that_are_refused(shelf: Path, tmp_path: Path) -> None:
     assert len(rows) == 1
     for line, (number, (_, reason, found)) in zip(refused, enumerate(REFUSED, start=2), strict=True):
         assert (line["row"], line["reason"]) == (number, reason) and found in line["found"]
+
+
+# --- the user's own table: words for columns and types, empty columns ------------------------------
+
+OWN = """Nr;Type;Video;From;To;Question;Option A;Option B;Option C;Answer;Empty;;
+1;multiple choice;cup;0:00;0:01;What?;he cooks;he leaves;;he leaves;;;
+2;yes/no;ball;;;Is it a ball?;;;;yes;;;
+3;count;ball;0.5;1.5;How many?;;;;1;;;
+4;count;ball;;;How many?;one;two;;two;;;
+5;open;ball;;;What?;;;;a red dot;;;
+6;true/false;ball;;;It moves.;;;;TRUE;;;
+7;other;ball;;;What?;;;;a ball;;;
+8;essay;ball;;;Tell.;;;;a b;;;
+9;yes/no;ball;;;Maybe?;;;;perhaps;;;
+10;count;ball;;;How many?;;;;many;;;
+11;open;ball;later;;What?;;;;a b;;;
+"""
+TASKS = "video,question,answer,type,from,to\ncup,q,a b,CW,Ann,Bob\ncup,q,a b,TC,Bob,Ann\n"
+
+
+def test_cases_of_own_words(shelf: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rows, refused = make(shelf, written(tmp_path, "t.csv", OWN))
+    assert [(row["Nr"], row["problem_type"], row["solution"][8:-9]) for row in rows] == [
+        ("1", "multiple choice", "B"), ("2", "multiple choice", "A"), ("3", "numerical", "1"),
+        ("4", "multiple choice", "B"), ("5", "free-form", "a red dot"), ("6", "multiple choice", "A"),
+        ("7", "free-form", "a ball"),
+    ]  # fmt: skip
+    assert (rows[0]["start"], rows[0]["end"], rows[2]["start"]) == (0, 1, 0.5)
+    assert rows[1]["options"] == ["A. Yes", "B. No"] and rows[5]["options"] == ["A. True", "B. False"]
+    assert [(line["row"], line["reason"]) for line in refused] == [
+        (8, "problem type"), (9, "answer is no option"), (10, "no manifest row"), (11, "times"),
+    ]  # fmt: skip
+    assert "'essay'" in refused[0]["found"] and "'perhaps'" in refused[1]["found"]
+    said = capsys.readouterr().out
+    assert "kept as they are: Nr\n" in said and "['A. Yes', 'B. No']: 1 (rows 2)" in said
+    (tmp_path / "out.json").unlink()
+    rows, _ = make(shelf, written(tmp_path, "t.csv", TASKS))  # here these are no types and no times
+    assert rows[0]["type"] == "CW" and "start" not in rows[0]
+    assert "kept as they are: type, from, to" in capsys.readouterr().out
 
 
 # --- options in the question -----------------------------------------------------------------------
@@ -231,7 +272,7 @@ def test_cases_of_file_names(shelf: Path, tmp_path: Path, capsys: pytest.Capture
         found = ["clip_0001", "x:y.mp4", "a::b.mp4", "deep/er/9f3c", "v_abc.mp4", "video6513.mp4", CUP]
         assert [row["path"] for row in rows] == [*found, [CUP, "a/ball.mp4"], "picture"] and refused == []
         assert rows[-1]["data_type"] == "image"
-        assert "2 files have another name than in the table: v_abc.mp4 for 'abc'" in capsys.readouterr().out
+        assert "another name than in the table: 2 (such as v_abc.mp4 for 'abc')" in capsys.readouterr().out
         rows = [{**rows[0], "path": path} for path in ("C:\\x.mp4", "C:/x.mp4", "\\\\host\\x.mp4")]
         written(tmp_path, "m.json", [{**row, "problem_id": n} for n, row in enumerate(rows)])
         assert main(["data", "check", str(tmp_path / "m.json"), "--media_root", str(shelf)]) == 1

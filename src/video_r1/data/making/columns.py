@@ -15,7 +15,7 @@ _TRIED = 20  # values of a column
 _FILE_LISTS = ("videos", "images")  # a row without any asks about no file
 
 # Column names for each field, in lower case without punctuation; the first one that a table has counts. Those
-# with a question mark name other things, too, and count if at least half of their values fit the field.
+# with a question mark name other things, too, and count if most of their values fit the field.
 COLUMN_NAMES: dict[str, tuple[str, ...]] = {
     "problem": ("problem", "question", "questiontext", "query", "prompt", "instruction", "q"),
     "answer": (
@@ -129,7 +129,7 @@ def guess_columns(
             if _plain(name) == one.rstrip("?")
             and (
                 one[-1] != "?"
-                or sum(bool(fits(plain_text(cell))) for cell in cells[name]) * 2 >= len(cells[name])
+                or sum(bool(fits(plain_text(cell))) for cell in cells[name]) * 2 > len(cells[name])
             )
         ]
         first = guess[:1]
@@ -142,7 +142,7 @@ def guess_columns(
         found.setdefault(field, (*first,))
     used = {name for columns in found.values() for name in columns}
     fields = {field: found[field] for field in COLUMN_NAMES if found.get(field)}
-    return Columns(fields, tuple(name for name in names if name not in used))
+    return Columns(fields, tuple(name for name in names if name not in used and (cells[name] or not rows)))
 
 
 def _path_columns(

@@ -4,6 +4,7 @@ table ─► layout or columns ─► draft ─► manifest_row ─► manifests
                                           └► Rejected: the reason and its remedy
 """
 
+import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -70,9 +71,6 @@ class Making:
     may_be_text: bool = False  # a row without a file asks about none
     notes: dict[str, list[int]] = field(default_factory=dict)
 
-    def note(self, row: int, words: str) -> None:
-        self.notes.setdefault(words, []).append(row)
-
 
 def question_and_options(draft: Draft) -> tuple[str, list[str]]:
     """Return the question and its options ("A. text"), which the question may contain. Raises Rejected."""
@@ -110,17 +108,20 @@ def manifest_row(number: int, draft: Draft, making: Making, numbers: Numbers) ->
     """Return the row of a manifest, without its problem_id. number: in the table. Raises Rejected."""
     problem, options = question_and_options(draft)
     process, answer = split_response(draft.get("answer"))
-    if isinstance(answer, (list, tuple, Mapping)) and len(answer) != 1:
-        raise Rejected("several answers", f"the answer is {answer!r:.80}")
-    answer = plain_text(answer[0] if isinstance(answer, (list, tuple)) else answer)
-    if not answer:
+    if isinstance(answer, list) and len(answer) == 1:
+        (answer,) = answer
+    given, notes = making.problem_type or draft.get("problem_type"), []
+    problem_type = _problem_type(given, options, plain_text(answer))
+    if not answer and answer != 0:
         raise Rejected("no answer", "there is no answer")
-    given = making.problem_type or draft.get("problem_type")
-    problem_type = _problem_type(given, options, answer)
+    several = isinstance(answer, list) and any(isinstance(one, (list, dict)) for one in answer[1:])
+    if several or (isinstance(answer, (list, dict)) and problem_type not in GROUNDING_FORMS):
+        raise Rejected("several answers", f"the answer is {answer!r:.80}")
+    answer = json.dumps(answer) if isinstance(answer, (list, dict)) else plain_text(answer)
     if problem_type == YES_NO:
         problem_type = "multiple choice"
         options = options or options_of(_YES_NO[answer.lower() in ("true", "false")])
-        making.note(number, f"a question of the type {given} became multiple choice, such as {options}")
+        notes.append(f"a question of the type {given} became multiple choice, such as {options}")
     if problem_type == "multiple choice":
         if not options:
             raise Rejected("options", "a multiple choice question without options")
@@ -138,7 +139,7 @@ def manifest_row(number: int, draft: Draft, making: Making, numbers: Numbers) ->
         raise Rejected("letter without options", f"the answer is {answer!r}, and no options were found")
     marks = tags_in("".join([problem, *options]))
     if (media := _media(draft, making, marks)) == _TEXT and not draft.get("data_type"):
-        making.note(number, "a row without a file asks about its text alone")
+        notes.append("a row without a file asks about its text alone")
     paths = media.get("path", [])
     count = len(paths) if isinstance(paths, list) else 1
     if marks and (len(marks) != count or (count > 1 and len(set(marks)) > 1)):
@@ -165,7 +166,9 @@ def manifest_row(number: int, draft: Draft, making: Making, numbers: Numbers) ->
         if name not in (*FIELDS, "answer", KIND) and value is not None and not isinstance(value, InTable)
     }
     if rest.get("system"):
-        making.note(number, "the system message is kept as `system` and not shown: prompts have their own")
+        notes.append("the system message is kept as `system` and not shown: prompts have their own")
+    for note in notes:
+        making.notes.setdefault(note, []).append(number)
     return {**row, **rest}
 
 
@@ -176,10 +179,10 @@ def _problem_type(given: Any, options: list[str], answer: str) -> str:
     named = type_of(str(given)) if given else BY_ROW
     if named is None:
         raise Rejected("problem type", f"the type is {given!r}")
+    if options and named in (BY_ROW, "numerical"):  # also a count with options
+        return "multiple choice"
     if named != BY_ROW:
         return named
-    if options:
-        return "multiple choice"
     if is_doubtful_number(answer):
         raise Rejected("doubtful number", f"the answer {answer!r}: a comma stands only before three digits")
     return "free-form" if parse_number(answer) is None else "numerical"
@@ -268,7 +271,7 @@ def numbers_of(choices: Sequence[tuple[Any, Sequence[str]]]) -> Numbers:
     if any(read[numbers] != read[left[0]] for numbers in left):
         answer, options = whole[0]
         raise RequestError(
-            f"{len(whole):,} answers are numbers, which may be read as {' or '.join(left)} (the first "
+            f"{len(whole):,} of the answers are numbers, which may be read as {' or '.join(left)} (the first "
             f"one is {answer}, of {', '.join(options)}); say which: --answers text (an option's own text), "
             "from_0 or from_1 (its position)"
         )

@@ -45,7 +45,8 @@ _ANSWER = re.compile(r"<answer>(.*?)</answer>", re.DOTALL)
 REMEDIES = {
     "unreadable row": "correct the row in the file; in CSV, quote cells that contain the delimiter",
     "no question": "name the column of the questions (--columns problem=COLUMN), or fill in the cell",
-    "no answer": "name the column of the answers (--columns answer=COLUMN), or fill in the cell",
+    "no answer": "name the column of the answers (--columns answer=COLUMN), fill in the cell, or add the "
+    "column from the file that has it",
     "no clip named": "name the column of the files (--columns path=COLUMN, or path=videos+images) or fill in "
     "the cell; a question without a file has the data_type text",
     "no such clip": "put the file below --media_root, or correct its name in the table",

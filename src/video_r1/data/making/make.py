@@ -24,6 +24,7 @@ from video_r1.data.making.columns import (
     COLUMN_NAMES,
     Columns,
     guess_columns,
+    is_empty,
     questions_in,
 )
 from video_r1.data.making.drafts import Making, manifest_row, numbers_of, question_and_options
@@ -128,10 +129,12 @@ def run_make(settings: MakeSettings) -> int:
         print(f"\ndetails for each row: {rejected_path}\n")
     if clips.renamed:
         name, path = next(iter(clips.renamed.items()))
-        print(f"{len(clips.renamed):,} files have another name than in the table: {path} for {name!r}")
+        print(
+            f"files with another name than in the table: {len(clips.renamed):,} (such as {path} for {name!r})"
+        )
     for words, of_rows in making.notes.items():
         shown = ", ".join(map(str, of_rows[:_ROWS_SHOWN])) + (", …" if len(of_rows) > _ROWS_SHOWN else "")
-        print(f"{words}: {len(of_rows):,} (row {shown})")
+        print(f"{words}: {len(of_rows):,} (rows {shown})")
     if not kept:
         print(f"none of the {len(table_rows):,} rows could be used; {out} is not written")
         return 1
@@ -182,6 +185,8 @@ def _understood(
         (field, "+".join(names), "given" if field in settings.columns else "guessed")
         for field, names in columns.names.items()
     ]
+    needed = ("path",) if chat else ("problem", "answer", "path")
+    shown += [(field, "", "no such column") for field in needed if field not in columns.names]
     if shown:
         print(table(("field", "column", ""), shown))
     if columns.unused:
@@ -210,7 +215,9 @@ def _drafts_of(row: Any, layout: str, columns: Columns | None) -> Iterator[Draft
         raise Rejected("unreadable row", f"it does not have the layout {layout}: fields {', '.join(row)}")
     rest = {}
     if columns is not None:
-        rest = {name: row[name] for name in columns.unused if name in row and name not in FIELDS}
+        rest = {
+            name: row[name] for name in columns.unused if not is_empty(row.get(name)) and name not in FIELDS
+        }
         rest |= columns.values(row)
     try:
         told = [rest] if layout == "table" else list(LAYOUTS[layout].drafts(row))
