@@ -54,6 +54,16 @@ def test_ledger_of_a_gate_and_of_what_it_multiplies() -> None:
     assert found["credit/accuracy"] == pytest.approx(1.0)
 
 
+def test_ledger_takes_no_gate_for_a_fault(caplog: pytest.LogCaptureFixture) -> None:
+    settings, ledger = TGRPOSettings(temporal_rule="likelihood_gate", length_reward=0.0), Ledger()
+    for _ in range(21):
+        group = scored(["A", "A", "A", "B"], [0.0, 0.0, 9.0, 0.0], temporal_rule="likelihood_gate")
+        with caplog.at_level(logging.WARNING):
+            series = credit([group], settings, None, ledger)
+    assert series["credit_sign/temporal"] < -0.2
+    assert not [record for record in caplog.records if "against accuracy" in record.message]
+
+
 @pytest.mark.parametrize(
     ("rewards", "weights", "said"),
     [

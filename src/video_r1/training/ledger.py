@@ -30,12 +30,19 @@ class Ledger:
         self.warned: set[str] = set()
 
     def add(
-        self, advantages: Tensor, without: Mapping[str, Tensor], correct: Tensor, varies: Mapping[str, bool]
+        self,
+        advantages: Tensor,
+        without: Mapping[str, Tensor],
+        correct: Tensor,
+        varies: Mapping[str, bool],
+        gated: bool = False,
     ) -> dict[str, float]:
         """Return a step's series `credit/<term>` and `credit_sign/<term>`.
 
         advantages, without: [Q, G] of all ranks. correct: [Q, G] bool. varies: whether a term's rewards
-        differ within any group. Warns once of each term that did nothing, or paid wrong answers, in 20 steps.
+        differ within any group. gated: `temporal` is a gate. Its sign is below 0 by design: it takes from
+        right answers, but never makes them worth less than wrong ones. Warns once of each term that did
+        nothing, or paid wrong answers, in 20 steps.
         """
         series = {}
         for name, others in without.items():
@@ -47,7 +54,8 @@ class Ledger:
             norms = float((moved.square().sum() * right.square().sum()).sqrt())
             if norms > 1e-9:
                 series[f"credit_sign/{name}"] = sign = float((moved * right).sum()) / norms
-                self.signs[name].append(sign)
+                if not (gated and name == "temporal"):
+                    self.signs[name].append(sign)
             if name not in self.warned and (said := self._problem(name, varies[name])) is not None:
                 self.warned.add(name)
                 if process_index() == 0:

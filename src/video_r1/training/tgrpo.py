@@ -657,7 +657,7 @@ def credit(
     if ledger is None:
         return {}
     varies = {name: not bool(without_variance(rewards - values).all()) for name, values in without.items()}
-    return ledger.add(advantages, others, torch.stack(correct), varies)
+    return ledger.add(advantages, others, torch.stack(correct), varies, rule.gate is not None)
 
 
 def step_of(
