@@ -108,6 +108,10 @@ def test_a_reward_that_moves_nothing_in_twenty_steps_is_told() -> None:
     (alert,) = alerts_of(lines)
     assert alert.name == "credit" and alert.title.startswith("the reward temporal moves 0.4% of")
     assert alerts_of(lines[1:]) == []
+    # answers that all earn it are no fault; nor is a gate, which takes from right answers
+    earned = [line(credit__format=0.0, reward_std__format=0.0) for _ in range(30)]
+    gate = [line(temporal__drop=1.0, credit__temporal=0.2, credit_sign__temporal=-0.4) for _ in range(30)]
+    assert alerts_of(earned) == alerts_of(gate) == []
 
 
 @pytest.mark.parametrize(

@@ -23,7 +23,7 @@ const SERIES_ABOUT = {
   "temporal/credit": "Change of the advantages by the temporal term, divided by the advantages without it. At 0 it cancels.",
   "temporal/credit_groups": "Of the groups that it pays, those in which it changed an advantage by more than 0.01.",
   "credit/share": "Share of each step’s advantages that would change without the term. At 0 the term does nothing.",
-  "credit_sign/right": "Below 0 the term favours wrong answers.",
+  "credit_sign/right": "Below 0 the term favours wrong answers; a gate takes from right ones by design.",
 };
 const RANGES = { "reward/accuracy": [0, 1], "credit/share": [0, 1], "credit_sign/right": [-1, 1] }; // of large charts, at least
 const HEADLINE = { rl: ["reward/accuracy", "reward/temporal", "teacher/kl", "completion/length"], sft: ["loss", "accuracy/token", "completion/length"] };

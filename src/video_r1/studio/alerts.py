@@ -79,11 +79,15 @@ def alerts_of(lines: Lines) -> list[Alert]:
     for name in sorted({name for line in lines[-RECENT:] for name in line if name.startswith("credit/")}):
         term = name.removeprefix("credit/")
         moved, sign = values(lines, name), values(lines, f"credit_sign/{term}")[-JUDGED_AFTER:]
-        if len(moved) >= JUDGED_AFTER and (share := mean(moved)) < UNMOVED:
+        varies = recent(lines, f"reward_std/{term}") != 0.0  # a reward that all answers earn is no fault
+        by_design = term == "temporal" and bool(
+            values(lines, "temporal/drop")
+        )  # a gate takes from right ones
+        if len(moved) >= JUDGED_AFTER and (share := mean(moved)) < UNMOVED and varies:
             say("credit", f"the reward {term} moves {share:.1%} of the advantages: training ignores it",
-                "its values are equal within a group, or it cancels against other terms or the deviation: "
-                "change its weight or scale_rewards, or leave it out")  # fmt: skip
-        elif len(sign) >= JUDGED_AFTER and mean(sign) < AGAINST:
+                "it cancels against other terms or the deviation: change its weight or scale_rewards, or "
+                "leave it out")  # fmt: skip
+        elif len(sign) >= JUDGED_AFTER and mean(sign) < AGAINST and not by_design:
             say("credit sign", f"the reward {term} favours wrong answers (correlation {mean(sign):.2f})",
                 "read the rollouts: right answers earn less because of it; lower its weight or correct it"
             )  # fmt: skip
