@@ -288,7 +288,7 @@ def expected_loss(world: World) -> tuple[float, Tensor, list[bool]]:
         p, p_tilde = fmean(right), fmean([a == 1.0 if exact else a > 0.5 + 1e-6 for a in tilde])
         rule = s.temporal_rule if s.alpha > 0 and not about.get("list") else "off"
         for i in range(4):
-            w = s.reward_weights
+            w = cast(dict[str, float], s.reward_weights)
             pays = w.get("accuracy", 1.0) * accuracy[i]
             rest = 0.0
             if not about.get("list"):
