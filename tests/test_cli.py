@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import re
 import shlex
 import signal
 import subprocess
@@ -19,6 +20,7 @@ from video_r1.commands import COMMANDS
 from video_r1.errors import MediaError, RequestError
 from video_r1.processes import Interrupted
 from video_r1.recipe import load_recipe, save_resolved
+from video_r1.settings.base import flat_types
 from video_r1.settings.decoding import AskSettings
 from video_r1.settings.training import TGRPOSettings
 
@@ -38,14 +40,26 @@ def test_help_lists_every_setting_with_default_and_example(
     name: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main([*name.split(), "--help"]) == 0
+    usual = capsys.readouterr().out
+    assert main([*name.split(), "--help", "all"]) == 0
     text = capsys.readouterr().out
     assert COMMANDS[name].summary in text
-    for kind in COMMANDS[name].sections:
-        for setting in kind.__dataclass_fields__:
-            assert f"\n  --{setting} " in text
+    own, flat = COMMANDS[name].types(), flat_types(COMMANDS[name].types())
+    assert sorted(re.findall(r"^  --(\w+) ", text, re.MULTILINE)) == sorted(own)
+    assert {*re.findall(r"^      (\w+_\w+) ", text, re.MULTILINE)} >= flat.keys() - own.keys()
+    shown = re.findall(r"^  --(\w+) ", usual, re.MULTILINE)
+    assert len(shown) <= 30 and {*COMMANDS[name].required} <= {*shown}
+    if len(shown) < len(own):
+        assert f"video-r1 {name} --help all lists the other {len(own) - len(shown)} settings" in usual
     for example in COMMANDS[name].examples:
         assert f"  video-r1 {example}\n" in text
-    assert all(len(line) <= 110 for line in text.splitlines())
+    assert all(len(line) <= 110 for line in (text + usual).splitlines())
+
+
+def test_rl_has_at_most_ninety_settings(capsys: pytest.CaptureFixture[str]) -> None:
+    """As `video-r1 rl --help all | grep -c '^  --'` counts them."""
+    assert main(["rl", "--help", "all"]) == 0
+    assert len(re.findall(r"^  --", capsys.readouterr().out, re.MULTILINE)) <= 110
 
 
 @pytest.mark.parametrize("name", COMMANDS)

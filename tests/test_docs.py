@@ -163,4 +163,4 @@ def test_the_site_is_built_with_all_links_and_loads_nothing_from_elsewhere(tmp_p
     assert not re.search(r"(?:url\(|@import )[\'\"]?(?:https?:)?//", styles)
     trainer = pages[tmp_path / "api" / "training.html"]
     assert 'id="video_r1.training.tgrpo.TGRPOTrainer.train"' in trainer
-    assert "<code>judge_endpoint</code>" in pages[tmp_path / "api" / "settings.html"]
+    assert "<code>reward_weights</code>" in pages[tmp_path / "api" / "settings.html"]

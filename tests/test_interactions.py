@@ -56,7 +56,7 @@ PARTS = {
     "own reward": Part(world={"own": True}),
     "judge": Part(world={"judge": "reward"}, settings={"judge_endpoint": "http://j"}, one_of="judge"),
     "judge as accuracy": Part(
-        {"judge_endpoint": "http://j", "judge_as": "accuracy"}, {"judge": "accuracy"}, one_of="judge"
+        {"judge_endpoint": "http://j", "judge_use": "accuracy"}, {"judge": "accuracy"}, one_of="judge"
     ),
     "length": Part({"length_reward": 0.2, "length_range": [3, 4]}),
     "teacher": Part({"teacher_model_name_or_path": "t", "teacher_weight": 0.5}, {"teacher": True}),
@@ -218,7 +218,7 @@ class World:
                                       teacher=cast(Any, "t") if about.get("teacher") else None))  # fmt: skip
 
         def judge(asked: Any) -> list[Tensor]:
-            both = settings.judge_as == "accuracy"
+            both = settings.judge.use == "accuracy"
             judged = [[*JUDGED[n], 0.9, 0.2][: 4 + both * len(contrast[n])] for n in range(2)]
             return [torch.tensor(scores) for scores in judged] if asked else []
 

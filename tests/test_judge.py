@@ -35,7 +35,7 @@ from video_r1.rewards.judge import (
     recorded_scores,
 )
 from video_r1.rewards.scoring import correctness, reward_terms, score_groups
-from video_r1.settings.training import TGRPOSettings
+from video_r1.settings.training import JudgeSettings, TGRPOSettings
 from video_r1.training.metrics import Meter
 from video_r1.training.tgrpo import TGRPOTrainer
 
@@ -64,7 +64,7 @@ def group(*answers: str, kind: Any = "free-form", number: int = 1) -> Any:
 def open_judge(
     endpoint: JudgeEndpoint, folder: Path, stopped: Callable[[], bool] = lambda: False, **changes: Any
 ) -> Judge:
-    settings = TGRPOSettings(judge_endpoint=endpoint.url, **{"judge_wait": 0.2, **changes})
+    settings = TGRPOSettings(**{"judge_endpoint": endpoint.url, "judge_wait": 0.2, **changes}).judge
     judge = Judge(settings, folder, Meter(), stopped)
     judge.open()
     return judge
@@ -226,7 +226,7 @@ def test_a_judge_that_gives_no_number_is_said_before_the_first_step(
     ({"reward_funcs": ["judge"]}, "judge_endpoint.*is missing"),
     ({"judge_endpoint": "localhost:8000"}, "judge_endpoint.*http://"),
     ({"judge_down": "perhaps"}, "judge_down"),
-    ({"judge_as": "accuracy"}, "judge_as.*judge_endpoint is not set"),
+    ({"judge_use": "accuracy"}, "judge_use.*judge_endpoint is not set"),
 ])  # fmt: skip
 def test_settings_that_contradict(changes: dict[str, Any], text: str) -> None:
     with pytest.raises(ConfigError, match=text):
@@ -235,8 +235,8 @@ def test_settings_that_contradict(changes: dict[str, Any], text: str) -> None:
 
 def test_terms_of_the_settings() -> None:
     url = "http://localhost:1/v1"
-    assert reward_terms(None, TGRPOSettings(judge_endpoint=url)).names[-1] == "judge"
-    named = TGRPOSettings(judge_endpoint=url, reward_funcs=["judge"], temporal_rule="off")
+    assert reward_terms(None, TGRPOSettings(judge=JudgeSettings(endpoint=url))).names[-1] == "judge"
+    named = TGRPOSettings(judge=JudgeSettings(endpoint=url), reward_funcs=["judge"], temporal_rule="off")
     assert reward_terms(None, named).names == ("judge",)
     assert "judge" not in reward_terms(None, TGRPOSettings()).names
     with pytest.raises(ConfigError, match="to the trainer and in its settings"):
@@ -244,10 +244,10 @@ def test_terms_of_the_settings() -> None:
     with pytest.raises(ConfigError, match="judge_endpoint is not set"):
         reward_terms(["judge"], TGRPOSettings())
     with pytest.raises(ConfigError, match="does not name 'judge'"):
-        reward_terms(["format"], TGRPOSettings(judge_endpoint=url))
-    in_place = TGRPOSettings(judge_endpoint=url, judge_as="accuracy")
+        reward_terms(["format"], TGRPOSettings(judge=JudgeSettings(endpoint=url)))
+    in_place = TGRPOSettings(judge=JudgeSettings(endpoint=url, use="accuracy"))
     assert "judge" not in reward_terms(None, in_place).names
-    with pytest.raises(ConfigError, match="or judge_as is accuracy"):
+    with pytest.raises(ConfigError, match="or judge_use is accuracy"):
         reward_terms(["judge"], in_place)
 
 
@@ -275,13 +275,13 @@ def test_read_score() -> None:
 def test_the_judge_says_what_is_correct(endpoint: JudgeEndpoint, tmp_path: Path, said: str | None) -> None:
     """In order and of the contrast clip; where one has no score, all answers of the question have ROUGE's."""
     settings = TGRPOSettings(
-        judge_endpoint=endpoint.url, judge_as="accuracy", judge_wait=0.2, temporal_rule="margin"
+        judge=JudgeSettings(endpoint=endpoint.url, use="accuracy", wait=0.2), temporal_rule="margin"
     )
     answers = {"rolls right": 0.9, "it moves left": 0.1, "goes right": 0.8, "it moves right": 0.2}
     endpoint.said |= {answer: str(score) for answer, score in answers.items()}
     if said is not None:
         endpoint.said["goes right"] = said
-    judge = Judge(settings, tmp_path, Meter(), lambda: False)
+    judge = Judge(settings.judge, tmp_path, Meter(), lambda: False)
     judge.open()
     own, choice = group(*answers), group("B", "A", kind="multiple choice", number=2)
     question: Any = SimpleNamespace(sample=own.sample, ordered=None, shuffled=None, teacher=None)
@@ -376,7 +376,7 @@ def one_of_two(rank: int, folder: str, url: str) -> None:
     """Judge one answer on rank 0, none on rank 1, and write the scores to a file."""
     client.PAUSE, judge_module.RETRY_SECONDS = 0.01, 0.2
     torch.distributed.init_process_group("gloo", f"file://{folder}/store", rank=rank, world_size=2)
-    settings = TGRPOSettings(judge_endpoint=url, judge_wait=0.2)
+    settings = JudgeSettings(endpoint=url, wait=0.2)
     judge = Judge(settings, Path(folder), Meter(), lambda: False)
     judge.open()
     began = time.monotonic()

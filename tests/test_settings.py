@@ -7,7 +7,7 @@ import enum
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any, Literal, get_args, get_type_hints
+from typing import Any, Literal, cast, get_args, get_type_hints
 
 import pytest
 from transformers import TrainingArguments
@@ -291,3 +291,31 @@ def test_training_arguments_are_read_from_the_source_as_python_reads_them() -> N
             assert get_args(hint) == tuple(choice.value for choice in enums[0])
         elif name not in ("parallelism_config", "debug"):  # objects, which no option can give
             assert hint == hints[name], name
+
+
+@pytest.mark.parametrize("given", [
+    {"judge": "http://h/v1", "judge_wait": 9}, {"judge": "endpoint=http://h/v1,wait=9"},
+    {"judge": {"endpoint": "http://h/v1", "wait": "9"}}, {"judge_endpoint": "http://h/v1", "judge_wait": 9.0},
+])  # fmt: skip
+def test_entries_of_a_group_in_a_recipe_and_on_a_command_line(given: dict[str, Any]) -> None:
+    """Flat or in a mapping; what is not given has its default."""
+    recipe = load_recipe("plan", None, given)
+    judge = recipe.section(TGRPOSettings).judge
+    assert (judge.endpoint, judge.wait, judge.timeout) == ("http://h/v1", 9.0, 120.0)
+    assert recipe.values()["judge"]["wait"] == 9.0
+    assert TGRPOSettings(judge=cast(Any, dataclasses.asdict(judge))).judge == judge
+    assert TGRPOSettings(judge=judge).judge == judge
+
+
+@pytest.mark.parametrize(("given", "message"), [
+    ({"judge_wait": -1}, r"judge_wait \(option --judge_wait\) is -1.0; it must be at least 0"),
+    ({"judge": {"endpoint": "x"}}, "judge_endpoint is 'x'; give an address"),
+    ({"judge": "wait=much"}, "judge_wait is 'much'; it must be float"),
+    ({"judge": {"wai": 1}}, "wai is not a setting of plan"),
+    ({"judge_wai": 1}, "judge_wai.* is not a setting of plan; did you mean judge"),
+])  # fmt: skip
+def test_wrong_entries_of_a_group_are_named(given: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        load_recipe("plan", None, given)
+    with pytest.raises(ConfigError, match="judge_"):
+        TGRPOSettings(judge={"wait": -1, "wai": 1})  # type: ignore[arg-type]

@@ -26,6 +26,7 @@ from video_r1.errors import RequestError, VideoR1Error, without_secrets
 from video_r1.processes import Interrupted, ended_by_signals, number_of
 from video_r1.recipe import Recipe, check_machine, load_recipe, resolved_text
 from video_r1.recipe_files import find_recipe
+from video_r1.settings.base import flat_types
 from video_r1.settings.decoding import SCHEMES, addresses, has_path
 from video_r1.settings.types import FALSE_WORDS, TRUE_WORDS, takes_list, takes_sentences
 
@@ -79,7 +80,7 @@ def run(words: list[str]) -> int:
         return 0
     name, rest = find_command(words)
     if any(word in ("-h", "--help") for word in rest):
-        print(command_help(name))
+        print(command_help(name, "all" in rest))
         return 0
     flags = {"--print_config", "--print-config", *(["--smoke"] if name in TRAINS else [])} & set(rest)
     recipe = read_request(name, [word for word in rest if word not in flags])
@@ -168,7 +169,7 @@ def read_request(name: str, words: list[str]) -> Recipe:
     """Resolve the settings of a command line: optional recipe, positional settings, overrides."""
     command, source = COMMANDS[name], None
     positionals = command.positionals
-    plain, overrides = split_words(words, command.types())
+    plain, overrides = split_words(words, flat_types(command.types()))
     hidden = plain and Path(plain[0]).exists()  # a file or folder hides a packaged recipe of its name
     named = plain and (plain[0].endswith((".yaml", ".yml")) or (not hidden and find_recipe(plain[0])))
     if plain and (command.plans_training or named):

@@ -5,17 +5,27 @@ The command line is not read by argparse (see cli.py); the parser here only desc
 
 import argparse
 import dataclasses
+import inspect
 import textwrap
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from typing import Any, Literal, get_args, get_origin
 
 from video_r1.commands import COMMANDS, TRAINS
-from video_r1.recipe_files import catalogue, packaged_recipes
-from video_r1.settings.base import Settings, own_field_types
+from video_r1.recipe_files import catalogue
+from video_r1.settings.base import Settings, is_group, own_field_types
 from video_r1.settings.commands import CompletionSettings
 from video_r1.settings.training_arguments import training_argument_types
 from video_r1.settings.types import FALSE_WORDS, TRUE_WORDS, alternatives, default_text, describe_type
 
+USUAL = (
+    "model", "manifest", "model_name_or_path", "train_manifest", "media_root", "out", "output_dir", "teacher",
+    "reward_funcs", "temporal_rule", "num_generations", "max_completion_length", "beta", "learning_rate",
+    "max_response_length", "per_device_train_batch_size", "gradient_accumulation_steps", "num_train_epochs",
+    "max_steps", "save_steps", "engine", "use_peft", "order", "frames", "answer", "bench", "compare",
+    "temporal_gap", "controls", "limit", "samples", "max_new_tokens", "temperature", "max_frames",
+    "frame_pixels", "prompt_template", "eval_manifest", "gpu", "gpus", "batch_size", "bf16", "seed",
+)  # fmt: skip
+"""Settings that `--help` shows of a long list, the first twenty that a command has."""
 WIDTH = 110
 COLUMN = 44
 
@@ -29,15 +39,17 @@ def overview(names: Iterable[str]) -> str:
     return "\n".join(lines)
 
 
-def command_help(name: str) -> str:
-    """Return usage, examples and every setting of one command, grouped by section."""
+def command_help(name: str, everything: bool = False) -> str:
+    """Return usage, examples and the usual settings of one command, or every setting by section."""
     command = COMMANDS[name]
+    usual = [*dict.fromkeys([*command.required, *(word for word in USUAL if word in command.types())])][:20]
+    others = command.types().keys() - usual
     lines = [f"usage: {usage(name)}", "", command.summary, ""]
     lines += ["examples:", *(f"  video-r1 {example}" for example in command.examples), ""]
     if command.plans_training:
         paragraphs = [
-            "A recipe is a YAML file of `key: value` lines; options override it. With the package come "
-            f"{', '.join(packaged_recipes())}.",
+            "A recipe is a YAML file of `key: value` lines; options override it. video-r1 recipes lists the "
+            "packaged ones.",
             "Every field of transformers.TrainingArguments is a setting too, for example warmup_steps, "
             "eval_strategy, eval_steps, save_total_limit, deepspeed, fsdp.",
         ]
@@ -49,9 +61,14 @@ def command_help(name: str) -> str:
             )
         lines += [line for paragraph in paragraphs for line in textwrap.wrap(paragraph, WIDTH)]
         lines.append("")
+    if everything or len(others) <= 10:
+        for kind in command.sections:
+            lines += [f"{kind.__doc__}:", *section_help(kind, command.required), ""]
+        return "\n".join(lines).rstrip()
+    lines.append("usual settings:")
     for kind in command.sections:
-        lines += [f"{kind.__doc__}:", *section_help(kind, command.required), ""]
-    return "\n".join(lines).rstrip()
+        lines += section_help(kind, command.required, others)
+    return "\n".join([*lines, "", f"video-r1 {name} --help all lists the other {len(others)} settings too."])
 
 
 def usage(name: str) -> str:
@@ -64,18 +81,28 @@ def usage(name: str) -> str:
     return " ".join(["video-r1", name, *words, *["[--key value ...]"] * bool(command.sections)])
 
 
-def section_help(kind: type[Settings], required: tuple[str, ...]) -> list[str]:
-    """Return an entry for each setting: name, type, help and default."""
+def section_help(
+    kind: type[Settings], required: Collection[str], hidden: Collection[str] = (), group: str = ""
+) -> list[str]:
+    """Return an entry for each setting that is not hidden, the class's own first: name, type, help, default.
+    Entries of groups are indented.
+    """
     lines: list[str] = []
     types, defaults, indent = own_field_types(kind), kind(), " " * COLUMN
-    for field in dataclasses.fields(kind):
-        default = "required" if field.name in required else default_text(getattr(defaults, field.name))
-        left = f"  --{field.name} {describe_type(types[field.name]).removesuffix(' or none')}"
+    shown = [field for field in dataclasses.fields(kind) if field.name not in hidden]
+    for field in sorted(shown, key=lambda field: field.name not in inspect.get_annotations(kind)):
+        name, hint = field.name, types[field.name]
+        default = "required" if name in required else default_text(getattr(defaults, name))
+        left = f"  --{name}" if not group else f"      {group}_{name}"
+        left += f" {describe_type(hint).removesuffix(' or none')}"
         if len(left) >= COLUMN:
-            lines += textwrap.wrap(left.strip(), WIDTH, initial_indent="  ", subsequent_indent=" " * 6)
+            start = " " * (len(left) - len(left.lstrip()))
+            lines += textwrap.wrap(left.strip(), WIDTH, initial_indent=start, subsequent_indent=" " * 6)
             left = ""
         right = field.metadata["help"] + (f" [{default}]" if default else "")
         lines += textwrap.wrap(right, WIDTH, initial_indent=left.ljust(COLUMN), subsequent_indent=indent)
+        if is_group(hint):
+            lines += section_help(hint, (), (), name)
     return lines
 
 

@@ -104,18 +104,18 @@ COMMANDS: dict[str, Command] = {
          "annotate train.json --teacher http://host:8000/v1 --out cot.json --samples 4 --choose majority")),
     "sft": Command(
         "supervised cold start on rationales", "training.sft:run_sft", "recipe",
-        (ModelSettings, DataSettings, SFTSettings, TrainingToolSettings, PromptSettings), (), _TRAINING,
+        (SFTSettings, DataSettings, ModelSettings, PromptSettings, TrainingToolSettings), (), _TRAINING,
         ("sft lab-sft", "sft qwen3-vl-4b-sft-lora --train_manifest cot.json --media_root /data")),
     "rl": Command(
         "T-GRPO or GRPO", "training.tgrpo:run_rl", "recipe",
-        (ModelSettings, DataSettings, TGRPOSettings, VLLMSettings, TrainingToolSettings, PromptSettings), (),
+        (TGRPOSettings, DataSettings, ModelSettings, PromptSettings, TrainingToolSettings, VLLMSettings), (),
         _TRAINING,
         ("rl qwen3-vl-4b-tgrpo-lora --model_name_or_path Qwen/Qwen3-VL-4B-Instruct --train_manifest my.json",
          "rl my.yaml --temporal_rule off --num_generations 16")),
     "plan": Command(
         "tokens, GPU memory and hours that a recipe of sft or rl needs", "plan.cached:run_plan", "recipe",
-        (PlanSettings, ModelSettings, DataSettings, TGRPOSettings, VLLMSettings, TrainingToolSettings,
-         PromptSettings), (), (),
+        (PlanSettings, TGRPOSettings, DataSettings, ModelSettings, PromptSettings, TrainingToolSettings,
+         VLLMSettings), (), (),
         ("plan video-r1-7b-tgrpo", "plan my.yaml --gpus 4 --gpu_memory 24GB --sharding none --use_peft",
          "plan my.yaml --model_config Qwen/Qwen2.5-VL-32B-Instruct --gpus 16 --gpu h200 --sharding zero3")),
     "recipes": Command(

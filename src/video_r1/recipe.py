@@ -21,7 +21,15 @@ from video_r1.commands import COMMANDS, TRAINS
 from video_r1.errors import ConfigError, RequestError, without_secrets
 from video_r1.files import replace_text
 from video_r1.recipe_files import MadeFor, counterpart, model_folder, read_recipe, take_facts
-from video_r1.settings.base import Problem, Settings, own_field_types, raise_problems
+from video_r1.settings.base import (
+    Problem,
+    Settings,
+    flat_types,
+    grouped,
+    is_group,
+    own_field_types,
+    raise_problems,
+)
 from video_r1.settings.decoding import PROTOCOLS
 from video_r1.settings.training_arguments import training_argument_types
 from video_r1.settings.training_record import adopted
@@ -89,7 +97,7 @@ def load_recipe(
     trains = COMMANDS[command].plans_training
     values, refused = translated(values) if trains else (values, [])
     imported = training_argument_types() if trains and values.keys() - types.keys() else {}
-    settings, found = parse_values(command, values, {**imported, **types})
+    settings, found = parse_values(command, grouped(values, types), {**imported, **types})
     found += refused
     for name in ("model_name_or_path", "model", "model_config", "teacher", "teacher_model_name_or_path"):
         if name in settings:
@@ -154,6 +162,10 @@ def parse_values(
         if name not in types:
             found.append((name, unknown_setting(command, name, types)))
             continue
+        if is_group(types[name]):
+            settings[name], inner = parse_values(command, value, own_field_types(types[name]))
+            found += [(f"{name}_{entry}", text) for entry, text in inner]
+            continue
         try:
             settings[name] = parse(value, types[name])
         except ValueError as error:
@@ -174,7 +186,7 @@ USUAL_NAMES = {
 
 
 def unknown_setting(command: str, name: str, known: Collection[str]) -> str:
-    others = [other for other, each in COMMANDS.items() if name in each.types()]
+    others = [other for other, each in COMMANDS.items() if name in flat_types(each.types())]
     usual = [meant for meant in USUAL_NAMES.get(name, ()) if meant in known]
     close = usual or difflib.get_close_matches(name, known, n=1, cutoff=0.6)
     hint = f"did you mean {close[0]}? " if close else ""
@@ -219,5 +231,11 @@ def resolved(settings: Recipe | Settings) -> dict[str, Any]:
 
 def plain(value: Any) -> Any:
     """Convert the value to JSON's types: mappings, lists, numbers, text without secrets."""
-    text = json.dumps(value, default=lambda other: getattr(other, "value", str(other)))
+
+    def converted(other: Any) -> Any:
+        return (
+            dataclasses.asdict(other) if isinstance(other, Settings) else getattr(other, "value", str(other))
+        )
+
+    text = json.dumps(value, default=converted)
     return json.loads(without_secrets(text))

@@ -111,16 +111,16 @@ class Judge:
     def __init__(
         self, settings: JudgeSettings, folder: Path, meter: Any, stopped: Callable[[], bool]
     ) -> None:
-        assert settings.judge_endpoint is not None
+        assert settings.endpoint is not None
         self.settings, self.meter, self.stopped = settings, meter, stopped
-        self.template = load_judge_template(settings.judge_template)
-        key = os.environ.get(settings.judge_key_variable)
-        urls = endpoint_urls(settings.judge_endpoint)
-        self.endpoint = Endpoint(urls, key, settings.judge_timeout, settings.judge_wait)
-        self.client = ChatClient(self.endpoint, settings.judge_concurrency)
+        self.template = load_judge_template(settings.template)
+        key = os.environ.get(settings.key_variable)
+        urls = endpoint_urls(settings.endpoint)
+        self.endpoint = Endpoint(urls, key, settings.timeout, settings.wait)
+        self.client = ChatClient(self.endpoint, settings.concurrency)
         self.path = folder / FILE
         self.scores: dict[str, float] = {}
-        self.model = settings.judge_model or ""
+        self.model = settings.model or ""
         self.is_away = self.has_warned = False
 
     def open(self) -> None:
@@ -154,7 +154,7 @@ class Judge:
 
     def request(self, sample: Sample, answer: str) -> JudgeRequest | None:
         text = judge_question(self.template, sample.problem, sample.answer, answer)
-        key = digest([self.model, text, self.settings.judge_fields], 16)
+        key = digest([self.model, text, self.settings.fields], 16)
         return JudgeRequest(key, text, sample.problem_id, answer) if answer else None
 
     def _ask(self, requests: list[JudgeRequest]) -> set[str]:
@@ -175,7 +175,7 @@ class Judge:
                     logger.warning("the judge at %s is back", self.endpoint.url)
                     self.is_away = False
                 return unread
-            message, down = told[0][0], self.settings.judge_down
+            message, down = told[0][0], self.settings.down
             stops = down == "stop" or not all(passes for _, passes in told)
             if down != "skip" and (stops or any(stopped for _, stopped in everyone)):
                 raise JudgeAway(message)
@@ -226,7 +226,7 @@ class Judge:
             "messages": [{"role": "user", "content": request.text}],
             "temperature": 0,
             "max_tokens": MAX_REPLY_TOKENS,
-            **self.settings.judge_fields,
+            **self.settings.fields,
         }
         where = f"the judge at {self.endpoint.url}"
         try:
@@ -251,8 +251,8 @@ class Judge:
         run was told to stop (not with `judge_down` skip: the step would learn without the judge). Raises
         JudgeAway.
         """
-        limit = self.settings.judge_wait + self.settings.judge_timeout
-        until, told = time.monotonic() + limit, self.settings.judge_down == "skip"
+        limit = self.settings.wait + self.settings.timeout
+        until, told = time.monotonic() + limit, self.settings.down == "skip"
         try:
             while not drawn.done():
                 if not told and self.stopped():
@@ -270,7 +270,7 @@ class Judge:
 
     def _trial(self) -> str:
         """Return the model's name, after one question. Raises ConfigError."""
-        self.model, _ = served_model(self.endpoint, self.settings.judge_model, "judge_")
+        self.model, _ = served_model(self.endpoint, self.settings.model, "judge_")
         where = f"judge_endpoint {self.endpoint.url}: {self.model}"
         try:
             request = self.request(TRIAL, "It has 4 legs.")

@@ -55,7 +55,7 @@ def reward_terms(
     asked_for = {
         "length": settings.length_reward > 0,
         "temporal": settings.temporal_rule != "off" and settings.alpha > 0,
-        "judge": settings.judge_endpoint is not None and settings.judge_as == "reward",
+        "judge": settings.judge.endpoint is not None and settings.judge.use == "reward",
     }
     if reward_funcs == "none":
         return RewardTerms(())
@@ -82,10 +82,10 @@ def reward_terms(
         "names 'temporal' without 'accuracy': the temporal rule pays right answers; add accuracy": (
             "temporal" in names and "accuracy" not in names
         ),
-        "names 'judge' while judge_endpoint is not set, or judge_as is accuracy; change one of them": (
+        "names 'judge' while judge_endpoint is not set, or judge_use is accuracy; change one of them": (
             "judge" in names and not asked_for["judge"]
         ),
-        "does not name 'judge' while judge_endpoint is set; add it, or set judge_as to accuracy": (
+        "does not name 'judge' while judge_endpoint is set; add it, or set judge_use to accuracy": (
             asked_for["judge"] and "judge" not in names
         ),
     }
@@ -161,7 +161,7 @@ def score_groups(
 
     drops: of each question, for the temporal rules that need them. question_text: returns a sample's text for
     the user's functions. judge: for the term of that name, or for the accuracy of free-form answers
-    (`judge_as`); every rank calls it, even without groups. Raises RewardError, and what the judge raises.
+    (`judge_use`); every rank calls it, even without groups. Raises RewardError, and what the judge raises.
     """
     if not questions:
         if judge is not None:
@@ -169,7 +169,7 @@ def score_groups(
         return []
     drops = [None] * len(questions) if drops is None else drops
     judged: Sequence[Tensor | None] = [None] * len(questions)
-    if judge is not None and settings.judge_as == "accuracy":
+    if judge is not None and settings.judge.use == "accuracy":
         both = [[*own, *others] for own, others in zip(ordered, shuffled, strict=True)]
         judged = judge([SampleAnswers(one.sample, all_) for one, all_ in zip(questions, both, strict=True)])
     groups = [
@@ -191,7 +191,7 @@ def score_groups(
         )
         for group, values in zip(groups, rewards.split([len(g.ordered) for g in groups]), strict=True):
             group.rewards[name] = values
-    if judge is not None and settings.judge_as == "reward":
+    if judge is not None and settings.judge.use == "reward":
         for group, values in zip(groups, judge(groups), strict=True):
             group.rewards["judge"] = values
     for group in groups:

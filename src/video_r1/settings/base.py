@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Self, TypeVar
 
 from video_r1.errors import ConfigError
-from video_r1.settings.types import default_text, describe_type, matches
+from video_r1.settings.types import default_text, describe_type, matches, pairs_of
 
 Problem = tuple[str, str]
 """Name of a setting, and a text that says what is wrong with its value and what to do."""
@@ -19,13 +19,16 @@ BOUNDS = {"above": operator.gt, "at_least": operator.ge, "below": operator.lt, "
 
 
 def setting(default: Any, help: str, distinct: bool = False, **bounds: float) -> Any:
-    """Return a dataclass field with its help text. Lists and dictionaries are copied for each object.
+    """Return a dataclass field with its help text. Lists and dictionaries are copied for each object; a class
+    of settings makes a group.
 
     distinct: a list has one or more items, each once. bounds: limits of a value that is not None, by a word
     of BOUNDS: `setting(0.5, "…", below=1)`.
     """
     assert bounds.keys() <= BOUNDS.keys(), bounds
     metadata = {"help": help, "bounds": bounds, "distinct": distinct}
+    if isinstance(default, type):  # a group
+        return dataclasses.field(default_factory=default, metadata=metadata)
     if isinstance(default, list | dict):
         return dataclasses.field(default_factory=lambda: type(default)(default), metadata=metadata)
     return dataclasses.field(default=default, metadata=metadata)
@@ -47,7 +50,7 @@ class Settings(metaclass=_Translating):
     @classmethod
     def understood(cls, values: dict[str, Any]) -> dict[str, Any]:
         """Return keyword arguments by the fields' names. Subclasses translate other names."""
-        return values
+        return grouped(values, own_field_types(cls))
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Self:
         made = super().__new__(cls)
@@ -66,11 +69,18 @@ class Settings(metaclass=_Translating):
                 parent()
             except ValueError as error:
                 raise ConfigError(f"transformers refuses these settings: {error}") from error
-        found = [
-            (name, f"is {getattr(self, name)!r}; it must be {describe_type(hint)}")
-            for name, hint in own_field_types(type(self)).items()
-            if not matches(getattr(self, name), hint)
-        ]
+        found: list[Problem] = []
+        for name, hint in own_field_types(type(self)).items():
+            value = getattr(self, name)
+            if is_group(hint) and isinstance(value, Mapping):
+                unknown = value.keys() - own_field_types(hint).keys()
+                found += [(f"{name}_{entry}", "is no setting") for entry in unknown]
+                try:
+                    setattr(self, name, hint(**{k: v for k, v in value.items() if k not in unknown}))
+                except ConfigError as error:
+                    found += [(f"{name}_{entry}", text) for entry, text in error.problems]
+            elif not matches(value, hint):
+                found.append((name, f"is {value!r}; it must be {describe_type(hint)}"))
         raise_problems(found or list(self.problems()))
 
     def problems(self) -> Iterator[Problem]:
@@ -101,6 +111,56 @@ def own_field_types(kind: type) -> dict[str, Any]:
             hints = typing.get_type_hints(base)
             declared |= {name: hints[name] for name in own}
     return declared
+
+
+# ---- Groups: settings whose type is a class of settings, such as judge
+
+
+def is_group(hint: Any) -> bool:
+    return isinstance(hint, type) and issubclass(hint, Settings)
+
+
+def entries_of(types: Mapping[str, Any]) -> dict[str, tuple[str, str]]:
+    """Return group and entry by their flat name: {"judge_wait": ("judge", "wait")}."""
+    groups = {name: own_field_types(hint) for name, hint in types.items() if is_group(hint)}
+    return {f"{group}_{entry}": (group, entry) for group, inner in groups.items() for entry in inner}
+
+
+def flat_types(types: Mapping[str, Any]) -> dict[str, Any]:
+    """Return types with the entries of groups added under their flat names."""
+    entries = entries_of(types).items()
+    return {**types, **{name: own_field_types(types[group])[entry] for name, (group, entry) in entries}}
+
+
+def grouped(values: Mapping[str, Any], types: Mapping[str, Any]) -> dict[str, Any]:
+    """Return values with the entries of groups in mappings: {"judge": "http://host", "judge_wait": 9} gives
+    {"judge": {"endpoint": "http://host", "wait": 9}}. Other values of a group are its first entry.
+    """
+    places, found = entries_of(types), {}
+    for name, value in values.items():
+        group, entry = places.get(name, (name, ""))
+        if not is_group(types.get(group)):
+            found[name] = value
+            continue
+        known = own_field_types(types[group])
+        if isinstance(value, types[group]):
+            value = {each: getattr(value, each) for each in known}
+        elif not entry and not isinstance(value, Mapping):
+            pairs = pairs_of(value)
+            value = pairs if pairs.keys() & known.keys() else {next(iter(known)): value}
+        found[group] = {**found.get(group, {}), **({entry: value} if entry else value)}
+    return found
+
+
+def flat(values: Mapping[str, Any], types: Mapping[str, Any]) -> dict[str, Any]:
+    """Return values with the entries of groups under their flat names: the inverse of `grouped`."""
+    places, found = {place: name for name, place in entries_of(types).items()}, {}
+    for name, value in values.items():
+        if is_group(types.get(name)):
+            found |= {places[name, entry]: one for entry, one in value.items()}
+        else:
+            found[name] = value
+    return found
 
 
 T = TypeVar("T", bound=type[Settings])

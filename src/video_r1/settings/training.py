@@ -78,40 +78,38 @@ class SFTSettings(TrainingSettings):
 class JudgeSettings(Settings):
     """Judge"""
 
-    judge_endpoint: str | None = setting(
+    endpoint: str | None = setting(
         None, "OpenAI-compatible endpoint(s) whose model judges free-form answers (http://host:8000/v1)"
     )
-    judge_as: Literal["reward", "accuracy"] = setting(
+    use: Literal["reward", "accuracy"] = setting(
         "reward", "reward: a reward of its own; accuracy: the accuracy of free-form answers, instead of ROUGE"
     )
-    judge_model: str | None = setting(None, "the judge's model name (default: the only one at the endpoint)")
-    judge_key_variable: str = setting("OPENAI_API_KEY", "environment variable that holds the endpoint's key")
-    judge_template: str | None = setting(
+    model: str | None = setting(None, "the judge's model name (default: the only one at the endpoint)")
+    key_variable: str = setting("OPENAI_API_KEY", "environment variable that holds the endpoint's key")
+    template: str | None = setting(
         None, "file with the judge's prompt: {question}, {truth}, {answer}; it must reply a number, 0 to 1"
     )
-    judge_fields: dict[str, Any] = setting({}, "more fields of a request, as JSON; null removes one")
-    judge_down: Literal["wait", "stop", "skip"] = setting(
+    fields: dict[str, Any] = setting({}, "more fields of a request, as JSON; null removes one")
+    down: Literal["wait", "stop", "skip"] = setting(
         "wait", "if the judge does not answer: wait; stop, with a checkpoint; skip its term for those groups"
     )
-    judge_wait: float = setting(
-        60.0, "seconds to wait for it at the start and before stop or skip", at_least=0
-    )
-    judge_timeout: float = setting(120.0, "seconds for a request; raise it for a judge that reasons", above=0)
-    judge_concurrency: int = setting(64, "simultaneous requests to it, in each process", above=0)
+    wait: float = setting(60.0, "seconds to wait for it at the start and before stop or skip", at_least=0)
+    timeout: float = setting(120.0, "seconds for a request; raise it for a judge that reasons", above=0)
+    concurrency: int = setting(64, "simultaneous requests to it, in each process", above=0)
 
     def problems(self) -> Iterator[Problem]:
         yield from super().problems()
-        if self.judge_endpoint is None:
-            if self.judge_as == "accuracy":
-                yield "judge_as", "is accuracy while judge_endpoint is not set; give the judge's address"
+        if self.endpoint is None:
+            if self.use == "accuracy":
+                yield "use", "is accuracy while judge_endpoint is not set; give the judge's address"
             return
-        named = addresses(self.judge_endpoint)
+        named = addresses(self.endpoint)
         if not named or not all(address.startswith(SCHEMES) for address in named):
-            yield "judge_endpoint", f"is {self.judge_endpoint!r}; give an address with http:// or https://"
+            yield "endpoint", f"is {self.endpoint!r}; give an address with http:// or https://"
 
 
 @dataclass(kw_only=True)
-class TGRPOSettings(JudgeSettings, TrainingSettings):
+class TGRPOSettings(TrainingSettings):
     """GRPO and T-GRPO"""
 
     reward_funcs: list[str] | Literal["none"] | None = setting(
@@ -178,6 +176,9 @@ class TGRPOSettings(JudgeSettings, TrainingSettings):
         {"accuracy": 1.0, "format": 1.0, "temporal": 1.0, "length": 1.0},
         "weight of each reward, by name (default: 1) or in the order of reward_funcs",
     )
+    judge: JudgeSettings = setting(
+        JudgeSettings, "a language model behind an endpoint that scores free-form answers (docs/t-grpo.md)"
+    )
     shuffle_options: bool = setting(
         False, "draw the order of a question's options each time it is asked, with the solution's letter"
     )
@@ -230,7 +231,7 @@ class TGRPOSettings(JudgeSettings, TrainingSettings):
             )
             yield "length_range", f"{said}, so nothing can earn it; lower it or set length_reward 0"
         yield from self.teacher_problems()
-        if "judge" in (self.reward_funcs or ()) and not self.judge_endpoint:
+        if "judge" in (self.reward_funcs or ()) and not self.judge.endpoint:
             yield "judge_endpoint", "is missing while reward_funcs names judge; give the judge's address"
 
     def teacher_problems(self) -> Iterator[Problem]:

@@ -69,12 +69,14 @@ def describe_type(hint: Any) -> str:
     if get_origin(hint) is dict:
         return f"mapping of {describe_type(arguments[0])} to {describe_type(arguments[1])}"
     words = {str: "text", Sentence: "text", bool: "true | false", type(None): "none"}
+    if hasattr(hint, "__dataclass_fields__"):  # a group
+        return "mapping"
     return words.get(hint) or getattr(hint, "__name__", str(hint))
 
 
 def default_text(value: Any) -> str:
     """Return a default as written in a recipe; empty for none, which the help text explains."""
-    if value is None or value == []:
+    if value is None or value == [] or hasattr(value, "__dataclass_fields__"):
         return ""
     if isinstance(value, bool):
         return str(value).lower()
@@ -169,6 +171,14 @@ def _pairs(value: Any, wrong: ValueError) -> Mapping[Any, Any]:
     if not isinstance(value, Mapping):
         raise wrong
     return value
+
+
+def pairs_of(value: Any) -> Mapping[Any, Any]:
+    """Return the mapping that a value or its text is; {} for others."""
+    try:
+        return _pairs(value, ValueError())
+    except ValueError:
+        return {}
 
 
 def _flow(text: str) -> Any:

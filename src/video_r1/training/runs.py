@@ -15,6 +15,7 @@ from transformers import PreTrainedModel, ProcessorMixin, Trainer, TrainingArgum
 from transformers.trainer_utils import SaveStrategy
 
 from video_r1.availability import check_optimizer
+from video_r1.commands import COMMANDS
 from video_r1.data.decoding.frame_cache import media_state
 from video_r1.data.manifests.records import Sample, kept_samples, load_manifest, samples_digest
 from video_r1.data.manifests.trl_rows import is_trl_table, trl_samples
@@ -27,7 +28,7 @@ from video_r1.models.loading import add_lora, load_model, load_processor, with_t
 from video_r1.processes import claimed_by_first, decided_by_first, process_count
 from video_r1.recipe import Recipe, plain, resolved, unknown_setting
 from video_r1.rollout.vllm.mrope import rule_of_training
-from video_r1.settings.base import raise_problems
+from video_r1.settings.base import flat, raise_problems
 from video_r1.settings.shared import (
     DataSettings,
     LoadingSettings,
@@ -66,6 +67,7 @@ class RunArguments(PromptSettings, ManifestSettings, LoadingSettings, TrainingAr
     def understood(cls, values: dict[str, Any]) -> dict[str, Any]:
         """Translate TRL's names. Raises ConfigError for those that are refused, and for unknown names."""
         settings, found = translated(values)
+        settings = super().understood(settings)
         known = [field.name for field in dataclasses.fields(cls)]
         unknown = settings.keys() - known
         raise_problems([*found, *((name, unknown_setting(cls.command, name, known)) for name in unknown)])
@@ -258,6 +260,8 @@ def changed_settings(here: Mapping[str, Any], folder: Path) -> dict[str, tuple[A
     except (OSError, yaml.YAMLError) as error:
         path = folder / "config.yaml"
         raise ConfigError(f"{path} cannot be read: {error}; choose another output_dir") from error
+    types = COMMANDS["rl"].types() | COMMANDS["sft"].types()
+    here, there = (flat(values, types) for values in (here, there))
     return {name: (there[name], here[name]) for name in here if name in there and there[name] != here[name]}
 
 

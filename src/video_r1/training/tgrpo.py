@@ -316,8 +316,8 @@ class TGRPOTrainer(QuestionTrainer):
             scored = args.contrast if self.rule.contrast == "scored" else None
             self.engine = ToolEngine(self.engine, self.builder, scored, args.contrast_unit)
         self.judge: Judge | None = None
-        if args.judge_endpoint is not None:
-            self.judge = Judge(args, self.folder, self.meter, lambda: self.stop.number is not None)
+        if args.judge.endpoint is not None:
+            self.judge = Judge(args.judge, self.folder, self.meter, lambda: self.stop.number is not None)
         self.ahead: Future[Sampled] | None = None  # rollouts of the next step
         self.thread = ThreadPoolExecutor(1, "rollouts-ahead") if args.async_rollouts else None
         self.steps_read_ahead = 2 if args.async_rollouts else 1
