@@ -99,7 +99,7 @@ PROBLEMS = [
     ({"problem_id": None}, "problem_id is missing"),
     ({"problem_id": 7.5}, "problem_id is 7.5; it must be an integer or a string"),
     ({"problem": "  "}, "problem is '  '; it must be a text"),
-    ({"problem_type": "ocr"}, f"problem_type is 'ocr'; known are {', '.join(PROBLEM_TYPES)}"),
+    ({"problem_type": "essay"}, f"problem_type is 'essay'; known are {', '.join(PROBLEM_TYPES)}"),
     ({"solution": "B"}, "solution is 'B'; it must be <answer>…</answer> with a text inside"),
     (
         {"solution": "<answer>A</answer><answer>B</answer>"},

@@ -21,7 +21,8 @@ from starlette.responses import Response, StreamingResponse
 from starlette.routing import Route
 
 from video_r1.data.answers import LETTERS
-from video_r1.data.manifests.records import PROBLEM_TYPES, check_manifest
+from video_r1.data.manifests.problem_types import PROBLEM_TYPES
+from video_r1.data.manifests.records import check_manifest
 from video_r1.data.sources.media_paths import data_type_of
 from video_r1.data.sources.remote import local_file
 from video_r1.errors import ManifestError, RequestError

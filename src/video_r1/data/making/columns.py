@@ -4,7 +4,8 @@ import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from video_r1.data.making.layouts import KIND, Row, files_of, plain_text, seconds_of, type_of
+from video_r1.data.making.layouts import KIND, Row, files_of, plain_text, seconds_of
+from video_r1.data.manifests.problem_types import type_of
 from video_r1.data.manifests.tables import InTable
 from video_r1.errors import RequestError
 

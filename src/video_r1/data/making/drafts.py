@@ -26,10 +26,8 @@ from video_r1.data.answers import (
 from video_r1.data.grounding import GROUNDING_FORMS
 from video_r1.data.making.clip_index import MEDIA_EXTENSIONS, SUBTITLE_EXTENSIONS, ClipIndex
 from video_r1.data.making.layouts import (
-    BY_ROW,
     KIND,
     TAGS,
-    YES_NO,
     Draft,
     Numbers,
     Rejected,
@@ -38,8 +36,8 @@ from video_r1.data.making.layouts import (
     seconds_of,
     split_response,
     tags_in,
-    type_of,
 )
+from video_r1.data.manifests.problem_types import BY_ROW, YES_NO, YES_OR_NO, renaming, type_of
 from video_r1.data.manifests.records import DATA_TYPES, FIELDS
 from video_r1.data.manifests.tables import InTable
 from video_r1.data.sources.media_paths import MediaPaths, data_type_of, path_below
@@ -50,7 +48,6 @@ _THOUGHT = re.compile(r"\s*<think>.*</think>\s*", re.DOTALL)
 _TEXT = {"data_type": "text"}
 _LETTERS_ALONE = re.compile(r"\(?[A-Ja-j]\)?(?:(?:\s*[,;&/]\s*|\s+and\s+)\(?[A-Ja-j]\)?)*[.):]?")
 _HEADING = re.compile(r"(?i)(?:^|(?<=[\s.?!？。]))(?:options|choices|candidates|选项)\s*[:：]?\s*\Z")
-_YES_NO = {True: ["True", "False"], False: ["Yes", "No"]}
 _WHOLE_NUMBER = re.compile(r"\s*(\d+)(?:\.0)?\s*")
 _CLEARLY = 0.95  # a reading that understands less than this share of what the best one does is ruled out
 # Both subtitle formats give each cue a line with its times; SubRip has a comma before the milliseconds,
@@ -120,8 +117,10 @@ def manifest_row(number: int, draft: Draft, making: Making, numbers: Numbers) ->
     answer = json.dumps(answer) if isinstance(answer, (list, dict)) else plain_text(answer)
     if problem_type == YES_NO:
         problem_type = "multiple choice"
-        options = options or options_of(_YES_NO[answer.lower() in ("true", "false")])
+        options = options or options_of(YES_OR_NO.get(answer.lower(), YES_OR_NO["yes"]))
         notes.append(f"a question of the type {given} became multiple choice, such as {options}")
+    elif given not in (None, "", problem_type) and type_of(str(given)) != BY_ROW:
+        notes.append(renaming(given, problem_type))
     if problem_type == "multiple choice":
         if not options:
             raise Rejected("options", "a multiple choice question without options")

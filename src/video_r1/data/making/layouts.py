@@ -8,11 +8,11 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
 from itertools import zip_longest
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple
 
 from video_r1.data.answers import parse_number, parse_options
+from video_r1.data.manifests.problem_types import PROBLEM_TYPES
 from video_r1.data.manifests.tables import InTable
-from video_r1.settings.shared import ProblemType
 
 Row = Mapping[str, Any]
 Draft = dict[str, Any]
@@ -25,19 +25,6 @@ KEY = "key"
 """Field for the name under which a JSON object holds a row."""
 KIND = " kind"
 TAGS = re.compile(r"<(?:image|video|audio)>(\s*)")
-YES_NO, BY_ROW = "yes/no", "by row"
-_TYPE_NAMES = {
-    "multiple choice": "multichoice mcq mc choice choices",
-    "numerical": "numeric number num integer float count counting",
-    "free-form": "openended open oe freetext text",
-    "math": "mathematical mathematics latex",
-    "temporal grounding": "momentretrieval",
-    "spatial-temporal grounding": "spatiotemporalgrounding",
-    YES_NO: "yesno yn binary boolean bool truefalse tf",
-    BY_ROW: "other auto",
-}
-_TYPES = {re.sub(r"[\W_]", "", name.lower()): name for name in get_args(ProblemType)}
-_TYPES |= {name: problem_type for problem_type, names in _TYPE_NAMES.items() for name in names.split()}
 _CLOCK = re.compile(r"(?:(\d+):)?(\d{1,2}):(\d{1,2}(?:\.\d+)?)")
 _THINK = re.compile(r"\s*<think>(.*?)</think>\s*", re.DOTALL)
 _ANSWER = re.compile(r"<answer>(.*?)</answer>", re.DOTALL)
@@ -59,7 +46,7 @@ REMEDIES = {
     "if the letter itself is the answer, write free-form into a column problem_type",
     "answer is no option": "give the answer as an option's letter, text or position (--answers from_0 or "
     "from_1)",
-    "problem type": f"set --problem_type, or write one of {', '.join(get_args(ProblemType))}",
+    "problem type": f"set --problem_type, or write one of {', '.join(PROBLEM_TYPES)}",
     "no place or time": "write JSON as docs/data-format.md shows it for the problem type",
     "times": "write start and end in seconds or as h:mm:ss",
     "several media": "a question shows images or videos, not both: remove one kind",
@@ -305,8 +292,3 @@ def seconds_of(text: str) -> float | None:
         return int(clock[1] or 0) * 3600 + int(clock[2]) * 60 + float(clock[3])
     number = parse_number(text)
     return number if number is None or number >= 0 else None
-
-
-def type_of(text: str) -> str | None:
-    """Return the problem type, YES_NO or BY_ROW, that a text names; None for other texts."""
-    return _TYPES.get(re.sub(r"[\W_]", "", text.lower()))

@@ -16,6 +16,7 @@ import os
 import re
 import sys
 import tempfile
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
@@ -25,6 +26,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TextIO, cast, get_ar
 from video_r1.availability import check_math_verify, is_hub_id
 from video_r1.data.answers import option_prefix
 from video_r1.data.grounding import GROUNDING_FORMS, truth_problems
+from video_r1.data.manifests.problem_types import PROBLEM_TYPES, in_our_words, tell_renamings
 from video_r1.data.manifests.tables import (
     ENDING,
     OwnPlace,
@@ -60,7 +62,6 @@ _DEEPEST = 100  # levels of lists and objects in a row
 _LETTER = re.compile(r"\s*\(?([A-Z])(?:[.):]|\s*$)")  # "A. text", "(A) text", "A: text", "A"
 DataType = Literal["image", "video", "text"]
 DATA_TYPES: tuple[str, ...] = get_args(DataType)
-PROBLEM_TYPES: tuple[str, ...] = get_args(ProblemType)
 
 TABLE_EXTENSIONS = (".csv", ".tsv", ".tab")
 """Tables that are no manifests: `data make` reads them."""
@@ -300,11 +301,14 @@ def check_manifest(
     places = MediaPaths(media_root, allow_urls, allowed_roots)
     checked = CheckedManifest([], [], [])
     rows_by_id: dict[str, int] = {}
+    renamings: Counter[str] = Counter()
     number = 0
     for number, row in placed_rows(source, split):
         if isinstance(row, Unreadable):
             checked.problems.append(Problem(number, None, row.reason))
             continue
+        if renamed := in_our_words(row)[1]:
+            renamings[renamed] += 1
         sample, found = check_row(row, places, score)
         problem_id = row.get("problem_id") if isinstance(row, dict) else None
         if not isinstance(problem_id, (int, str)):
@@ -319,6 +323,7 @@ def check_manifest(
             checked.rows.append(number)
     if number == 0:
         checked.problems.append(Problem(0, None, "the manifest has no rows"))
+    tell_renamings(renamings)
     return checked
 
 
@@ -442,6 +447,7 @@ def check_row(
     """
     if not isinstance(row, dict):
         return None, [f"is {quoted(row)}, not an object with fields"]
+    row, _ = in_our_words(row)
     found: list[str] = []
     given: dict[str, Any] = {}
     optional = {"path": row.get("data_type") == "text", "problem": bool(row.get("messages"))}

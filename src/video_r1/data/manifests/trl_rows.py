@@ -14,17 +14,26 @@ from __future__ import annotations
 import base64
 import hashlib
 import os
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import replace
 from io import BytesIO
 from itertools import islice
 from numbers import Real
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 from PIL import Image
 
 from video_r1.data.decoding.pictures import upright
+from video_r1.data.manifests.problem_types import (
+    BY_ROW,
+    PROBLEM_TYPES,
+    YES_NO,
+    renaming,
+    tell_renamings,
+    type_of,
+)
 from video_r1.data.manifests.records import CHAT_FORM, CheckedManifest, Problem, Sample, read_chat
 from video_r1.data.sources.media_paths import MediaPaths
 from video_r1.data.sources.media_types import IMAGE_EXTENSIONS, VIDEO_EXTENSIONS
@@ -49,7 +58,7 @@ def is_trl_table(questions: Any) -> bool:
     if names is None:  # a list, or a streamed dataset whose columns are not known
         rows = questions if isinstance(questions, (list, tuple)) or hasattr(questions, "features") else ()
         names = next((row.keys() for row in islice(rows, 1) if isinstance(row, Mapping)), ())
-    return PROMPT in names and "problem_type" not in names
+    return PROMPT in names and not ("problem_type" in names and {"problem", "messages"}.intersection(names))
 
 
 def trl_samples(
@@ -61,19 +70,22 @@ def trl_samples(
     that are no ids, or come twice, are replaced by the rows' numbers.
     """
     places = places or MediaPaths(os.getcwd())
-    checked = CheckedManifest([], [], [])
+    checked, renamings = CheckedManifest([], [], []), Counter[str]()
     for name, feature in (getattr(questions, "features", None) or {}).items():
         if (stored := _undecoded(feature)) != feature:  # files' bytes, not decoded pictures and clips
             questions = questions.cast_column(name, stored)
     for number, row in enumerate(questions, start=1):
         try:
-            checked.samples.append(_sample(number, row, folder, places))
+            checked.samples.append(sample := _sample(number, row, folder, places))
+            given = row.get("problem_type") or sample.problem_type
+            renamings[renaming(given, sample.problem_type)] += given != sample.problem_type
             checked.rows.append(number)
         except ValueError as error:
             checked.problems.append(Problem(number, None, str(error)))
     if not checked.samples and not checked.problems:
         checked.problems.append(Problem(0, None, "it has no rows"))
     samples = checked.without_problems("a table with prompts", bad_rows)
+    tell_renamings(+renamings)
     ids = [sample.problem_id for sample in samples]
     if len(set(map(str, ids))) == len(ids) and all(type(one) in (int, str) for one in ids):
         return samples
@@ -197,13 +209,20 @@ def _column_with_media(row: Mapping[str, Any]) -> str | None:
 
 
 def _answer(row: Mapping[str, Any]) -> tuple[str, ProblemType]:
-    """Return solution and type: the first column of ANSWERS with a text or a number; NO_ANSWER without."""
+    """Return solution and type: the first column of ANSWERS with a text or a number; NO_ANSWER without.
+
+    A yes/no question, whose prompt stays as it is, is compared as a text. Raises ValueError for other types.
+    """
+    named = type_of(str(row.get("problem_type") or "auto"))
+    if named is None:
+        raise ValueError(f"problem_type is {row['problem_type']!r}; known are {', '.join(PROBLEM_TYPES)}")
+    kind = cast("ProblemType | None", {BY_ROW: None, YES_NO: "free-form"}.get(named, named))
     for value in map(row.get, ANSWERS):
         text = str(value).strip() if isinstance(value, (str, Real)) else ""
         if text not in ("", "nan", "inf", "-inf"):
             tagged = text if text.startswith("<answer>") else f"<answer>{text}</answer>"
-            return tagged, "free-form" if isinstance(value, (str, bool)) else "numerical"
-    return NO_ANSWER, "free-form"
+            return tagged, kind or ("free-form" if isinstance(value, (str, bool)) else "numerical")
+    return NO_ANSWER, kind or "free-form"
 
 
 def _file_of(held: Any, kind: Kind, folder: Path, places: MediaPaths) -> str:
