@@ -396,7 +396,7 @@ def test_cases_scores(
     *(("/v1/models", RAW[name]) for name in ("deep list", "bomb", "endless", "pause for ever")),
     *(("/collective_rpc", RAW[name]) for name in ("deep list", "bomb", "endless", "no gzip")),
     *(("/tokenize", found) for found in ({}, {"tokens": 3}, {"tokens": ["a"]}, RAW["bomb"])),
-], ids=str)  # fmt: skip
+], ids=lambda each: str(each)[:40])  # fmt: skip
 def test_cases_what_a_server_says_of_itself(
     served: HostileVLLM, tmp_path: Path, path: str, mode: Any
 ) -> None:
