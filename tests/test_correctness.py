@@ -1,5 +1,8 @@
 """Correctness scores, each figure worked out by hand."""
 
+import subprocess
+import sys
+
 import pytest
 import torch
 from hypothesis import given
@@ -95,6 +98,16 @@ def test_free_form_scores_of_ascii_are_those_of_rouge_score(answer: str, truth: 
     for said in (answer, truth):
         scores = _ROUGE.score(truth, said)
         assert correctness("free-form", said, truth) == sum(s.fmeasure for s in scores.values()) / 3
+
+
+def test_cases_scores_for_a_user_without_a_home() -> None:
+    program = (
+        "import os; os.environ.pop('HOME'); os.getuid = lambda: 2**31 - 3\n"
+        "from video_r1.data.scores import correctness\n"
+        "print(correctness('free-form', 'red balls', 'a red ball'), 'HOME' in os.environ)"
+    )
+    said = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout
+    assert float(said.split()[0]) == pytest.approx((4 / 5 + 2 / 3 + 4 / 5) / 3) and said.split()[1] == "False"
 
 
 def test_scores_of_whole_completions() -> None:

@@ -8,6 +8,7 @@ tIoU, boxes by their IoU, boxes over time by the mean of their IoUs: over the se
 (spatial-temporal grounding), or over the truth's seconds, a missing one counting 0 (tracking).
 """
 
+import os
 import re
 import unicodedata
 from collections.abc import Callable, Iterator, Mapping
@@ -101,9 +102,14 @@ def free_form(answer: str, truth: str) -> float:
 
 @cache
 def _rouge() -> Any:
-    from nltk.stem.porter import PorterStemmer
-    from rouge_score.rouge_scorer import RougeScorer
-
+    if homeless := os.path.expanduser("~") == "~":  # then nltk, which needs none, cannot be imported
+        os.environ["HOME"] = os.sep
+    try:
+        from nltk.stem.porter import PorterStemmer
+        from rouge_score.rouge_scorer import RougeScorer
+    finally:
+        if homeless:
+            del os.environ["HOME"]
     stem = PorterStemmer().stem
 
     def tokenize(text: str) -> list[str]:
