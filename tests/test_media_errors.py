@@ -5,10 +5,12 @@ from collections import Counter
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import av
 import numpy as np
 import pytest
+import torch
 from av.stream import Disposition
 from damaged_media import bit_rotted
 from media_files import SIDE, SMALL, noise, picture, sample, saved, write_video
@@ -164,6 +166,61 @@ def test_bit_rotted_h264_is_refused_each_time(bit_rot):
                 read_media(sample(copy), SMALL)
             reasons.add(error.value.reason)
         assert len(reasons) == 1
+
+
+def broken_note(clip: bytes) -> bytes:
+    """x264's note before the first picture calls itself a keyframe: its first byte was lost."""
+    place = clip.index(b"\x06\x05\xff\xff")
+    return clip[:place] + b"\x05" + clip[place + 1 :]
+
+
+def with_times_of_decoding(path: Path, clip: Path) -> Path:
+    """A copy whose B-pictures have no times of their own."""
+    with av.open(str(clip)) as source, av.open(str(path), "w") as copy:
+        stream: Any = copy.add_stream_from_template(source.streams.video[0])
+        for packet in source.demux(video=0):
+            if packet.dts is not None:
+                packet.dts += 1024  # or the first would be cut away
+                packet.pts, packet.stream = packet.dts, stream
+                copy.mux(packet)
+    return path
+
+
+@pytest.mark.parametrize("change", ["note", "times", "both", "neither"])
+def test_cases_a_sound_clip_is_read(tmp_path, change):
+    """A broken note is no broken picture; frames come in the order in which they are shown."""
+    options = {"x264-params": "keyint=20:bframes=3:b-adapt=0"}
+    path = write_video(tmp_path / "a.mp4", 48, codec_options=options)
+    budget = replace(SMALL, fps=25.0, max_frames=48)
+    expected = read_media(sample(path), budget)
+    if change in ("times", "both"):
+        path = with_times_of_decoding(tmp_path / "b.mp4", path)
+    if change in ("note", "both"):
+        path.write_bytes(broken_note(path.read_bytes()))
+    found = read_media(sample(path), budget)
+    assert torch.equal(found.frames, expected.frames)
+    assert found.timestamps.tolist() == pytest.approx(expected.timestamps.tolist(), abs=0.02)
+
+
+@pytest.mark.parametrize(("name", "codec"), [("a.mp4", "libx264"), ("a.avi", "mpeg4"), ("a.h264", "libx264")])
+def test_cases_damage_where_no_asked_frame_needs_it(tmp_path, name, codec):
+    """The last second is rotten: the first one is read as before, the whole is refused each time."""
+    path = write_video(tmp_path / name, 75, codec, codec_options={"g": "25", "bf": "2"})
+    window = sample(path, start=0.0, end=0.8)
+    expected = read_media(window, SMALL)
+    content = bytearray(path.read_bytes())
+    with av.open(str(path)) as container:
+        packets: list[Any] = list(container.demux(video=0))
+        for packet in packets[-12:-1]:
+            content[packet.pos + 40 : packet.pos + packet.size - 4] = b"\xa5" * max(0, packet.size - 44)
+    path.write_bytes(content)
+    assert torch.equal(read_media(window, SMALL).frames, expected.frames)
+    reasons = set()
+    for _ in range(3):
+        with pytest.raises(MediaError, match="the video is damaged") as error:
+            read_media(sample(path), SMALL)
+        reasons.add(error.value.reason)
+    assert len(reasons) == 1
 
 
 def test_a_transport_stream_with_lost_packets_gives_right_frames_or_an_error(tmp_path):

@@ -10,12 +10,13 @@
    frame that does not appear), every frame is decoded instead.
 """
 
+import math
 from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from fractions import Fraction
-from itertools import pairwise
+from itertools import chain, pairwise
 from typing import Any
 
 import av
@@ -84,6 +85,7 @@ class _Packets:
     last_seconds: float  # duration of the last frame
     kept: list[Any] | None  # the packets themselves, if they are few bytes
     lost: list[int]  # positions of packets of a transport stream that lack data
+    pictures_only: bool = False  # see `_packets_of`
 
     def times(self) -> list[float]:
         """Return presentation times in seconds from the first frame."""
@@ -115,6 +117,7 @@ def decode_clip(
     clip: ClipRef,
     choose: Callable[[int, float], list[int]],
     finish: Callable[[Tensor], Tensor],
+    pictures_only: bool = False,
 ) -> Clip:
     """Decode the chosen frames of a clip.
 
@@ -122,13 +125,14 @@ def decode_clip(
         clip: its window; frames with start ≤ time < end belong to it.
         choose: given the number of frames in the window and their mean rate, the ascending indices to decode.
         finish: given one upright frame [3, H, W] uint8 RGB, what to keep of it (a resized copy).
+        pictures_only: see `_packets_of`; tried where decoding fails, since a broken note breaks no picture.
 
     Raises:
         ValueError: with a reason in words: no video in the file, damaged, cut short, nothing in the window.
         av.error.FFmpegError: FFmpeg's own error where no better reason is known.
     """
     with open_video(file) as (container, stream):
-        packets = _list_packets(container, stream)
+        packets = _list_packets(container, stream, pictures_only)
         if packets.shown:
             chosen, times, duration = choose_frames(packets.times(), packets.last_seconds, clip, choose)
             positions = [packets.shown[index] for index in chosen]
@@ -140,10 +144,40 @@ def decode_clip(
                     with suppress(av.error.FFmpegError), open_video(file, threads=1) as (again, its_stream):
                         frames = _decode_listed(again, its_stream, packets, positions, finish, lead_in=True)
                         return Clip(frames, times, duration)
-    return _decode_from_beginning(file, clip, choose, finish, packets)
+    try:
+        return _decode_from_beginning(file, clip, choose, finish, packets)
+    except ValueError as error:
+        if pictures_only or not isinstance(error.__cause__, av.error.FFmpegError):
+            raise
+        return decode_clip(file, clip, choose, finish, pictures_only=True)
 
 
-def _list_packets(container: Any, stream: Any) -> _Packets:
+def _packets_of(container: Any, stream: Any, pictures_only: bool) -> Iterator[Any]:
+    """Yield a stream's packets. pictures_only: those of H.264 and HEVC in a file with an index without the
+    units that are neither pictures nor their parameters: notes for players, and what calls itself a part of a
+    keyframe that no other picture refers to, of which there is none.
+    """
+    header = bytes(stream.codec_context.extradata or b"")
+    is_h264 = stream.codec_context.name == "h264"
+    known = pictures_only and stream.codec_context.name in ("h264", "hevc") and header[:1] == b"\1"
+    length = 1 + (header[4 if is_h264 else 21] & 3) if known else 0
+    for packet in container.demux(stream):
+        data, place, kept = bytes(packet) if length else b"", 0, []
+        while place + length < len(data):
+            end = place + length + int.from_bytes(data[place : place + length])
+            kind = data[place + length]
+            if kind & 31 in (1, 2, 3, 4, 5, 7, 8) and kind & 127 != 5 if is_h264 else kind >> 1 & 63 < 35:
+                kept.append(data[place:end])
+            place = end
+        if data and len(whole := b"".join(kept)) < len(data):
+            shorter = av.Packet(whole)
+            shorter.pts, shorter.dts, shorter.duration = packet.pts, packet.dts, packet.duration
+            shorter.is_keyframe, shorter.time_base = packet.is_keyframe, packet.time_base
+            packet = shorter
+        yield packet
+
+
+def _list_packets(container: Any, stream: Any, pictures_only: bool) -> _Packets:
     """List all packets. Raise ValueError for a cut-off file."""
     declared = len(stream.index_entries) if container.format.name.startswith("mov") else 0
     pts: list[int | None] = []
@@ -155,7 +189,7 @@ def _list_packets(container: Any, stream: Any) -> _Packets:
     # means two pictures in one packet.
     reorders = container.format.name == "avi" and stream.codec_context.has_b_frames
     has_times = not reorders or stream.codec_context.name == "mpeg4"
-    for packet in container.demux(stream):
+    for packet in _packets_of(container, stream, pictures_only):
         if packet.size == 0 and packet.dts is None:  # the end
             continue
         if packet.is_corrupt:
@@ -181,7 +215,7 @@ def _list_packets(container: Any, stream: Any) -> _Packets:
     if not pts:
         raise ValueError("the video has no frames")
     lost = [position for position in lost if position + 1 not in keys]  # a keyframe: recordings were joined
-    packets = _Packets(pts, dts, keys, [], stream.time_base, 0, kept, lost)  # type: ignore[arg-type]
+    packets = _Packets(pts, dts, keys, [], stream.time_base, 0, kept, lost, pictures_only)  # type: ignore[arg-type]
     if None in pts or not has_times:
         return packets
     shown = sorted(set(range(len(pts))) - hidden, key=packets.pts.__getitem__)
@@ -237,16 +271,21 @@ def _decode_listed(
     frames: dict[int, Tensor] = {}
     context = stream.codec_context
     may_skip = context.name == "h264"
-    reformatter = VideoReformatter()
+    reformatter, latest = VideoReformatter(), -math.inf
 
     def collect(decoded: list[Any]) -> None:
+        nonlocal latest
         for frame in decoded:
+            if frame.pts is None or frame.pts <= latest:  # the file has times of decoding, not of pictures
+                raise _Unlisted
+            latest = frame.pts
             if frame.pts in wanted and frame.pts not in frames:
                 if frame.is_corrupt:
                     raise _Unlisted
                 frames[frame.pts] = finish(_upright_rgb(frame, reformatter))
 
     for begin, last in _runs(packets, positions):
+        latest = -math.inf
         packets.require_whole(begin, last)
         earlier = packets.keys[: bisect_left(packets.keys, begin)] if lead_in else []
         for position, packet in _packets_from(container, stream, packets, (earlier or [begin])[-1], last):
@@ -293,7 +332,7 @@ def _packets_from(
             continue
         container.seek(min(seek_time, key_time), stream=stream)
         position = begin
-        for packet in container.demux(stream):
+        for packet in _packets_of(container, stream, packets.pictures_only):
             if packet.pts == packets.pts[position]:
                 yield position, packet
                 if position == last:
@@ -328,21 +367,26 @@ def _decode_from_beginning(
                 expected = expected or _times_as_decoded([None] * len(packets.pts), packets, rate)
                 with suppress(ValueError):  # of wrong times; right ones raise it below
                     chosen, *_ = choose_frames(expected, _last_seconds(expected, rate), clip, choose)
-                for number, frame in enumerate(container.decode(stream)):
+                found = _packets_of(container, stream, packets.pictures_only)
+                decoded = chain.from_iterable(map(stream.codec_context.decode, found))
+                for number, frame in enumerate(decoded):
                     pts.append(frame.pts)
                     if number in chosen and not frame.is_corrupt:
                         frames[number] = finish(_upright_rgb(frame, reformatter))
         except av.error.FFmpegError as error:
-            raise ValueError(
-                f"the video is damaged: decoding stops after {len(pts)} frames ({error.strerror})"
-            ) from error
-        if not pts:
-            raise ValueError("no frame of the video can be decoded")
-        if len(pts) < 0.9 * len(packets.shown) and not hidden_pictures:
-            raise ValueError(
-                f"the video is damaged: {len(pts)} of {len(packets.shown)} frames can be decoded"
-            )
-        times = _times_as_decoded(pts, packets, rate)
+            if not chosen or not frames.keys() >= set(chosen):
+                raise ValueError(
+                    f"the video is damaged: decoding stops after {len(pts)} frames ({error.strerror})"
+                ) from error
+            times = expected  # the damage comes after all chosen frames
+        else:
+            if not pts:
+                raise ValueError("no frame of the video can be decoded")
+            if len(pts) < 0.9 * len(packets.shown) and not hidden_pictures:
+                raise ValueError(
+                    f"the video is damaged: {len(pts)} of {len(packets.shown)} frames can be decoded"
+                )
+            times = _times_as_decoded(pts, packets, rate)
         if times == expected:
             chosen, chosen_times, duration = choose_frames(times, _last_seconds(times, rate), clip, choose)
             if lost := [times[number] for number in chosen if number not in frames]:
