@@ -19,7 +19,10 @@ COPY src src
 ENV PIP_NO_CACHE_DIR=1
 ARG ACCELERATOR=cuda
 RUN ACCELERATOR=$ACCELERATOR setup/install.sh
-RUN if [ "$ACCELERATOR" = cuda ]; then .venv/bin/pip install -q -c .venv/constraints.txt -e '.[qlora,deepspeed,vllm,trackers,smolvlm,math,studio]'; fi
+RUN if [ "$ACCELERATOR" = cuda ]; then \
+        .venv/bin/pip install -q -c .venv/constraints.txt -e '.[qlora,deepspeed,trackers,smolvlm,math,studio]' \
+        && setup/vllm.sh vllm; \
+    fi
 
 # Not root. With --user, another user than this one owns the files in /data; caches find USER and HOME all the same.
 RUN useradd --create-home video-r1 && chmod 1777 /home/video-r1 && install -d -o video-r1 /data

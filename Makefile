@@ -8,7 +8,7 @@ ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
 # Tests run on the CPU, also on a machine with GPUs: `make gpu-check` has the tests that need one.
 PYTEST := $(ONE_THREAD) CUDA_VISIBLE_DEVICES= $(PY) -m pytest -n 2 --dist loadgroup
 
-.PHONY: help install install-test demo test test-slow test-all check docs screenshots gpu-check bench
+.PHONY: help install install-test demo test test-slow test-all test-oldest test-newest check docs screenshots gpu-check bench
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*##/\t/' | expand -t 14
@@ -32,6 +32,10 @@ test-all: ## `make test`, then the slow tests
 	@$(MAKE) --no-print-directory test
 	@$(MAKE) --no-print-directory test-slow
 
+test-oldest test-newest: install-test ## the fast tests with the oldest (newest) versions in the ranges of pyproject.toml
+	@VENV=$(VENV) setup/overlay.sh $(@:test-%=%)
+	$(PYTEST:$(PY)%=$(VENV)-$(@:test-%=%)/bin/python%) -m "not slow and not vllm" $(ARGS)
+
 check: install-test ## ruff, pyright and the layers of docs/design.md
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
@@ -39,15 +43,19 @@ check: install-test ## ruff, pyright and the layers of docs/design.md
 	$(VENV)/bin/lint-imports --no-logo
 
 docs: install ## the pages of docs/ and the API reference as a site, in build/site
-	@$(PY) -m pip install -qq --disable-pip-version-check -c $(VENV)/constraints.txt -e '.[docs]'
+	@$(PY) -m pip install -qq --disable-pip-version-check --no-warn-conflicts -c $(VENV)/constraints.txt -e '.[docs]'
 	@NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --strict
 
 screenshots: install-test ## each page of video-r1 studio at three widths, in screenshots/
 	cd tests && ../$(PY) studio_screenshots.py ../screenshots $(ARGS)
 
-gpu-check: install-test ## on a machine with a GPU: everything that tests on CPUs cannot show, in 45 minutes at most
+gpu-test-oldest test-newest: install-test ## the fast tests with the oldest (newest) versions in the ranges of pyproject.toml
+	@VENV=$(VENV) setup/overlay.sh $(@:test-%=%)
+	$(PYTEST:$(PY)%=$(VENV)-$(@:test-%=%)/bin/python%) -m "not slow and not vllm" $(ARGS)
+
+check: install-test ## on a machine with a GPU: everything that tests on CPUs cannot show, in 45 minutes at most
 	@$(PY) tests/gpu_check.py $(ARGS)
 
 bench: install-test ## every benchmark (ARGS="update rollout": some); figures and tables of docs/ follow
-	@$(PY) -m pip install -qq --disable-pip-version-check -c $(VENV)/constraints.txt -e '.[bench]'
+	@$(PY) -m pip install -qq --disable-pip-version-check --no-warn-conflicts -c $(VENV)/constraints.txt -e '.[bench]'
 	@$(PY) -m benchmarks.docs_tables $(or $(ARGS),all)

@@ -7,7 +7,7 @@ cd "$(dirname "$0")/.."
 venv=${VENV:-.venv}
 python=${PYTHON:-python3}
 stamp=$venv/installed
-cpu_builds=https://download.pytorch.org/whl/cpu
+. setup/cpu_index.sh
 
 accelerator=${ACCELERATOR:-cpu}
 if [ -z "${ACCELERATOR:-}" ] && command -v nvidia-smi >/dev/null && nvidia-smi >/dev/null 2>&1; then
@@ -37,7 +37,7 @@ else
     say "installing torch"
     # For Linux the package index has torch with CUDA alone. One lookup, no dependencies: those come with the package.
     # A file of requirements adds to the indexes that the user has configured; an option would replace them.
-    { echo "--extra-index-url $cpu_builds"; grep -E '^(torch|torchvision)==' constraints.txt; } >"$venv/torch.txt"
+    { cpu_index; grep -E '^(torch|torchvision)==' constraints.txt; } >"$venv/torch.txt"
     pip install --no-deps --retries 1 -r "$venv/torch.txt"
     if [ "$(uname)" = Linux ] && ! grep -q '^cuda.* = None' "$packages/torch/version.py"; then
         say "found no torch for CPUs; its builds are at $cpu_builds: let pip reach that address, or a copy of it"
@@ -47,7 +47,7 @@ else
     fi
 fi
 say "installing the package and its dependencies"
-pip install -c "$limits" -e '.[dev,lora]'
+pip install --no-warn-conflicts -c "$limits" -e '.[dev,lora]'  # vLLM's own limits: see vllm.sh
 
 # -S: without .pth files, so that a hook of an earlier set-up does not hide what the import does by itself.
 if "$venv/bin/python" -S -c "import sys; sys.path.append('$packages'); import torchvision" 2>/dev/null; then

@@ -7,9 +7,11 @@ import os
 import re
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
+from packaging.version import Version
 
 ROOT = Path(__file__).parents[1]
 SCRIPT = (ROOT / "setup" / "install.sh").read_text(encoding="utf-8")
@@ -46,22 +48,33 @@ def from_the_public_index(tmp_path: Path, *words: str) -> dict[str, str]:
 
 @pytest.mark.slow
 def test_the_versions_for_cuda_fit_together(tmp_path: Path) -> None:
-    """Everything at once, vLLM included, with the pins of the tests: torch's own triton, torch as tested."""
+    """Everything but vLLM at once, with the pins of the tests: torch's own triton, torch as tested."""
     (tmp_path / "limits.txt").write_text("\n".join(limits_for_cuda()))
     found = from_the_public_index(
-        tmp_path, "-c", str(tmp_path / "limits.txt"), f"{ROOT}[lora,qlora,deepspeed,vllm,trackers,dev]"
+        tmp_path, "-c", str(tmp_path / "limits.txt"), f"{ROOT}[lora,qlora,deepspeed,trackers,dev]"
     )
     pins = dict(pin.split("==") for pin in limits_for_cuda() if "==" in pin)
     assert found["torch"] == pins["torch"] and any(name.startswith("nvidia-cublas") for name in found)
-    assert found["vllm"].startswith("0.32.") and "triton" in found
+    assert found["transformers"] == pins["transformers"] and "triton" in found
+
+
+@pytest.mark.slow
+def test_what_pip_installs_beside_vllm(tmp_path: Path) -> None:
+    """Without pins, as for `pip install 'video-r1[vllm]'`: a recent vLLM and the newest that it admits."""
+    found = from_the_public_index(tmp_path, f"{ROOT}[lora,qlora,deepspeed,vllm,trackers,math,smolvlm,studio]")
+    assert Version(found["vllm"]) >= Version("0.33") and Version(found["torch"]) >= Version("2.14")
+    assert Version(found["transformers"]) >= Version("5.20")
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="elsewhere the index has torch for CPUs")
-def test_without_torch_for_cpus_the_set_up_says_where_it_is(tmp_path: Path) -> None:
-    """Pip is a stand-in that installed the index's build with CUDA, which is gigabytes."""
+@pytest.mark.parametrize("answers", [True, False])
+def test_without_torch_for_cpus_the_set_up_says_where_it_is(tmp_path: Path, answers: bool) -> None:
+    """Pip is a stand-in that installed a build with CUDA, which is gigabytes. If the index of builds
+    for CPUs does not answer, pip is not told of it: it would warn and try again."""
     python = tmp_path / "bin" / "python"
     python.parent.mkdir()
-    python.write_text(f'#!/bin/sh\necho "$@" >> {tmp_path}/log\necho {tmp_path}\n')
+    log, probe = tmp_path / "log", f'case "$1" in -) exit {int(not answers)};; esac'
+    python.write_text(f'#!/bin/sh\necho "$@" >> {log}\n{probe}\necho {tmp_path}\n')
     python.chmod(0o755)
     (tmp_path / "torch").mkdir()
     (tmp_path / "torch" / "version.py").write_text("cuda: Optional[str] = '13.0'\n")
@@ -69,12 +82,28 @@ def test_without_torch_for_cpus_the_set_up_says_where_it_is(tmp_path: Path) -> N
     done = subprocess.run(
         [ROOT / "setup" / "install.sh"], capture_output=True, text=True, env=environment, timeout=60
     )
-    calls = (tmp_path / "log").read_text().splitlines()
+    calls = log.read_text().splitlines()
     (torch,) = [call for call in calls if "--no-deps" in call]
     requirements = Path(torch.split(" -r ")[1]).read_text()  # a file adds to the configured indexes
-    assert f"--extra-index-url {CPU_BUILDS}\n" in requirements and "torch==2.13" in requirements
+    assert (f"--extra-index-url {CPU_BUILDS}\n" in requirements) == answers
+    assert "torch==2.13" in requirements and f"- {CPU_BUILDS}" in calls
     assert done.returncode == 1 and not (tmp_path / "installed").exists() and "uninstall" in calls[-1]
     assert f"its builds are at {CPU_BUILDS}" in done.stderr
+
+
+def test_an_index_that_is_out_of_reach_costs_no_retries(tmp_path: Path) -> None:
+    """The real probe, of an address of this machine at which nothing listens."""
+    script = f"venv={tmp_path}; . {ROOT}/setup/cpu_index.sh; cpu_builds=http://127.0.0.1:9/whl/cpu; cpu_index"
+    python = tmp_path / "bin" / "python"
+    python.parent.mkdir()
+    python.symlink_to(sys.executable)
+    environment = {**os.environ, "PIP_CONFIG_FILE": os.devnull, "no_proxy": "*"}
+    begun = time.monotonic()
+    done = subprocess.run(["bash", "-c", script], capture_output=True, text=True, env=environment, timeout=60)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "") and time.monotonic() - begun < 30
+    environment["PIP_PROXY"] = "http://proxy.example:3128"  # pip alone knows the way
+    done = subprocess.run(["bash", "-c", script], capture_output=True, text=True, env=environment, timeout=60)
+    assert done.stdout == "--extra-index-url http://127.0.0.1:9/whl/cpu\n"
 
 
 FAKE_TORCH = """

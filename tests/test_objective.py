@@ -90,11 +90,11 @@ def test_worked_kl() -> None:
 
 def test_kl_is_clamped_where_the_exponential_would_overflow() -> None:
     # The values and the gradient of the paper's code: d is clamped to ±10 before exp(d) − d − 1.
-    policy = torch.tensor([-95.0, -11.0, -10.0, -9.0, -2.0, -0.5, -1.0], requires_grad=True)
+    policy = torch.tensor([-95.0, -11.0, -9.5, -9.0, -2.0, -0.5, -1.0], requires_grad=True)
     reference = torch.tensor([-1.0, -0.5, -0.0, -0.0, -2.0, -9.5, -60.0])
     kl = k3_kl(policy, reference)
     kl.sum().backward()
-    d = [10.0, 10.0, 10.0, 9.0, 0.0, -9.0, -10.0]
+    d = [10.0, 10.0, 9.5, 9.0, 0.0, -9.0, -10.0]
     assert kl.tolist() == pytest.approx([math.exp(x) - x - 1 for x in d], rel=1e-5)
     slopes = [0.0, 0.0, *(1 - math.exp(x) for x in d[2:6]), 0.0]
     assert policy.grad is not None

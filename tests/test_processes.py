@@ -41,6 +41,7 @@ def test_ddp_with_device_ids(folder: Path) -> None:
     run_processes(1, "distributed_work:as_on_a_gpu", folder)
 
 
+@pytest.mark.skipif(torch.version.cuda is not None, reason="a torch for GPUs looks for the eight")
 def test_one_gpu_of_eight(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -141,7 +141,7 @@ def test_torch_without_its_private_linear_layers(
         (
             "log",
             lambda self, logs, start_time, step: None,
-            "'step'], and the method in its place",
+            "'step'], its replacement here",
         ),
         ("compute_loss", lambda self, model: None, "Trainer.compute_loss takes ['self', 'model']"),
     ],

@@ -174,6 +174,7 @@ def test_memory_goes_back_once_and_weights_come_before_the_next_rollouts() -> No
     assert engine._asleep is False and calls[-1] != ("sleep", 2)
 
 
+@pytest.mark.vllm
 def test_vllm_computes_without_the_trainers_autocast() -> None:
     seen: list[bool] = []
     engine = engine_without_vllm(lambda *call: seen.append(torch.is_autocast_enabled("cpu")))

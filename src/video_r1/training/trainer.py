@@ -80,21 +80,21 @@ Kind = TypeVar("Kind", bound=TrainerCallback)
 
 
 def check_replaced(kind: type[Trainer]) -> None:
-    """Raise ConfigError if transformers' Trainer calls methods otherwise than the trainers here replace them.
+    """Raise ConfigError if transformers calls a method of its Trainer otherwise than its replacement here.
 
     Private methods of trainers in this package all replace the Trainer's.
     """
     own = [owner for owner in kind.__mro__ if owner.__module__.startswith("video_r1.")]
     for name, method in ((n, m) for owner in own for n, m in vars(owner).items() if inspect.isfunction(m)):
-        theirs, takes = getattr(Trainer, name, None), list(inspect.signature(method).parameters)
+        theirs, takes = getattr(Trainer, name, None), inspect.signature(method).parameters
         if name.startswith("__") or (theirs is None and not name.startswith("_")):
             continue
-        expected = None if theirs is None else list(inspect.signature(theirs).parameters)
-        if expected is None or (takes != expected and "kwargs" not in takes):
+        expected = "nothing (it is gone)" if theirs is None else [*inspect.signature(theirs).parameters]
+        takes_any = any(parameter.kind is parameter.VAR_KEYWORD for parameter in takes.values())
+        if theirs is None or (expected != [*takes] and not takes_any):
             raise ConfigError(
-                f"transformers {transformers.__version__} is not supported: Trainer.{name} takes "
-                f"{expected or 'nothing (it is gone)'}, and the method in its place here {takes}. Install "
-                f"transformers {NEWEST_TESTED[transformers]}"
+                f"transformers {transformers.__version__} is not supported: Trainer.{name} takes {expected}, "
+                f"its replacement here {[*takes]}. Install transformers {NEWEST_TESTED[transformers]}"
             )
 
 

@@ -6,7 +6,7 @@ two differ, and a policy trained with one rule is another policy with the other 
 later models have text between frames, where both agree).
 
 Each rule has its library's name, also in a checkpoint's training record. The libraries have not settled it:
-transformers 5.2 had vLLM's rule, 5.3 to 5.19 have the other; vLLM 0.32 still has its own.
+transformers 5.2 had vLLM's rule, 5.3 to 5.24 have the other; vLLM 0.32 still has its own.
 
 `use_transformers_positions` makes vLLM in this process follow the trainer. In the processes of a server that
 is started with VIDEO_R1_POSITIONS=transformers, `serve.plugin` calls it (entry point `vllm.general_plugins`).
