@@ -247,16 +247,10 @@ def _comparable(request: Request) -> dict[str, dict[str, Side]]:
             side = Side(run, kind)
             if side.frames:
                 found.setdefault(f"{name}{called}", {})[""] = side
-                if parent and parent not in runs:
+                above = Found(parent, run.folder.parent, run.root)
+                if parent and parent not in runs and "benchmarks" in _table(above, "summary.json"):
                     found.setdefault(f"{parent}/{called}", {})[benchmark] = side
-
-    def is_one(sides: dict[str, Side]) -> bool:
-        """Whether the benchmarks are of one evaluation, not evaluations that lie beside each other."""
-        folder = next(iter(sides.values())).found
-        above = Found("", folder.folder.parent, folder.root)
-        return len(sides) > 1 and "benchmarks" in _table(above, "summary.json")
-
-    return {name: sides for name, sides in found.items() if "" in sides or is_one(sides)}
+    return {name: sides for name, sides in found.items() if "" in sides or len(sides) > 1}
 
 
 def _table(found: Found, name: str) -> dict[str, Any]:

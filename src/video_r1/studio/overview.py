@@ -86,8 +86,8 @@ def overview(found: Found, now: float | None = None) -> dict[str, Any]:
         at_end = progress.step is not None and progress.step == progress.steps
         done = done or at_end or (not lock and (found.folder / ".lock").is_file())
     claim = parse_claim(lock)
-    end = "its model was saved" if trains else "its summary was written"
-    end = f"{end}; the same command continues it" if saves else "its last step, without checkpoints"
+    end = f"its {'model was saved' if trains else 'summary was written'}; the same command continues it"
+    end = end if saves else "its last step, without checkpoints"
     state = state_of(claim, done, progress, silent, is_alive(claim, silent), end)
     running = state.word == "running"
     silence = [alert_of_silence(silent, progress.each)] if running else []
@@ -102,9 +102,7 @@ def overview(found: Found, now: float | None = None) -> dict[str, Any]:
 
 @lru_cache(maxsize=512)
 def contents(found: Found, stamps: tuple[Any, ...]) -> tuple[Progress, dict[str, Any], bool]:
-    """Return what a run's files say at any time, and whether it saves checkpoints. stamps: the files are read
-    again when these change.
-    """
+    """Return what a run's files say, and whether it saves checkpoints. Read again when `stamps` change."""
     lines, settings = last_lines(found, "metrics.jsonl", SPARK_POINTS), read_settings(found)
     kind = kind_of(found.folder, (name for line in lines[-3:] for name in line), settings)
     figures = training_figures(kind, lines) if kind in SHOWN else evaluation_figures(found)
