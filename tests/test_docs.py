@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 from doc_commands import FENCED, PAGES, ROOT, command_lines, request
+from doc_pictures import PICTURES
 from own_clips import write_own_clips
 
 import video_r1
@@ -123,6 +124,11 @@ def named(name: str) -> Any:
     except ModuleNotFoundError:
         home, _, last = name.rpartition(".")
         return getattr(importlib.import_module(home), last)
+
+
+def test_drawings_are_what_their_script_draws() -> None:
+    for name, drawn in PICTURES.items():
+        assert (DOCS / "images" / name).read_text("utf-8") == drawn(), f"python tests/doc_pictures.py: {name}"
 
 
 def test_every_page_is_in_the_navigation() -> None:

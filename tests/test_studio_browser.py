@@ -320,6 +320,18 @@ def test_clips_that_no_browser_plays_are_shown_as_frames(chromium: Browser, tmp_
 
 
 @pytest.mark.slow
+def test_cases_another_axis_of_a_run_that_is_not_there(chromium: Browser, address: str) -> None:
+    page, problems = chromium.new_page(), []
+    page.on("pageerror", lambda error: problems.append(error))
+    page.goto(f"{address}#/run/nothing")
+    expect(page.get_by_role("alert")).to_contain_text("there is no such run")
+    page.get_by_label("Across").select_option("time")
+    page.wait_for_timeout(200)
+    assert problems == []
+    page.close()
+
+
+@pytest.mark.slow
 def test_evaluations_opens_on_two_that_asked_the_same_questions(page: Page, tmp_path: Path) -> None:
     """The newest answered others; beside them lies their parent, which is none."""
     for age, (name, questions) in enumerate({"other": "y", "new": "x", "old": "x"}.items()):
