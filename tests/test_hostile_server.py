@@ -53,8 +53,10 @@ RAW = {
     "deep and whole": Raw(b'{"choices": [' + b"[" * 900 + b"]" * 900 + b"]}"),
     "long number": Raw(b'{"choices": ' + b"9" * 5000 + b"}"),
     "endless": Raw(ENDLESS),
-    "bomb": Raw(gzip.compress(b" " * (64 << 20)), headers={"Content-Encoding": "gzip"}),
-    "half a gzip": Raw(gzip.compress(b'{"choices": []}')[:-12], headers={"Content-Encoding": "gzip"}),
+    "bomb": Raw(gzip.compress(b" " * (64 << 20), mtime=0), headers={"Content-Encoding": "gzip"}),
+    "half a gzip": Raw(
+        gzip.compress(b'{"choices": []}', mtime=0)[:-12], headers={"Content-Encoding": "gzip"}
+    ),
     "no gzip": Raw(b"{}", headers={"Content-Encoding": "deflate"}),
     "brotli": Raw(b"{}", headers={"Content-Encoding": "br"}),
     "too short": Raw(b"{}", headers={"Content-Length": "50"}),
@@ -65,7 +67,7 @@ RAW = {
     "pause until a date": Raw(b"busy", 503, {"Retry-After": "Fri, 31 Dec 9999 23:59:59 GMT"}),
     "deep error": Raw(b'{"error": ' * 50_000, 500),
     "deep message": Raw(b'{"error": {"message": ' + b"[" * 900 + b"]" * 900 + b"}}", 500),
-    "error bomb": Raw(gzip.compress(b"x" * (64 << 20)), 500, {"Content-Encoding": "gzip"}),
+    "error bomb": Raw(gzip.compress(b"x" * (64 << 20), mtime=0), 500, {"Content-Encoding": "gzip"}),
     "endless error": Raw(ENDLESS, 500),
     "list of errors": Raw(b'[{"error": "no"}]', 500),
 }
