@@ -87,13 +87,12 @@ PARTS = {
 }
 ELSEWHERE = {
     "samples": "num_generations num_shuffled_generations num_generations_eval max_completion_length "
-    "temperature top_p top_k min_p repetition_penalty",
+    "temperature",
     "chooses the contrast clip": "temporal_contrast contrast_unit",
     "a bound of a part": "epsilon sapo_temperature_pos sapo_temperature_neg correct_threshold teacher_frames "
     "teacher_pixels reward_funcs",
     "logs or checks": "self_reflection_phrases log_rollouts preflight_questions",
-    "the judge's requests": "judge_model judge_key_variable judge_template judge_fields judge_down "
-    "judge_wait judge_timeout judge_concurrency",
+    "the judge's requests": "judge",
 }
 SENTENCES = {
     frozenset(["a list", "weights"]): "a weight of a reward that is not paid is refused",

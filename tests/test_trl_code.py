@@ -206,7 +206,9 @@ def test_cases_of_rows_that_would_be_trained_blind(row: Any, message: str, tmp_p
 def test_cases_of_a_video_table_show_the_clip(checkpoint: Path, manifest: Path, tmp_path: Path) -> None:
     clip = {"type": "video", "video": str(manifest.parent / "0.mp4")}
     rows = [{"prompt": "Which way?", "videos": [clip["video"]]}, {"prompt": parts(TEXT, clip), "solution": 3}]
-    trainer = make_trainer(checkpoint, rows, tmp_path / "run", max_steps=1, per_device_train_batch_size=2)
+    trainer = make_trainer(
+        checkpoint, rows, tmp_path / "run", max_steps=1, temporal_rule="off", per_device_train_batch_size=2
+    )
     trainer.train()
     for group in trainer.step.batches[0].groups:
         assert trainer.builder.visual_tokens(group.prompt.input_ids) == 8  # 4 frames: 2 patches of 4 tokens
@@ -255,7 +257,7 @@ def test_cases_of_pictures_are_the_same_at_both_doors(mode: str, tmp_path: Path)
 def test_cases_of_streams_splits_and_ids(checkpoint: Path, tmp_path: Path) -> None:
     rows = [{"prompt": "What?", "image": Image.new("RGB", (56, 56)), "id": "same"} for _ in range(2)]
     stream = datasets.IterableDataset.from_generator(lambda: iter(rows))
-    trainer = make_trainer(checkpoint, stream, tmp_path)
+    trainer = make_trainer(checkpoint, stream, tmp_path, temporal_rule="off")
     assert [sample.problem_id for sample in cast(Any, trainer.train_dataset)] == [1, 2]
     nested = datasets.Dataset.from_list([{"prompt": "What?", "images": [row["image"]]} for row in rows])
     assert [sample.data_type for sample in trl_samples(nested, tmp_path)] == ["image"] * 2

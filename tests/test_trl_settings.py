@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import re
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,8 @@ from video_r1.errors import ConfigError
 from video_r1.recipe import load_recipe
 from video_r1.rewards.scoring import reward_terms
 from video_r1.settings.training import TGRPOSettings
-from video_r1.settings.trl import translated
+from video_r1.settings.trl import DEFAULTS, REFUSED, translated
+from video_r1.training.tgrpo import what_counts
 
 trl = pytest.importorskip("trl", reason="TRL is not installed (extra bench)")
 
@@ -151,6 +153,28 @@ def test_arguments_of_the_trainer() -> None:
     for name in ("reward_processing_classes", "quantization_config", "rollout_func", "environment_factory"):
         with pytest.raises(ConfigError, match=f"{name}: "):
             TGRPOTrainer("model", **{name: object()})  # type: ignore[arg-type]
+
+
+def test_the_page_lists_every_field() -> None:
+    page = (Path(__file__).parents[1] / "docs" / "coming-from-trl.md").read_text()
+    listed = dict(re.findall(r"^\| `(\w+)` \| (.*) \|$", page, re.MULTILINE))
+    assert trl.GRPOConfig.__annotations__.keys() <= listed.keys()
+    assert all(listed[name].endswith(said) for name, (_, said) in REFUSED.items() if name in listed)
+
+
+def test_a_run_says_what_counts() -> None:
+    defaults = {field.name: field.default for field in fields(trl.GRPOConfig)}
+    theirs = {name: getattr(defaults[name], "value", defaults[name]) for name in DEFAULTS}
+    assert theirs == DEFAULTS
+    args = TGRPOConfig(**CPU, per_device_train_batch_size=2, gradient_accumulation_steps=3, beta=0.0)
+    assert what_counts(args, ["accuracy", "first"]) == (
+        "a step: 6 questions × 8 answers; margin (shuffled contrast); rewards: accuracy, first; settings "
+        "that differ from TRL's defaults (in brackets): loss_type grpo (dapo), "
+        "max_completion_length 768 (512), lr_scheduler_type cosine (linear), weight_decay 0.01 (0.0), "
+        "max_grad_norm 5.0 (1.0), "
+        "num_train_epochs 1.0 (3.0), gradient_checkpointing False (True)"
+    )
+    assert "; no temporal rule; rewards: none; " in what_counts(TGRPOConfig(**CPU, temporal_rule="off"), [])
 
 
 def first(completions: list[str], **columns: Any) -> list[float]:

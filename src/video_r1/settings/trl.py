@@ -59,6 +59,13 @@ REFUSED: dict[str, tuple[Any, str]] = {
 }
 """By name: TRL's default, which changes nothing here, and what to do instead of other values."""
 
+DEFAULTS: dict[str, Any] = {
+    "beta": 0.0, "loss_type": "dapo", "max_completion_length": 512, "num_generations": 8, "epsilon": 0.2,
+    "scale_rewards": "group", "learning_rate": 1e-6, "lr_scheduler_type": "linear", "weight_decay": 0.0,
+    "max_grad_norm": 1.0, "num_train_epochs": 3.0, "temperature": 1.0, "gradient_checkpointing": True,
+}  # fmt: skip
+"""TRL's defaults of settings that decide what is learnt; a run says which of its own differ."""
+
 
 def translated(values: Mapping[str, Any]) -> tuple[dict[str, Any], list[Problem]]:
     """Return settings without TRL's own names and forms, and what is wrong with those that are refused."""

@@ -46,6 +46,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from transformers import PreTrainedModel, ProcessorMixin, TrainerCallback
 
+from video_r1.console import tell
 from video_r1.data.manifests.records import Sample
 from video_r1.data.manifests.trl_rows import ANSWERS, NO_ANSWER
 from video_r1.data.prompts import Prompt
@@ -66,7 +67,7 @@ from video_r1.models.group_forward import (
     vision_language_model,
 )
 from video_r1.processes import gather, gather_lists, process_count
-from video_r1.recipe import Recipe
+from video_r1.recipe import Recipe, plain
 from video_r1.rewards.custom import named_rewards
 from video_r1.rewards.judge import Judge
 from video_r1.rewards.scoring import BUILT_IN_TERMS, reward_terms, score_groups
@@ -77,6 +78,7 @@ from video_r1.rollout.episodes import ToolEngine, largest_frames, tool_tokens
 from video_r1.settings.base import settings_docs
 from video_r1.settings.tools import TrainingToolSettings
 from video_r1.settings.training import TGRPOSettings
+from video_r1.settings.trl import DEFAULTS
 from video_r1.settings.vllm import VLLMSettings
 from video_r1.training.callbacks import (
     CHECKED_QUESTIONS,
@@ -110,7 +112,7 @@ from video_r1.training.questions import (
 )
 from video_r1.training.recording import record_group
 from video_r1.training.reference import Reference
-from video_r1.training.runs import Questions, RunArguments, run_recipe
+from video_r1.training.runs import Questions, RunArguments, questions_per_step, run_recipe
 from video_r1.training.teacher import Teacher, note_teacher, teacher_credits
 from video_r1.training.trainer import QuestionTrainer
 
@@ -578,6 +580,8 @@ class TGRPOTrainer(QuestionTrainer):
         log-probs of the first questions are the trainer's.
         """
         args = self.settings
+        if self.is_world_process_zero():
+            tell(what_counts(args, self.terms.names))
         if self.judge is not None:
             self.judge.open()
         if self.state.global_step == 0 and args.preflight_questions > 0 and self.terms.names:
@@ -732,6 +736,20 @@ def sampler_weights(
     unbounded = importance_weights(difference, lengths, mode, (0.0, math.inf))
     meter.add("sampler/share_capped", float((weights != unbounded).sum()), tokens)
     return weights if settings.vllm_importance_sampling_correction else None
+
+
+def what_counts(args: TGRPOConfig, rewards: Sequence[str]) -> str:
+    """Return the line of a run's start: its batch, rule and rewards, and what differs from TRL's defaults."""
+    rule = "no temporal rule" if args.paid_rule == "off" else f"{args.paid_rule} ({args.contrast} contrast)"
+    values = plain({name: getattr(args, name) for name in DEFAULTS})
+    others = [
+        f"{name} {value} ({DEFAULTS[name]})" for name, value in values.items() if value != DEFAULTS[name]
+    ]
+    batch = f"{questions_per_step(vars(args))} questions × {args.num_generations} answers"
+    return (
+        f"a step: {batch}; {rule}; rewards: {', '.join(rewards) or 'none'}; settings that differ from TRL's "
+        f"defaults (in brackets): {', '.join(others) or 'none'}"
+    )
 
 
 def run_rl(recipe: Recipe) -> Path:
