@@ -201,6 +201,36 @@ def test_cases_of_own_words(shelf: Path, tmp_path: Path, capsys: pytest.CaptureF
     assert "kept as they are: type, from, to" in capsys.readouterr().out
 
 
+PAIR = "[{'role': 'user', 'content': 'q'}, {'role': 'assistant', 'content': 'a b'}]"
+QUESTION = '{"question": "q", "answer": "a b", "video": "cup"}'
+FILES: list[tuple[str, str | bytes, int, str]] = [
+    ("sep.csv", "sep=;\nquestion;answer;video\nq;a b;cup\n", 0, "1 questions from 1 rows"),
+    ("chat.csv", f'messages,videos\n"{PAIR}","[\'cup\']"\n', 0, "layout: swift"),
+    ("all.json", f'{{"info": {{"v": 1}}, "clips": [{{"id": 1}}], "qa": [{QUESTION}]}}', 0,
+     "not repeated beside each: clips, info, qa"),
+    ("t.xlsx", b"PK\x03\x04", 2, "save it as CSV"),
+    ("wide.csv", "question,answer,video\nq,a b,cup\n".encode("utf-16"), 2, "iconv -f utf-16"),
+    ("quote.csv", 'question,answer,video\nq,a b,cup\n"p,c d,cup\nr,e f,cup\n', 2, "row 2 cannot be read"),
+    ("head.csv", "cup.mp4,What?,a cup\na/ball.mp4,What?,a ball\n", 2, "its first line names cup.mp4"),
+    ("cut.json", f'[{QUESTION}, {{"question"', 2, "nothing after it was read"),
+    ("texts.json", '["q", "a"]', 2, "no rows with fields"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "content", "code", "said"), FILES, ids=[file[0] for file in FILES])
+def test_cases_of_table_files(
+    name: str, content: Any, code: int, said: str, shelf: Path, tmp_path: Path, capsys: Any
+) -> None:
+    """A table that cannot be read to its end makes no manifest."""
+    (tmp_path / name).write_bytes(content if isinstance(content, bytes) else content.encode())
+    out = tmp_path / "out.json"
+    assert main(["data", "make", str(tmp_path / name), "--media_root", str(shelf), "--out", str(out)]) == code
+    assert said in "".join(capsys.readouterr()) and out.exists() == (code == 0)
+    if code == 0:
+        (row,) = json.loads(out.read_text())
+        assert (row["solution"], row["path"]) == ("<answer>a b</answer>", CUP) and "info" not in row
+
+
 # --- options in the question -----------------------------------------------------------------------
 
 SPLIT = [

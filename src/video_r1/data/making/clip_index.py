@@ -13,7 +13,7 @@ from video_r1.data.making.layouts import Rejected
 from video_r1.data.sources.archives import members_of
 from video_r1.data.sources.media_paths import data_type_of
 from video_r1.data.sources.media_types import IMAGE_EXTENSIONS, VIDEO_EXTENSIONS
-from video_r1.data.sources.remote import is_address
+from video_r1.data.sources.remote import is_address, on_this_machine
 
 SUBTITLE_EXTENSIONS = (".srt", ".vtt")
 MEDIA_EXTENSIONS = (*IMAGE_EXTENSIONS, *VIDEO_EXTENSIONS)
@@ -76,6 +76,7 @@ class ClipIndex:
         one counts that has the others in folders below its own. Raises Rejected for no match, or for several
         others.
         """
+        name = on_this_machine(name)
         if is_address(name) or is_address(self.root):
             return name
         plain = PureWindowsPath(name).as_posix() if "\\" in name else name

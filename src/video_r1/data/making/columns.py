@@ -80,7 +80,7 @@ def is_empty(cell: Any) -> bool:
 
 def questions_in(row: Row) -> list[Row]:
     """Return the questions that a row nests in lists, such as a clip's `qa_pairs`, each with the row's other
-    fields; the row itself if it is a question."""
+    fields except records; the row itself if it is a question."""
     nested = {
         name: value
         for name, value in row.items()
@@ -88,8 +88,15 @@ def questions_in(row: Row) -> list[Row]:
     }
     if not nested or _asks(row):
         return [row]
-    rest = {name: value for name, value in row.items() if name not in nested}
+    rest = {name: value for name, value in row.items() if not _is_large(value)}
     return [{**rest, **one} for value in nested.values() for one in value]
+
+
+def _is_large(value: Any) -> bool:
+    """Tell whether a value is not repeated for each question: records, such as all clips of a data set."""
+    return isinstance(value, Mapping) or (
+        isinstance(value, list) and any(isinstance(v, Mapping) for v in value)
+    )
 
 
 def _asks(row: Row) -> bool:

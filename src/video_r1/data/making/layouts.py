@@ -38,7 +38,8 @@ REMEDIES = {
     "the cell; a question without a file has the data_type text",
     "no such clip": "put the file below --media_root, or correct its name in the table",
     "several clips": "several files have this name; write its folder too, e.g. clips/move_1.mp4",
-    "clip elsewhere": "name its folder with --allowed_roots, or move it; URLs need --allow_urls",
+    "clip elsewhere": "name its folder with --allowed_roots, or move it; the URL of a file needs --allow_urls "
+    "(one of a page is no file)",
     "doubtful number": "write it with a point and without separators (3.5), or give --problem_type free-form",
     "options": "give two to 26 different options: a list, red|green|blue in one cell, or a column for each "
     "(--columns options=a0+a1+a2)",
@@ -256,6 +257,8 @@ def files_of(value: Any) -> list[Any]:
     found = []
     for one in value if isinstance(value, (list, tuple)) else [value]:
         path = one.get("path") or one.get("url") if isinstance(one, Mapping) else one
+        if isinstance(path, str) and path.startswith("data:"):
+            raise Rejected("media inside the table", f"a file in the text ({path[:30]}…)")
         if isinstance(path, (list, tuple)):
             raise Rejected("frames", f"a clip as a list of {len(path)} files")
         if isinstance(path, (str, int, float)) and not isinstance(path, bool):

@@ -7,8 +7,6 @@
 Every rejected row gets a line in OUT.refused.jsonl with the reason and the remedy.
 """
 
-import csv
-import json
 import os
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -29,7 +27,6 @@ from video_r1.data.making.columns import (
 )
 from video_r1.data.making.drafts import Making, manifest_row, numbers_of, question_and_options
 from video_r1.data.making.layouts import (
-    KEY,
     LAYOUTS,
     REMEDIES,
     Draft,
@@ -40,18 +37,10 @@ from video_r1.data.making.layouts import (
     plain_text,
     split_response,
 )
-from video_r1.data.manifests.records import (
-    FIELDS,
-    TABLE_EXTENSIONS,
-    Sample,
-    check_manifest,
-    local_copy,
-    not_utf8,
-    read_rows,
-)
-from video_r1.data.manifests.tables import InTable, Unreadable, name_of
+from video_r1.data.making.table_files import read_table
+from video_r1.data.manifests.records import FIELDS, Sample, check_manifest
+from video_r1.data.manifests.tables import InTable, Unreadable
 from video_r1.data.sources.media_paths import MediaPaths, media_root_of, path_below
-from video_r1.data.sources.remote import is_address
 from video_r1.errors import ManifestError, RequestError
 from video_r1.files import claimed, replace_rows
 from video_r1.fingerprint import digest
@@ -59,8 +48,6 @@ from video_r1.settings.commands import MakeSettings
 from video_r1.settings.frames import FrameBudget
 
 _ROWS_SHOWN = 5
-_DELIMITERS = ",;\t|"
-_LONGEST_CELL = 1 << 27
 
 
 class DraftRow(NamedTuple):
@@ -158,9 +145,11 @@ def _understood(
     Raises ManifestError without any row, RequestError for wrong columns.
     """
     rows = [row for _, row in numbered if isinstance(row, dict)]
+    unread = [row.reason for _, row in numbered if isinstance(row, Unreadable)]
+    if unread and (not rows or "nothing after it" in unread[-1]):
+        raise ManifestError(f"{settings.table}: {unread[-1]}")
     if not rows:
-        reason = next((row.reason for _, row in numbered if isinstance(row, Unreadable)), "it has no rows")
-        raise ManifestError(f"{settings.table}: {reason}")
+        raise ManifestError(f"{settings.table}: it has no rows{' with fields' * bool(numbered)}")
     layout = settings.layout if settings.layout != "auto" else layout_of(rows[0])
     chat = LAYOUTS[layout].chat if layout != "table" else ()
     if settings.columns and layout != "table" and not chat:
@@ -177,7 +166,11 @@ def _understood(
             for number, row in numbered
             for one in (questions_in(row) if isinstance(row, dict) else [row])
         ]
-        rows = [row for _, row in numbered if isinstance(row, dict)]
+        outer, rows = rows, [row for _, row in numbered if isinstance(row, dict)]
+        if name := next((name for name in rows[0] if name in clips.paths), None):
+            raise ManifestError(f"{settings.table}: its first line names {name}; put one with columns above")
+        if left := {name for row in outer for name in row}.difference(*rows):
+            print(f"lists of questions, and what is not repeated beside each: {', '.join(sorted(left))}\n")
     names = [name for name in dict.fromkeys(name for row in rows for name in row) if name not in chat]
     known = CHAT_COLUMNS if chat else COLUMN_NAMES
     columns = guess_columns(names, settings.columns, rows, known, lambda cell: _is_file(cell, clips))
@@ -322,71 +315,3 @@ def held_out(samples: Sequence[Sample], share: float, root: str) -> set[str | in
         if len(held) + len(groups[name]) <= share * len(samples):
             held += groups[name]
     return set(held or min(groups.values(), key=len))
-
-
-# --- tables that are not manifests: CSV, TSV, JSON objects ---------------------------------------
-
-
-def read_table(table: str, split: str) -> Iterator[tuple[int, Any]]:
-    """Yield (row number from 1, its fields by name or `Unreadable`). A CSV's header does not count; JSON
-    lines count lines. table: a file, a URL or a dataset id, as for a manifest; a column that holds the files
-    themselves is `InTable`.
-
-    Raises ManifestError if the table cannot be opened.
-    """
-    if is_address(table) and name_of(table).lower().endswith((".json", *TABLE_EXTENSIONS)):
-        with local_copy(table) as copy:
-            return iter(list(read_table(str(copy), split)))
-    path = Path(table)
-    if path.suffix.lower() in TABLE_EXTENSIONS and path.is_file():
-        return _csv_rows(path)
-    if path.suffix.lower() == ".json" and path.is_file() and (rows := _json_object_rows(path)) is not None:
-        return enumerate(rows, start=1)
-    return read_rows(table, split)
-
-
-def _csv_rows(path: Path) -> Iterator[tuple[int, Any]]:
-    """Yield a CSV's rows without their empty cells. The delimiter is the most frequent in the header."""
-    csv.field_size_limit(_LONGEST_CELL)
-    number = 0
-    try:
-        with path.open(encoding="utf-8-sig", newline="") as stream:
-            header = stream.readline()
-            delimiter = "\t" if path.suffix.lower() != ".csv" else max(_DELIMITERS, key=header.count)
-            stream.seek(0)
-            cells = csv.reader(stream, delimiter=delimiter)
-            names = [name.strip() or f"column {place}" for place, name in enumerate(next(cells, []), start=1)]
-            if twice := [name for name in names if names.count(name) > 1]:
-                raise ManifestError(f"{path}: two columns are called {twice[0]!r}; rename one of them")
-            for number, row in enumerate(filter(any, cells), start=1):
-                if len(row) > len(names):
-                    yield number, Unreadable(f"it has {len(row)} cells, and the header {len(names)}")
-                else:
-                    pairs = zip(names, row, strict=False)  # cells at the end may be missing
-                    yield number, {name: cell for name, cell in pairs if cell.strip()}
-    except UnicodeDecodeError:
-        yield number + 1, Unreadable(not_utf8(path))
-    except csv.Error as error:
-        yield number + 1, Unreadable(f"the file cannot be read from here on ({error})")
-    except OSError as error:
-        raise ManifestError(f"{path}: cannot be read ({error.strerror})") from error
-
-
-def _json_object_rows(path: Path) -> list[Any] | None:
-    """Return the rows of a JSON object that maps names to rows or contains one list of rows; None for other
-    files."""
-    try:
-        with path.open(encoding="utf-8-sig") as stream:
-            if not stream.read(1000).lstrip().startswith("{"):
-                return None
-            stream.seek(0)
-            whole = json.load(stream)
-    except (ValueError, OSError, RecursionError):  # JSON lines, or damage that `read_rows` reports
-        return None
-    is_row = any(name in whole for name in ("messages", "conversations", "prompt"))  # its list: the messages
-    lists = [value for value in whole.values() if isinstance(value, list)]
-    if len(lists) == 1 and all(isinstance(row, dict) for row in lists[0]) and not is_row:
-        return lists[0]
-    if whole and all(isinstance(value, dict) for value in whole.values()):
-        return [{KEY: name, **row} for name, row in whole.items()]
-    return None

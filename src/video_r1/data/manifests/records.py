@@ -712,13 +712,15 @@ def _file_rows(path: Path) -> Iterator[tuple[int, Any]]:
 def not_utf8(path: Path) -> str:
     """Describe the first line of a file that is not UTF-8."""
     with path.open("rb") as lines:
+        coding = "utf-16" if lines.read(2) in (b"\xff\xfe", b"\xfe\xff") else "cp1252"
+        lines.seek(0)
         for number, line in enumerate(lines, start=1):
             try:
                 line.decode()
             except UnicodeDecodeError as error:
                 return (
                     f"line {number}, column {error.start + 1} is not UTF-8, and nothing after it is read; "
-                    "save the file as UTF-8 (Excel: CSV UTF-8; iconv -f cp1252 -t utf-8 OLD > NEW)"
+                    f"save the file as UTF-8 (Excel: CSV UTF-8; iconv -f {coding} -t utf-8 OLD > NEW)"
                 )
     return "the file is not UTF-8"
 
