@@ -38,8 +38,8 @@ REMEDIES = {
     "the cell; a question without a file has the data_type text",
     "no such clip": "put the file below --media_root, or correct its name in the table",
     "several clips": "several files have this name; write its folder too, e.g. clips/move_1.mp4",
-    "clip elsewhere": "name its folder with --allowed_roots, or move it; the URL of a file needs --allow_urls "
-    "(one of a page is no file)",
+    "clip elsewhere": "name its folder with --allowed_roots, or move it; URLs of files need --allow_urls "
+    "(pages are no files)",
     "doubtful number": "write it with a point and without separators (3.5), or give --problem_type free-form",
     "options": "give two to 26 different options: a list, red|green|blue in one cell, or a column for each "
     "(--columns options=a0+a1+a2)",
