@@ -285,5 +285,5 @@ def test_commands_pass_their_settings_on(tmp_path: Path, monkeypatch: pytest.Mon
     assert main(["data", "check", "m.json", "--media", "false", "--media_root", "/data", "--allow_urls"]) == 1
     assert seen == {
         "manifest": "m.json", "media_root": "/data", "allow_urls": True, "media": False, "workers": None,
-        "remote_cache": None, "remote_cache_gb": 50.0, "allowed_roots": [],
+        "remote_cache": None, "remote_cache_gb": 50.0, "allowed_roots": [], "renumber": None,
     }  # fmt: skip

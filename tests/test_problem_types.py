@@ -88,3 +88,38 @@ def test_alias_in_a_table_of_prompts(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert told in capsys.readouterr().err
     with pytest.raises(ManifestError, match="row 1: problem_type is 'essay'; known are"):
         trl_samples([{**rows[0], "problem_type": "essay"}], tmp_path)
+
+
+def test_renumber_gives_each_row_its_own_id(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    ids = [7, "7", "7-2", "x", 7, "x"]
+    (tmp_path / "m.json").write_text(
+        json.dumps([{**ROW, "problem_id": n, "problem_type": "open"} for n in ids])
+    )
+    check = ["data", "check", str(tmp_path / "m.json"), "--media", "false"]
+    assert main(check) == 1 and "--renumber OUT" in capsys.readouterr().out
+    out = tmp_path / "out.json"
+    assert main([*check, "--renumber", str(out)]) == 0
+    assert "3 of 6 rows got another id; the old one is kept as former_id" in capsys.readouterr().out
+    rows = json.loads(out.read_text())
+    found = [(row["problem_id"], row.get("former_id")) for row in rows]
+    assert found == [(7, None), ("7-3", "7"), ("7-2", None), ("x", None), ("7-4", 7), ("x-2", "x")]
+    assert main([*check, "--renumber", str(out)]) == 2
+
+
+def test_renumbered_and_missing_clips_of_data_make(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    questions = "id,question,answer,video\n1,What is it?,red,a/clip.mp4\n1,Why?,blue,b.mp4\n"
+    (tmp_path / "q.csv").write_text(questions)
+    made = ["data", "make", str(tmp_path / "q.csv"), "--out", str(tmp_path / "made.json")]
+    assert main(made) == 1  # the clips are not there
+    capsys.readouterr()
+    assert main([*made, "--media", "false"]) == 0
+    out = capsys.readouterr().out
+    assert "files that are not there yet, with the paths of the table: 2 (such as a/clip.mp4)" in out
+    assert "repeated ids that got a number appended: 1 (the old one is kept as former_id)" in out
+    rows = json.loads((tmp_path / "made.json").read_text())
+    assert [(row["path"], row["problem_id"], row.get("former_id")) for row in rows] == [
+        ("a/clip.mp4", 1, None) if rows[0]["problem_id"] == 1 else ("a/clip.mp4", "1", None),
+        ("b.mp4", "1-2", rows[0]["problem_id"]),
+    ]

@@ -1,5 +1,6 @@
 """`video-r1 data check`: find bad rows and media that cannot be decoded before training."""
 
+import itertools
 import os
 from collections import Counter
 from collections.abc import Sequence
@@ -10,12 +11,17 @@ from typing import cast
 from video_r1.console import Progress, table
 from video_r1.data.balance import constant_answers
 from video_r1.data.grounding import ON_VIDEOS, outside_of, parse_located
-from video_r1.data.manifests.records import Problem, Sample, check_manifest
+from video_r1.data.manifests.records import Problem, Sample, check_manifest, placed_rows
 from video_r1.data.reading import Batch, Reader
+from video_r1.data.sources.media_paths import media_root_of
 from video_r1.data.sources.media_types import ClipRef
+from video_r1.errors import RequestError
+from video_r1.files import replace_rows
 from video_r1.settings.frames import FrameBudget
 from video_r1.settings.shared import RemoteSettings
 
+FORMER_ID = "former_id"
+"""Field of a row that was given an id of its own."""
 _SOURCES_SHOWN = 40  # the largest; the line of all counts the others too
 
 
@@ -119,16 +125,24 @@ def run_check(
     remote_cache: str | None = None,
     remote_cache_gb: float = RemoteSettings.remote_cache_gb,
     allowed_roots: Sequence[str] = (),
+    renumber: str | None = None,
 ) -> int:
     """Check a manifest, and its media unless `media` is false; print every problem and the counts.
+
+    renumber: a manifest to write first, and to check instead, in which each row has an id of its own.
 
     Returns the exit code: 0 without problems, else 1.
 
     Raises:
         ManifestError: no such manifest or media root.
+        RequestError: `renumber` exists.
         VideoR1Error: a server that media are fetched from cannot be reached.
     """
-    samples, rows, problems = check_manifest(manifest, media_root, allow_urls, allowed_roots=allowed_roots)
+    if renumber:
+        media_root = media_root_of(manifest, media_root)
+        _renumber(manifest, media_root, Path(renumber))
+    checked = renumber or manifest
+    samples, rows, problems = check_manifest(checked, media_root, allow_urls, allowed_roots=allowed_roots)
     for problem in problems:
         print(problem)
     budget = FrameBudget(remote_cache=remote_cache, remote_bytes=int(remote_cache_gb * 1e9))
@@ -142,6 +156,27 @@ def run_check(
         hours = result.video_seconds / 3600
         print(f"{result.files:,} media files or windows opened; {hours:.2f} hours of video")
     bad_rows = len({problem.row for problem in problems if problem.row})
+    if any("is used before" in problem.text for problem in problems):
+        print("--renumber OUT writes a manifest in which each row has an id of its own")
     summary = f"usable questions: {len(result.usable):,}; rows with problems: {bad_rows:,}"
     print(summary + (f"; questions with unusable media: {len(result.problems):,}" if media else ""))
     return 1 if problems or result.problems else 0
+
+
+def _renumber(manifest: str | Path, root: str, out: Path) -> None:
+    """Write a manifest's rows; those with an id of an earlier row get a number appended."""
+    if out.exists():
+        raise RequestError(f"--renumber {out} exists; choose another file")
+    rows = [row for _, row in placed_rows(manifest, "train", root) if isinstance(row, dict)]
+    taken, used = {str(row.get("problem_id")) for row in rows}, set[str]()
+    given = 0
+    for place, row in enumerate(rows):
+        former = row.get("problem_id")
+        if former is not None and str(former) in used:
+            own = next(name for n in itertools.count(2) if (name := f"{former}-{n}") not in taken)
+            rows[place] = {**row, "problem_id": own, FORMER_ID: former}
+            taken.add(own)
+            given += 1
+        used.add(str(former))
+    replace_rows(out, rows)
+    print(f"{out}: {given:,} of {len(rows):,} rows got another id; the old one is kept as {FORMER_ID}")

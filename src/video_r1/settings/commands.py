@@ -26,6 +26,7 @@ class CheckSettings(PlacesSettings, RemoteSettings):
 
     manifest: str | None = setting(None, "JSON, JSON-lines or Parquet file, an address, or a Hugging Face id")
     media: bool = setting(True, "open every media file too")
+    renumber: str | None = setting(None, "manifest to write, and check, in which no id is used twice")
     workers: int | None = setting(None, "processes that open media (default: one a core)", above=0)
 
 

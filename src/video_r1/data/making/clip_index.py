@@ -37,6 +37,8 @@ class ClipIndex:
         self._subtitles: dict[str, str] = {}  # by the clip's path without extension
         self._others: dict[str, list[str]] = {}  # files without a known extension, by name
         self._by_core: dict[str, list[str]] = {}
+        self.may_miss = False  # return a name without a file as it is written
+        self.missing: dict[str, None] = {}
         self.renamed: dict[str, str] = {}  # files that have another name than in the table, by that name
         folders: dict[str, None] = {}
         for path in () if is_address(root) else _files_below(root, follow_links):
@@ -105,6 +107,9 @@ class ClipIndex:
         if found:
             shown = ", ".join(found[:_SHOWN]) + (", …" if len(found) > _SHOWN else "")
             raise Rejected("several clips", f"{name!r} may be {shown}")
+        if self.may_miss:
+            self.missing[path] = None
+            return path
         near = self._nearest(posixpath.basename(path).lower())
         hint = f"; near it: {', '.join(near)}" if near else ""
         raise Rejected("no such clip", f"no file {name!r} below {self.root}{hint}")

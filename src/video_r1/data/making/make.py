@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from video_r1.console import table
-from video_r1.data.check import check_media, format_counts
+from video_r1.data.check import FORMER_ID, check_media, format_counts
 from video_r1.data.making.clip_index import ClipIndex
 from video_r1.data.making.columns import (
     CHAT_COLUMNS,
@@ -86,6 +86,7 @@ def run_make(settings: MakeSettings) -> int:
     table_rows = list(read_table(settings.table, settings.split))
     clips = ClipIndex(root, follow_links=bool(settings.allowed_roots))
     layout, columns = _understood(settings, table_rows, clips)
+    clips.may_miss = not settings.media
     rejected: Rejections = []
     drafts: list[DraftRow] = []
     for number, row in table_rows:
@@ -114,6 +115,9 @@ def run_make(settings: MakeSettings) -> int:
         print(table(("refused", "questions"), [(name, f"{n:,}") for name, n in counts]), end="\n\n")
         print(*(f"{reason}: {REMEDIES[reason]}" for reason, _ in counts), sep="\n")
         print(f"\ndetails for each row: {rejected_path}\n")
+    if clips.missing:
+        such = f"{len(clips.missing):,} (such as {next(iter(clips.missing))})"
+        print(f"files that are not there yet, with the paths of the table: {such}; data check opens them")
     if clips.renamed:
         name, path = next(iter(clips.renamed.items()))
         print(
@@ -263,9 +267,10 @@ def _made_rows(
             count += 1
             own = f"{name}-{count}"
         repeated += own != name
-        rows[str(own)] = DraftRow(number, {"problem_id": own, **row})
+        former = {FORMER_ID: name} if own != name else {}
+        rows[str(own)] = DraftRow(number, {"problem_id": own, **former, **row})
     if repeated:
-        print(f"repeated ids that got a number appended: {repeated:,}")
+        print(f"repeated ids that got a number appended: {repeated:,} (the old one is kept as {FORMER_ID})")
     return list(rows.values())
 
 
