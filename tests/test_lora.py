@@ -10,9 +10,9 @@ import peft
 import pytest
 import torch
 from resume_runs import any_format, comparable, write_recipe
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from tgrpo_trainers import make_trainer, policy_of, weights
-from tiny_models import FAMILY_ROWS, tiny_checkpoint
+from tiny_models import FAMILY_ROWS, moving_square, tiny_checkpoint, write_clip
 
 from video_r1.cli import main
 from video_r1.errors import ConfigError
@@ -159,6 +159,55 @@ def test_broken_adapters_are_not_merged(checkpoint: Path, tmp_path: Path) -> Non
     with pytest.raises(ConfigError, match="they contain non-finite numbers"):
         merge_adapter(tmp_path / "adapters", tmp_path / "merged")
     assert not (tmp_path / "merged").exists()
+
+
+@pytest.mark.parametrize("change", ["names", "some names", "one more", "sizes", "base"])
+def test_cases_adapters_that_do_not_fit(checkpoint: Path, tmp_path: Path, change: str) -> None:
+    """They are merged into nothing, or not whole: refused. A moved base is named on the command line."""
+    folder, out = tmp_path / "adapters", tmp_path / "merged"
+    with_trained_adapters(checkpoint).save_pretrained(folder)
+    load_processor(checkpoint).save_pretrained(folder)
+    file, config = folder / "adapter_model.safetensors", folder / "adapter_config.json"
+    tensors = load_file(file)
+    if change == "base":
+        config.write_text(config.read_text().replace(str(checkpoint), "/elsewhere/base"))
+        with pytest.raises(ConfigError, match=r"adapter_config.json.*--base_model"):
+            merge_adapter(folder, out)
+        assert main(["merge", str(folder), str(out), "--base_model", str(checkpoint)]) == 0
+        return
+    first = next(iter(tensors))
+    for name in list(tensors) if change == "names" else [first]:
+        tensor = tensors.pop(name) if "names" in change else tensors[name]
+        wrong = name if change == "sizes" else name.replace("layers", "blocks")
+        tensors[wrong] = torch.zeros(3, 7) if change == "sizes" else tensor.clone()
+    save_file(tensors, file)
+    with pytest.raises(ConfigError, match="its adapters do not fit"):
+        merge_adapter(folder, out)
+    assert not out.exists()
+
+
+def test_cases_weights_that_are_not_numbers(
+    checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    clip = write_clip(tmp_path / "clip.mp4", moving_square(8))
+    for value in (float("nan"), float("inf")):
+        bad = Path(shutil.copytree(checkpoint, tmp_path / f"bad-{value}"))
+        tensors = load_file(bad / "model.safetensors")
+        name = next(name for name in tensors if "q_proj.bias" in name)
+        save_file(tensors | {name: tensors[name] * value}, bad / "model.safetensors", {"format": "pt"})
+        for temperature in ("0", "1"):
+            words = [
+                "ask",
+                str(bad),
+                str(clip),
+                "What?",
+                "--temperature",
+                temperature,
+                "--max_new_tokens",
+                "4",
+            ]
+            assert main(words) == 1
+            assert "the model's probabilities are not numbers" in capsys.readouterr().err
 
 
 def with_trained_adapters(checkpoint: Path) -> Any:

@@ -1,5 +1,6 @@
 """Checkpoints through transformers' Auto classes; frozen weights; adding and merging LoRA adapters."""
 
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -161,25 +162,47 @@ def freeze_vision(model: nn.Module) -> int:
     return sum(weight.numel() for weight in weights)
 
 
-def merge_adapter(adapter: str | Path, out: str | Path, dtype: str = "auto") -> Path:
+def merge_adapter(
+    adapter: str | Path, out: str | Path, dtype: str = "auto", base_model: str | None = None
+) -> Path:
     """Add a LoRA run's adapters to the weights that they were trained on and write a plain checkpoint.
 
     4-bit weights are dequantised first, which needs bitsandbytes. adapter: a run folder or one of its
-    checkpoints. dtype: "auto" for that of the weights. Returns `out`. Raises ConfigError if the folder has no
-    adapters, or if their base model is no longer where it was.
+    checkpoints. dtype: "auto" for that of the weights. base_model: in place of the one in the adapters'
+    config. Returns `out`. Raises ConfigError if the folder has no adapters, if they do not fit the base
+    model, or if that is no longer where it was.
     """
     source = Path(adapter)
     check_adapters(source)
     import peft  # an extra of this package; installed where adapters are
 
-    name = str(peft.PeftConfig.from_pretrained(str(source)).base_model_name_or_path)
+    name = base_model or str(peft.PeftConfig.from_pretrained(str(source)).base_model_name_or_path)
+    try:
+        check_checkpoint(name)
+    except ConfigError as error:
+        raise ConfigError(
+            f"{error} (the base model in {source / 'adapter_config.json'}); name it with --base_model"
+        ) from error
     quantised = recorded_four_bits(source)
     if quantised is None:
         base = load_model(name, dtype)
     else:
         base = load_model(name, quantised[0], quantization_config=quantised[1])
         base = base.dequantize(None if dtype == "auto" else getattr(torch, dtype))
-    model: Any = peft.PeftModel.from_pretrained(base, str(source))
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of missing weights, which are an error here
+            model: Any = peft.PeftModel.from_pretrained(base, str(source))
+            found = model.load_adapter(str(source), "default")  # again: only this names them
+    except (RuntimeError, OSError, ValueError, SafetensorError) as error:
+        said = " ".join(str(error).split())[:300]
+        raise ConfigError(f"{source}: its adapters do not fit {name}: {said}") from error
+    missing = [key for key in found.missing_keys if "lora_" in key or "modules_to_save" in key]
+    if wrong := sorted([*missing, *found.unexpected_keys]):
+        raise ConfigError(
+            f"{source}: its adapters do not fit {name}: {len(missing)} weights are missing and "
+            f"{len(found.unexpected_keys)} have names that the model does not know, e.g. {wrong[0]}"
+        )
     if plain := beyond_lora(model) is None:
         add_adapters(model)
     with claimed(Path(out)):

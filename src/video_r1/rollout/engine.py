@@ -17,6 +17,7 @@ from video_r1.data.prompts import Prompt
 from video_r1.data.reading import Question
 from video_r1.data.rollouts import Rollout
 from video_r1.data.templates import end_token_id
+from video_r1.errors import VideoR1Error
 from video_r1.models.families import text_of
 from video_r1.models.group_forward import vision_language_model
 from video_r1.seeds import hashed_seed
@@ -166,10 +167,18 @@ def useful_threads(model: Any) -> Iterator[None]:
 def as_rollouts(
     tokenizer: Any, token_ids: Tensor, logprobs: Tensor, lengths: Tensor, stopped: Tensor
 ) -> list[Rollout]:
-    """Build rollouts from token_ids, logprobs [B, L], lengths [B] and stopped [B] (by an end token)."""
+    """Build rollouts from token_ids, logprobs [B, L], lengths [B] and stopped [B] (by an end token).
+
+    Raises VideoR1Error where the model's log-probs are NaN.
+    """
     ids = [row[:length].clone() for row, length in zip(token_ids.cpu(), lengths.tolist(), strict=True)]
     texts = tokenizer.batch_decode([row.tolist() for row in ids], skip_special_tokens=True)
     values, ended = logprobs.cpu(), stopped.tolist()
+    if any(bool(row[: len(own)].isnan().any()) for row, own in zip(values, ids, strict=True)):
+        raise VideoR1Error(
+            "the model's probabilities are not numbers: its weights hold NaN or infinity, or their format "
+            "is too small for it; use another checkpoint, or dtype bfloat16 or float32"
+        )
     return [
         Rollout(row, values[index, : len(row)].clone(), text, "stop" if ended[index] else "length")
         for index, (row, text) in enumerate(zip(ids, texts, strict=True))
@@ -246,7 +255,8 @@ def draw_tokens(logprobs: Tensor, uniform: Tensor) -> Tensor:
     total = cumulative[:, -1:]
     # Rounding may lift the threshold to the total itself, and then no token would be above it.
     threshold = torch.minimum(uniform[:, None] * total, torch.nextafter(total, torch.zeros_like(total)))
-    return torch.searchsorted(cumulative, threshold, right=True).squeeze(1)
+    # At most the last: NaN lies nowhere, and `as_rollouts` reports it.
+    return torch.searchsorted(cumulative, threshold, right=True).squeeze(1).clamp(max=logprobs.shape[-1] - 1)
 
 
 def uniform_numbers(counts: Sequence[int], sampling: SamplingSettings) -> list[Tensor]:

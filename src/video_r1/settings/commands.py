@@ -196,6 +196,9 @@ class MergeSettings(Settings):
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = setting(
         "auto", "number format of the merged weights (default: the model's)"
     )
+    base_model: str | None = setting(
+        None, "checkpoint that the adapters were trained on (default: the one in adapter_config.json)"
+    )
 
 
 @dataclass(kw_only=True)
