@@ -32,9 +32,13 @@ test-all: ## `make test`, then the slow tests
 	@$(MAKE) --no-print-directory test
 	@$(MAKE) --no-print-directory test-slow
 
-test-oldest test-newest: install-test ## the fast tests with the oldest (newest) versions in the ranges of pyproject.toml
-	@VENV=$(VENV) setup/overlay.sh $(@:test-%=%)
-	$(PYTEST:$(PY)%=$(VENV)-$(@:test-%=%)/bin/python%) -m "not slow and not vllm" $(ARGS)
+test-oldest: install-test ## the fast tests with the oldest versions in the ranges of pyproject.toml
+	@VENV=$(VENV) setup/overlay.sh oldest
+	$(subst $(PY),$(VENV)-oldest/bin/python,$(PYTEST)) -m "not slow and not vllm" $(ARGS)
+
+test-newest: install-test ## the fast tests with the newest versions in the ranges of pyproject.toml
+	@VENV=$(VENV) setup/overlay.sh newest
+	$(subst $(PY),$(VENV)-newest/bin/python,$(PYTEST)) -m "not slow and not vllm" $(ARGS)
 
 check: install-test ## ruff, pyright and the layers of docs/design.md
 	$(PY) -m ruff check .
@@ -49,11 +53,7 @@ docs: install ## the pages of docs/ and the API reference as a site, in build/si
 screenshots: install-test ## each page of video-r1 studio at three widths, in screenshots/
 	cd tests && ../$(PY) studio_screenshots.py ../screenshots $(ARGS)
 
-gpu-test-oldest test-newest: install-test ## the fast tests with the oldest (newest) versions in the ranges of pyproject.toml
-	@VENV=$(VENV) setup/overlay.sh $(@:test-%=%)
-	$(PYTEST:$(PY)%=$(VENV)-$(@:test-%=%)/bin/python%) -m "not slow and not vllm" $(ARGS)
-
-check: install-test ## on a machine with a GPU: everything that tests on CPUs cannot show, in 45 minutes at most
+gpu-check: install-test ## on a machine with a GPU: everything that tests on CPUs cannot show, in 45 minutes at most
 	@$(PY) tests/gpu_check.py $(ARGS)
 
 bench: install-test ## every benchmark (ARGS="update rollout": some); figures and tables of docs/ follow
