@@ -491,7 +491,7 @@ def test_the_look_gap(clip: Path, tmp_path: Path) -> None:
     )  # fmt: skip
     found = temporal_accuracy(engine, [sample], Reader(budget_of("qwen2_5_vl")), builder, validated)
     assert (found["look_gap"], found["accuracy_elsewhere"], found["accuracy_video"]) == (1.0, 0.0, 1.0)
-    assert found["look_gap_low"] == found["look_gap_high"] == 1.0
+    assert "look_gap_low" not in found  # of one question
     assert [media.frames.shape[0] for media in looker.prompts[-1].media] == [4, 4]
     lines = [json.loads(line) for line in (tmp_path / "predictions-16.jsonl").read_text().splitlines()]
     assert {line["order"]: line["score"] for line in lines} == {"ordered": 1.0, "elsewhere": 0.0}

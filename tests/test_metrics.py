@@ -1,6 +1,7 @@
 """Evaluation figures against values worked out by hand."""
 
 from fractions import Fraction
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,7 +15,7 @@ from video_r1.evaluation.metrics import (
     share_figure,
     task_mean,
 )
-from video_r1.evaluation.summary import summarise, summary_table
+from video_r1.evaluation.summary import cell, summarise, summary_table
 
 
 @pytest.mark.parametrize(
@@ -39,8 +40,37 @@ def test_mean_relative_accuracy_is_that_of_exact_fractions() -> None:
     assert [pair for pair, a, b in zip(pairs, ours, expected, strict=True) if abs(a - b) > 1e-12] == []
 
 
-def test_equal_scores_have_no_interval_and_the_same_seed_gives_the_same() -> None:
-    assert mean_figure([0.5] * 7)[:3] == (0.5, 0.5, 0.5)
+WIDE = 0.3244  # z² ÷ (8 + z²): Wilson's end for 0 of 8
+NEWCOMBE = 1 - 2**0.5 * WIDE  # of 8 of 8 minus 0 of 8
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "clips", "interval"),
+    [
+        ([0.0] * 8, None, None, [0, WIDE]),
+        ([1.0] * 8, None, None, [1 - WIDE, 1]),
+        ([1.0] * 40, None, [n % 8 for n in range(40)], [1 - WIDE, 1]),  # of eight clips
+        ([0.0] * 5, None, None, [0, 0.4345]),
+        ([0.0] * 4, None, None, None),
+        ([1.0, 0.0, 1.0, 0.0], None, None, None),
+        ([7.0] * 8, None, None, [7, 7]),  # no share
+        ([1.0] * 8, [1.0] * 8, None, [-WIDE, WIDE]),
+        ([0.0] * 8, [0.0] * 8, None, [-WIDE, WIDE]),
+        ([1.0] * 8, [0.0] * 8, None, [NEWCOMBE, 1]),
+        ([0.0] * 8, [1.0] * 8, None, [-1, -NEWCOMBE]),
+        ([1.0] * 4, [0.0] * 4, None, None),
+        ([90.0] * 8, [30.0] * 8, None, [60, 60]),  # tokens
+    ],
+)  # fmt: skip
+def test_few_or_equal_scores(first: list[float], second: Any, clips: Any, interval: Any) -> None:
+    figure = mean_figure(first, clips) if second is None else paired_difference(first, second, clips)
+    assert figure.interval == (None if interval is None else pytest.approx(interval, abs=1e-4))
+    assert figure.as_json("x")["interval95"] == figure.interval
+    shown = cell(figure.as_json("x"), "x")
+    assert ("[" in shown) is (interval is not None) and "nan" not in shown
+
+
+def test_the_same_seed_gives_the_same_interval() -> None:
     scores = np.random.default_rng(1).random(50)
     assert mean_figure(scores) == mean_figure(scores)
     assert mean_figure(scores, seed=1) != mean_figure(scores)
@@ -123,8 +153,7 @@ def test_the_mean_of_two_kinds_of_questions() -> None:
     assert found["kind_mean"]["accuracy"] == pytest.approx((0.75 + 0.2) / 2)
     assert found["accuracy"] == pytest.approx(3.4 / 6)
     # resampled in each kind: the numbers' mean is always 0.2
-    ends = [(end + 0.2) / 2 for end in mean_figure([1.0, 1.0, 1.0, 0.0])[1:3]]
-    assert found["kind_mean"]["interval95"] == pytest.approx(ends)
+    assert found["kind_mean"]["interval95"] == pytest.approx([(0.25 + 0.2) / 2, (1 + 0.2) / 2])
 
 
 def record(question: int, order: str, score: float, **fields: object) -> dict:
@@ -154,10 +183,10 @@ def test_summary_of_records() -> None:
     assert figures["shuffled"]["accuracy"] == pytest.approx(2 / 3)
     gap = figures["temporal_gap"]
     assert (gap["gap"], gap["questions"], gap["ordered"], gap["shuffled"]) == (0.5, 2, 1.0, 0.5)
-    assert gap["interval95"] == [0.0, 1.0]
+    assert gap["interval95"] is None  # of two questions
     assert figures["by_type"]["OCR"].keys() == {"ordered"}
     assert figures["by_type"]["OCR"]["ordered"] == {
-        "accuracy": 0.0, "interval95": [0.0, 0.0], "questions": 1, "strict_accuracy": 0.0,
+        "accuracy": 0.0, "interval95": None, "questions": 1, "strict_accuracy": 0.0,
         "format_rate": 1.0, "unparsable_rate": 0.0, "truncated_rate": 0.0,
     }  # fmt: skip
     assert figures["by_modality"]["video"]["ordered"]["format_rate"] == 0.5
@@ -190,7 +219,7 @@ def test_summary_by_task_and_its_table() -> None:
     assert lines[0] == "16 frames"
     assert lines[2].split()[:3] == ["all", "3", "0.667"]
     assert any(line.split()[:3] == ["b", "1", "0.000"] for line in lines)
-    assert "mean over task types 0.500 [0.500, 0.500]" in table
+    assert lines[-2].split() == ["ordered", "3", "0.667", "-", "0.000", "1.000", "0.000", "0.000", "0.500"]
     assert "2 questions skipped" in table
 
 

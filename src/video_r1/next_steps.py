@@ -11,6 +11,7 @@ from video_r1.data.sources.media_paths import media_root_of
 from video_r1.errors import without_secrets
 from video_r1.recipe import Recipe
 from video_r1.recipe_files import MERGED, MadeFor, counterpart, launcher
+from video_r1.settings.decoding import EvalSettings
 
 RESUMED = {name: "resumes" for name in TRAINS}
 RESUMED |= {name: "continues with the remaining questions" for name in ("eval", "data audit", "annotate")}
@@ -26,7 +27,7 @@ def next_steps(recipe: Recipe) -> list[str]:
         start = then("sft", "qwen3-vl-4b-sft-lora", "--train_manifest", values["out"], *media)
         return [start, "(for one GPU of 24 GB; see video-r1 recipes for other machines)"]
     if command == "eval":
-        return [then("report", values["model"])] if Path(values["model"], "metrics.jsonl").is_file() else []
+        return [then("studio", recipe.section(EvalSettings).folder)]  # every order and question
     if command in TRAINS:
         return after_training(recipe)
     return after_plan(recipe) if command == "plan" else []

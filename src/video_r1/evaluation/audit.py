@@ -304,6 +304,9 @@ def percent(share: float) -> str:
 
 
 def _share(figure: Mapping[str, Any]) -> str:
-    """`31 % [28, 34]`"""
-    low, high = (f"{100 * end:.0f}" for end in figure["interval95"])
-    return f"{percent(figure['share'])} [{low}, {high}]"
+    """Return `31 % [28, 34]`."""
+    return (
+        cell(figure, "share", 100, 0).replace(" [", " % [")
+        if figure["interval95"]
+        else percent(figure["share"])
+    )

@@ -37,8 +37,7 @@ def run_eval(settings: EvalSettings, bench: BenchmarkSettings | None = None) -> 
     bench = bench or BenchmarkSettings()
     assert (settings.manifest is None) != (bench.bench is None)  # the command line refuses others
     assert settings.model is not None  # settings without it are refused
-    name = "-".join([*Path(settings.model).parts[-2:], Path(settings.manifest or "benchmarks").stem])
-    folder = Path(settings.out) if settings.out else Path("runs/eval") / name.replace("/", "")
+    folder = settings.folder
     if folder.exists() and not folder.is_dir():
         raise RequestError(f"out: {folder} is a file; name a new folder or that of this evaluation")
 

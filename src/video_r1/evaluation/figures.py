@@ -94,13 +94,15 @@ def _svg(lines: Sequence[Line]) -> str:
         axes.grid(axis="x", color=INK, alpha=0.25)
         for y, line in enumerate(lines):
             own = colour[line.contrast]
-            gap, (low, high) = 100 * line.gap["gap"], (100 * end for end in line.gap["interval95"])
-            axes.hlines(y, low, high, color=own, linewidth=2)
-            axes.plot(gap, y, "o", color=own, markerfacecolor=own if low > 0 or high < 0 else "white")
+            gap, ends = 100 * line.gap["gap"], [100 * end for end in line.gap["interval95"] or ()]
+            axes.hlines([y] * bool(ends), ends[:1], ends[1:], color=own, linewidth=2)
+            apart = bool(ends) and (ends[0] > 0 or ends[1] < 0)
+            axes.plot(gap, y, "o", color=own, markerfacecolor=own if apart else "white")
+            shown = f" [{', '.join(map(_signed, ends))}]" if ends else ""
             ordered, other = 100 * line.gap["ordered"], 100 * line.gap[line.contrast]
             told.append(
-                f"{line.frames} frames: {ordered:.1f} − {other:.1f} = {_signed(gap)} "
-                f"[{_signed(low)}, {_signed(high)}]  ({line.gap['questions']:,})"
+                f"{line.frames} frames: {ordered:.1f} − {other:.1f} = {_signed(gap)}{shown}"
+                f"  ({line.gap['questions']:,})"
             )
         axes.axvline(0, color=INK)
         axes.xaxis.set_major_formatter(lambda value, _: _signed(value, 0))

@@ -16,6 +16,7 @@ from video_r1.data.answers import parse_number
 from video_r1.data.scores import correctness
 
 RESAMPLES = 2_000
+FEWEST = 5  # questions with an interval
 OVERLAP_SHARES = {"R@0.3": 0.3, "R@0.5": 0.5, "R@0.7": 0.7}  # least overlaps
 _DRAWS_AT_ONCE = 2_000_000  # bounds the memory of a bootstrap: 16 MB of indices
 _DIRECTION_DIFFICULTY = re.compile(r"^(object_rel_direction)_(?:easy|medium|hard)$")
@@ -25,15 +26,19 @@ Clips = Sequence[Hashable] | None
 
 
 class Figure(NamedTuple):
-    """A mean over `questions` questions with its 95 % interval [low, high]."""
+    """A mean over `questions` questions with its 95 % interval [low, high]; nan for none."""
 
     mean: float
     low: float
     high: float
     questions: int
 
+    @property
+    def interval(self) -> list[float] | None:
+        return None if math.isnan(self.low) else [self.low, self.high]
+
     def as_json(self, name: str) -> dict[str, Any]:
-        return {name: self.mean, "interval95": [self.low, self.high], "questions": self.questions}
+        return {name: self.mean, "interval95": self.interval, "questions": self.questions}
 
 
 def mean_relative_accuracy(predicted: float, truth: float) -> float:
@@ -88,20 +93,26 @@ def _resampled_means(
 
 
 def mean_figure(scores: ArrayLike, clips: Clips = None, seed: int = 0) -> Figure:
-    """Return the mean of scores [N ≥ 1] with its percentile bootstrap interval over clips."""
+    """Return the mean of scores [N ≥ 1] with its percentile bootstrap interval over clips.
+
+    Equal scores, whose bootstrap has no width, have Wilson's interval; fewer than FEWEST have none.
+    """
     values = np.asarray(scores, dtype=np.float64)
-    return _figure(values.mean(), bootstrap_means(values, clips, seed=seed), len(values))
+    return _figure(bootstrap_means(values, clips, seed=seed), len(values), clips, values.mean())
 
 
 def paired_difference(first: ArrayLike, second: ArrayLike, clips: Clips = None) -> Figure:
     """Return mean(first − second) of values [N] of the same questions, with its paired 95 % interval.
 
-    With scores of ordered and shuffled frames this is the temporal gap.
+    With scores of ordered and shuffled frames this is the temporal gap. Equal differences of scores have
+    Newcombe's interval; fewer than FEWEST have none.
     """
-    return mean_figure(np.subtract(first, second, dtype=np.float64), clips)
+    one, other = (np.asarray(values, dtype=np.float64) for values in (first, second))
+    resampled, sides = bootstrap_means(one - other, clips), (one.mean(), other.mean())
+    return _figure(resampled, len(one), clips, np.mean(one - other), *sides)
 
 
-def share_figure(right: int, count: int) -> Figure:
+def share_figure(right: float, count: int) -> Figure:
     """Return right ÷ count (≥ 1) with its 95 % score interval (Wilson 1927): [0, 0.32] for 0 of 8."""
     share, z = right / count, 1.959964
     middle = (share + z * z / (2 * count)) / (1 + z * z / count)
@@ -153,9 +164,16 @@ def task_mean(scores: ArrayLike, tasks: Sequence[str], clips: Clips = None) -> F
         merged.setdefault(_DIRECTION_DIFFICULTY.sub(r"\1", task), []).append(means)
     # [0] is the figure itself, the rest its resamples
     headline = np.mean([np.mean(parts, axis=0) for parts in merged.values()], axis=0)
-    return _figure(headline[0], headline[1:], len(values))
+    return _figure(headline[1:], len(values), clips, headline[0])
 
 
-def _figure(mean: Any, resampled: NDArray[np.float64], questions: int) -> Figure:
+def _figure(resampled: NDArray[np.float64], questions: int, clips: Clips, mean: Any, *sides: Any) -> Figure:
+    """Return a mean, or the difference of two (`sides`), with the interval of its resamples."""
     low, high = np.quantile(resampled, (0.025, 0.975))
+    if questions < FEWEST:
+        low = high = math.nan
+    elif high - low < 1e-12 and all(0 <= share <= 1 for share in sides or (mean,)):
+        count = questions if clips is None else len(set(clips))  # questions about a clip are right together
+        first, *second = (share_figure(share * count, count) for share in sides or (mean,))
+        _, low, high, _ = share_difference(first, *second) if second else first
     return Figure(float(mean), float(low), float(high), questions)

@@ -144,7 +144,7 @@ def compare_with_paper(results: Mapping[str, Mapping[str, Any]]) -> list[Compari
             figure = figures.get("ordered")
             if figure and name in _KIND_MEAN:
                 figure = figure.get("kind_mean")
-            if not figure:
+            if not figure or figure["interval95"] is None:
                 continue
             mean, count = 100 * figure["accuracy"], int(frames)
             for model, rows in PUBLISHED.items():

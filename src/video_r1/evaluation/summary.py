@@ -223,15 +223,12 @@ def summary_table(summary: Mapping[str, Any]) -> str:
     for frames, figures in summary["frames"].items():
         rows = [_row("all", figures)]
         for grouping in (*_GROUPINGS, "by_pairs"):
-            rows += [_row(f"  {name}", group) for name, group in figures.get(grouping, {}).items()]
+            if len(groups := figures.get(grouping, {})) > (grouping != "by_pairs"):  # one group is all
+                rows += [_row(f"  {name}", group) for name, group in groups.items()]
         head = ("", "questions", "ordered", "shuffled", "temporal gap")
-        lines = [f"{frames} frames", table(head, rows)]
+        lines = [f"{frames} frames", table(head, rows), _order_table(figures)]
         if overlaps := _overlap_rows(figures):
             lines.append(table(("overlap with the truth", "questions", "mean", *OVERLAP_SHARES), overlaps))
-        lines += [
-            f"{name}: accuracy {cell(figures[name], 'accuracy')}, temporal gap {cell(gap, 'gap')}"
-            for name, gap in figures.get("temporal_gaps", {}).items()
-        ]
         if "look_gap" in figures:
             gap = cell(figures["look_gap"], "gap")
             lines.append(f"look gap (accuracy minus that with looks elsewhere in the clip): {gap}")
@@ -243,8 +240,6 @@ def summary_table(summary: Mapping[str, Any]) -> str:
             gap = cell(figures["no_look_gap"], "gap")
             lines.append(f"accuracy minus that without the tool, with as many frames: {gap}")
         lines += [_gain_line(order, gain) for order, gain in figures.get("reasoning_gains", {}).items()]
-        for way, own in (("", figures), (", direct", figures.get("direct", {}))):
-            lines += [_order_line(order + way, own[order]) for order in get_args(Order) if order in own]
         for kind, group in figures.get("by_type", {}).items():
             if "warning" in group.get("ordered", {}):
                 lines.append(f"{kind}: {group['ordered']['warning']}")
@@ -275,11 +270,11 @@ def _row(name: str, figures: Mapping[str, Any]) -> tuple[str, str, str, str, str
 
 
 def cell(figure: Mapping[str, Any] | None, name: str, scale: int = 1, digits: int = 3) -> str:
-    """Return a figure, multiplied by `scale`, with its interval; "-" for none."""
+    """Return a figure, multiplied by `scale`, with its interval if there is one; "-" for no figure."""
     if not figure:
         return "-"
-    mean, low, high = (f"{scale * value:z.{digits}f}" for value in (figure[name], *figure["interval95"]))
-    return f"{mean} [{low}, {high}]"
+    mean, *ends = (f"{scale * value:z.{digits}f}" for value in (figure[name], *(figure["interval95"] or ())))
+    return f"{mean} [{', '.join(ends)}]" if ends else mean
 
 
 def _gain_line(order: str, gain: Mapping[str, Any]) -> str:
@@ -291,11 +286,30 @@ def _gain_line(order: str, gain: Mapping[str, Any]) -> str:
     )
 
 
-def _order_line(order: str, figure: Mapping[str, Any]) -> str:
-    headline = figure.get("task_mean")
-    return (
-        f"{order}: strict accuracy {figure['strict_accuracy']:.3f}, "
-        f"in the answer format {figure['format_rate']:.3f}, "
-        f"unparsable {figure['unparsable_rate']:.3f}, cut off {figure['truncated_rate']:.3f}"
-        + (f", mean over task types {cell(headline, 'accuracy')}" if headline else "")
+def _order_table(figures: Mapping[str, Any]) -> str:
+    """Return a table of the frame orders, reasoned and direct: accuracy, its gap to ordered, and rates."""
+    rows = []
+    for way, own in (("", figures), (", direct", figures.get("direct", {}))):
+        gaps = {"shuffled": own.get("temporal_gap"), **own.get("temporal_gaps", {})}
+        gaps |= {order: own.get(name) for name, order in LOOK_GAPS.items()}
+        for order in get_args(Order):
+            if figure := own.get(order):
+                names = ("strict_accuracy", "format_rate", "unparsable_rate", "truncated_rate")
+                rates = (f"{figure[name]:.3f}" for name in names)
+                cells = (cell(figure, "accuracy"), cell(gaps.get(order), "gap"), *rates)
+                rows.append(
+                    (order + way, str(figure["questions"]), *cells, cell(figure.get("task_mean"), "accuracy"))
+                )
+    head = (
+        "order",
+        "questions",
+        "accuracy",
+        "gap",
+        "strict",
+        "in format",
+        "unparsable",
+        "cut off",
+        "mean of tasks",
     )
+    shown = len(head) - all(row[-1] == "-" for row in rows)
+    return table(head[:shown], [row[:shown] for row in rows])

@@ -66,8 +66,8 @@ def temporal_accuracy(
             video, other = fmean(ordered), fmean(others)
             figures.setdefault("accuracy_video", video)
             figures |= {f"accuracy_{name}": other, gap: video - other}
-            _, low, high, _ = paired_difference(ordered, others, clips)
-            figures |= {f"{gap}_low": low, f"{gap}_high": high}
+            if ends := paired_difference(ordered, others, clips).interval:
+                figures |= {f"{gap}_low": ends[0], f"{gap}_high": ends[1]}
             if name == "elsewhere":
                 figures["look_questions"] = float(len(both))
     return figures

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 from urllib.parse import urlsplit
 
@@ -111,6 +112,12 @@ class EvalSettings(DecodingSettings, ManifestSettings):
         """Return the frames of an overview that has as many visual tokens as `frames` and all looks."""
         size = (self.look_pixels or self.frame_pixels) / self.frame_pixels
         return TEMPORAL_PATCH * round((frames + self.max_looks * self.look_frames * size) / TEMPORAL_PATCH)
+
+    @property
+    def folder(self) -> Path:
+        """The folder of predictions and figures: `out`, or by default a name after model and manifest."""
+        name = "-".join([*Path(self.model or "").parts[-2:], Path(self.manifest or "benchmarks").stem])
+        return Path(self.out) if self.out else Path("runs/eval") / name.replace("/", "")
 
     @property
     def frame_counts(self) -> list[int]:

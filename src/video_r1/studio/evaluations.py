@@ -8,7 +8,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.routing import Route
 
-from video_r1.evaluation.metrics import mean_figure
+from video_r1.evaluation.metrics import Figure, mean_figure, paired_difference
 from video_r1.report.run_data import ANSWERS
 from video_r1.report.values import as_list, finite, parse, text
 from video_r1.settings.frames import Order
@@ -143,27 +143,28 @@ def _paired(left: Answers, right: Answers, against: str, order: str) -> Pairs:
 
 def _row(both: Pairs) -> dict[str, Any]:
     left, right = zip(*both.values(), strict=True)
-    scores = {name: [answer.score for answer in side] for name, side in (("left", left), ("right", right))}
-    scores["difference"] = [b.score - a.score for a, b in both.values()]
+    a, b = ([answer.score for answer in side] for side in (left, right))
     return {
         "questions": len(both),
-        "left_wins": sum(by < 0 for by in scores["difference"]),
-        "right_wins": sum(by > 0 for by in scores["difference"]),
-        **{name: _figure(values) for name, values in scores.items()},
+        "left_wins": sum(one > other for one, other in zip(a, b, strict=True)),
+        "right_wins": sum(one < other for one, other in zip(a, b, strict=True)),
+        "left": _figure(mean_figure(a)),
+        "right": _figure(mean_figure(b)),
+        "difference": _figure(paired_difference(b, a)),
         "tokens": [_mean([answer.tokens for answer in side]) for side in (left, right)],
     }
 
 
-def _gap(side: Answers, contrast: str, problems: Iterable[str]) -> dict[str, float] | None:
+def _gap(side: Answers, contrast: str, problems: Iterable[str]) -> dict[str, float | None] | None:
     """Return the gap (ordered minus `contrast`) over the questions asked in both orders."""
     ordered = side.get("ordered", {}) if contrast != "ordered" else {}
-    by = [ordered[p].score - side[contrast][p].score for p in problems if p in ordered]
-    return _figure(by) if by else None
+    both = [(ordered[p].score, side[contrast][p].score) for p in problems if p in ordered]
+    return _figure(paired_difference(*zip(*both, strict=True))) if both else None
 
 
-def _figure(values: Sequence[float]) -> dict[str, float]:
-    """Return the mean and its 95 % interval."""
-    return dict(zip(("mean", "low", "high"), mean_figure(values)[:3], strict=True))
+def _figure(figure: Figure) -> dict[str, float | None]:
+    low, high = figure.interval or (None, None)
+    return {"mean": figure.mean, "low": low, "high": high}
 
 
 def _mean(values: Sequence[float | None]) -> float | None:
