@@ -6,6 +6,7 @@ names the path and the versions.
 """
 
 import logging
+import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -18,7 +19,7 @@ logger = logging.getLogger(__name__)
 
 TOLERANCE = 1e-4
 """Relative distance that always counts as rounding; see `tolerance` for coarser number formats."""
-NEWEST_TESTED = {transformers: "5.24", torch: "2.15"}
+NEWEST_TESTED = {"transformers": "5.24", "torch": "2.15"}
 """Minor versions in setup/requirements-newest.txt."""
 WORKING: dict[tuple[str, str], bool] = {}
 """Results of `works` in this process, by path and model type."""
@@ -34,8 +35,8 @@ def works(what: str, model: Any, fast: Callable[[Any], Tensor], plain: Callable[
     key = what, model.config.model_type
     if key not in WORKING:
         newer = any(
-            Version(library.__version__).release[:2] > Version(tested).release
-            for library, tested in NEWEST_TESTED.items()
+            Version(sys.modules[name].__version__).release[:2] > Version(tested).release
+            for name, tested in NEWEST_TESTED.items()
         )
         whole = all(weight.numel() for weight in model.parameters())  # not so with ZeRO-3
         WORKING[key] = not (newer and whole) or Checked(what, fast, plain).check((model,), {}, False)

@@ -94,7 +94,7 @@ def check_replaced(kind: type[Trainer]) -> None:
         if theirs is None or (expected != [*takes] and not takes_any):
             raise ConfigError(
                 f"transformers {transformers.__version__} is not supported: Trainer.{name} takes {expected}, "
-                f"its replacement here {[*takes]}. Install transformers {NEWEST_TESTED[transformers]}"
+                f"its replacement here {[*takes]}. Install transformers {NEWEST_TESTED['transformers']}"
             )
 
 
