@@ -104,7 +104,7 @@ def test_the_first_commands_of_the_readme_run(
     for command in ("make", "check"):
         words = next(words for words in lines if words[:2] == ["data", command])
         assert main([*words, "--media", "false"]) == 0
-    assert "usable questions: 7" in capsys.readouterr().out  # one of the 8 is held out
+    assert "usable questions: 8" in capsys.readouterr().out  # one of the 9 is held out
     assert (tmp_path / "mine" / "held-out.json").is_file()
 
 

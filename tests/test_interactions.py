@@ -310,7 +310,7 @@ def expected_loss(world: World) -> tuple[float, Tensor, list[bool]]:
                 }.get(rule, 0.0)
             if q == 0 and rule == "likelihood_gate":
                 n = LENGTHS[0][i]
-                contrast = DROPS[0][i] / min(4, math.ceil(n / 2))  # the other end is 0
+                contrast = DROPS[0][i] / min(8, math.ceil(n / 2))  # the other end is 0
                 gate = 1 - s.alpha * (math.exp(-contrast) if right[i] else 1.0)
             rows.append(rest + pays * gate + bonus)
             without.append(rest + pays)

@@ -27,7 +27,7 @@ from video_r1.settings.training import TGRPOSettings
 
 logger = logging.getLogger(__name__)
 
-EXTREMES = 4  # tokens at either end of a completion's d_t
+EXTREMES = 8  # tokens at either end of a completion's d_t
 GATED = ("accuracy", "length", "judge")
 """Reward terms that are paid for being right: a gate multiplies them."""
 
@@ -83,7 +83,7 @@ def likelihood_gate(group: RolloutGroup, correct: Tensor, settings: TGRPOSetting
 
 
 def logprob_contrast(token_drops: Sequence[Tensor]) -> Tensor:
-    """[G] float32, nats: Δ of each completion's d_t [L], the mean of the 4 largest plus the mean of the 4
+    """[G] float32, nats: Δ of each completion's d_t [L], the mean of the 8 largest plus the mean of the 8
     smallest, each of at most half of the tokens.
 
     Noise around 0 cancels between the two ends, and the length of the rest does not matter.
