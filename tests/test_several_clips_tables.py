@@ -36,16 +36,6 @@ CASES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
         {"messages": [user("Is <video> as <video>?")], "videos": ["a/ball.mp4", "cup.mp4"], "answer": "1"},
         {"problem": "Is <video> as <video>?", "path": ["a/ball.mp4", "cup.mp4"], "data_type": "video"},
     ),
-    "swift, tags that do not say it": (
-        "swift.jsonl",
-        {"messages": [user("<video>Which?")], "videos": ["a/ball.mp4", "cup.mp4"], "solution": "yes"},
-        {"problem": "Which?", "path": ["a/ball.mp4", "cup.mp4"]},
-    ),
-    "swift, one file twice": (
-        "swift.jsonl",
-        {"messages": [user("<video>Which?")], "videos": ["cup.mp4", "cup.mp4"], "solution": "yes"},
-        {"problem": "Which?", "path": "cup.mp4"},
-    ),
     "trl, parts of the content": (
         "trl.jsonl",
         {
