@@ -141,6 +141,7 @@ def test_missing_files_are_refused_before_torch_is_imported(tmp_path: Path) -> N
         "data check non.json": "non.json: no such manifest or table",
         "sft lab-sft --train_manifest some.json --model_name_or_path runs/none": "runs/none: no such folder",
         "annotate some.json --teacher run --out o.json": "run: these are adapters",
+        "eval run some.json": "run: these are adapters; make a checkpoint: video-r1 merge run OUT",
         "eval lab-base": "eval needs a manifest or benchmarks",
         "eval lab-base --bench mvbnch": "'mvbnch' is neither a benchmark nor a manifest file",
         "serve some.json": "some.json: this is a file",

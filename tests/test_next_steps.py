@@ -93,8 +93,11 @@ def test_after_an_annotation(tmp_path: Path) -> None:
 
 
 def test_other_gpus_than_the_recipes(monkeypatch: pytest.MonkeyPatch) -> None:
-    _, note = after("plan video-r1-7b-tgrpo-lora --gpus 4")
-    assert "the recipe counts on 1 GPUs, not 4: scale gradient_accumulation_steps by 1/4" in note
+    for gpus, passes, kept in ((4, 2, 8), (3, 3, 9), (16, 1, 16)):
+        line, note = after(f"plan video-r1-7b-tgrpo-lora --gpus {gpus}")
+        assert line.endswith(f"video-r1-7b-tgrpo-lora --gradient_accumulation_steps {passes}")
+        kept_words = f"{kept} questions a step, the recipe's 8 on 1"
+        assert note == f"(gradient_accumulation_steps {passes} on {gpus} GPUs: {kept_words})"
     monkeypatch.setenv("WORLD_SIZE", "2")
     (line,) = after("sft video-r1-7b-sft-4x96")
     assert "--num_processes 2 -m video_r1 rl video-r1-7b-tgrpo-4x96" in line

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shlex
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,10 +14,12 @@ from measured_memory import model_of
 from transformers import AutoModelForImageTextToText
 
 from video_r1.cli import main
-from video_r1.plan.plan import gpu_memory, of_stage, planned_sharding
+from video_r1.errors import ConfigError
+from video_r1.plan.plan import gpu_memory, nearest_recipe, of_stage, planned_sharding
 from video_r1.plan.shapes import is_published, model_config, published, published_config
 from video_r1.recipe import load_recipe
 from video_r1.recipe_files import checkpoint_behind, model_folder, packaged_recipes
+from video_r1.settings.commands import GPUS, PlanSettings, gpu_named
 from video_r1.settings.training import SFTSettings
 
 GB = 10**9
@@ -126,3 +129,42 @@ def test_each_remedy_fits_when_it_is_pasted(tmp_path: Path, capsys: pytest.Captu
         assert float(out.rpartition("\nfits: ")[2].split()[0]) == pytest.approx(
             most, abs=6
         )  # two decimals of GiB
+
+
+@pytest.mark.parametrize(
+    ("typed", "name"),
+    [
+        *((name, name) for name in GPUS),
+        ("NVIDIA GeForce RTX 4090", "rtx-4090"), ("4090", "rtx-4090"), ("RTX3090", "rtx-3090"),
+        ("rtx_a6000", "a6000"), ("NVIDIA A100-SXM4-80GB", "a100"), ("NVIDIA H100 80GB HBM3", "h100"),
+        ("NVIDIA L40S", "l40s"), ("RTX PRO 6000 Blackwell", "rtx-pro-6000"), ("B200 180GB", "b200"),
+        ("Tesla A10", "a10"), ("h20", "h20"), ("A100-40GB", None), ("a10g", None), ("l40", None),
+        ("GH200", None), ("rtx 6000 ada", None), ("v100", None), ("", None),
+    ],
+)  # fmt: skip
+def test_gpus_under_the_names_that_people_type(typed: str, name: str | None) -> None:
+    assert gpu_named(typed) == name
+    if name is None:
+        with pytest.raises(ConfigError, match=r"gpu is .*known are a100, .*give gpu_memory"):
+            PlanSettings(gpu=typed)
+    else:
+        assert PlanSettings(gpu=typed).kind == name
+
+
+@pytest.mark.parametrize(
+    ("words", "name"),
+    [
+        ("video-r1-7b-tgrpo --gpu_memory 24GB --gpus 2", "video-r1-3b-tgrpo-lora --gpu_memory 24GB --gpus 2"),
+        ("qwen3-vl-8b-sft --gpu l40s --gpus 1", "--gpu_memory 48GB"),
+        ("video-r1-7b-tgrpo --gpu h100 --gpus 1", "video-r1-7b-tgrpo-lora --gpu_memory 80GB"),
+        ("video-r1-7b-tgrpo --gpu_memory 4GB --gpus 1", None),
+    ],
+)
+def test_the_nearest_recipe_of_a_machine_without_one(words: str, name: str | None) -> None:
+    command, *options = shlex.split(words)
+    given = dict(zip(options[::2], options[1::2], strict=True))
+    recipe = load_recipe("plan", command, {key[2:]: value for key, value in given.items()})
+    sharding, memory = planned_sharding(recipe), gpu_memory(recipe)
+    plan: Any = SimpleNamespace(sharding=sharding, gpu_memory=memory, recipe=of_stage(recipe))
+    said = nearest_recipe(plan)
+    assert said is None if name is None else name in str(said)

@@ -66,11 +66,13 @@ def after_plan(recipe: Recipe) -> list[str]:
             several = value if isinstance(value, list) else [value]
             words += [f"--{name}", *([] if value is True else several)]
     sharding = values["sharding"] or (recipe.made_for.sharding if gpus > 1 else "none")
-    said = (
-        f"the recipe counts on {usual} GPUs, not {gpus}: scale gradient_accumulation_steps by {usual}/{gpus}"
-    )
-    changed = gpus != usual and "gradient_accumulation_steps" not in recipe.overrides
-    note = [f"{said} to keep the questions of a step"] if changed else []
+    note, passes = [], usual * values["gradient_accumulation_steps"]
+    if gpus != usual and "gradient_accumulation_steps" not in recipe.overrides:
+        each = max(1, round(passes / gpus))
+        words += ["--gradient_accumulation_steps", each]
+        batch = values["per_device_train_batch_size"]
+        kept = f"{batch * each * gpus} questions a step, the recipe's {batch * passes}"
+        note = [f"(gradient_accumulation_steps {each} on {gpus} GPUs: {kept} on {usual})"]
     return [then(*words, on=MadeFor(command, gpus, sharding=sharding)), *note]
 
 

@@ -13,7 +13,7 @@ from video_r1.plan.estimate import describe_time
 from video_r1.plan.memory import MemoryPlan, Sharding, memory_plan, sharding_of
 from video_r1.plan.shapes import is_published, model_config
 from video_r1.recipe import Recipe
-from video_r1.recipe_files import checkpoint_behind, model_folder
+from video_r1.recipe_files import catalogue, checkpoint_behind, model_folder
 from video_r1.settings.base import own_field_types
 from video_r1.settings.commands import GPUS, PlanSettings, parse_bytes
 from video_r1.settings.shared import ModelSettings, PromptSettings
@@ -40,7 +40,7 @@ def plan_lines(recipe: Recipe) -> Iterator[str]:
         yield "the general path: the prompt is computed again for each completion"
     yield from memory_lines(plan)
     kinds = {int(1e9 * card.gigabytes): name for name, card in GPUS.items()}
-    kind = settings.gpu or kinds.get(memory or 0)
+    kind = settings.kind or kinds.get(memory or 0)
     if kind is not None:
         yield from ("", *describe_time(config, plan, kind))
     if plan.fits is False:
@@ -52,8 +52,8 @@ def gpu_memory(recipe: Recipe) -> int | None:
     settings, made_for = recipe.section(PlanSettings), recipe.made_for
     if settings.gpu_memory is not None:
         return parse_bytes(settings.gpu_memory)
-    if settings.gpu is not None:
-        return int(1e9 * GPUS[settings.gpu].gigabytes)
+    if settings.kind is not None:
+        return int(1e9 * GPUS[settings.kind].gigabytes)
     if made_for.gpu_memory is not None:
         return parse_bytes(made_for.gpu_memory)
     if made_for.gpus is None and torch.cuda.is_available():
@@ -138,7 +138,22 @@ def remedy_lines(config: Any, plan: MemoryPlan) -> Iterator[str]:
             yield f"  {' '.join(options):<60}{made.peak / 2**30:9.2f}"
     if not found:
         yield "  none of the changes tried"
-    yield "see video-r1 recipes for recipes by machine"
+    yield nearest_recipe(plan) or "see video-r1 recipes for recipes by machine"
+
+
+def nearest_recipe(plan: MemoryPlan) -> str | None:
+    """Name the packaged recipe of a machine that this one includes: of the same model, else the largest."""
+    gpus, values, fitting = plan.sharding.processes, plan.recipe.values(), []
+    for entry in catalogue():
+        made, memory = entry.made_for, parse_bytes(entry.made_for.gpu_memory or "")
+        if made.command == plan.recipe.command and memory and memory <= (plan.gpu_memory or 0) and made.gpus:
+            same = entry.checkpoint == checkpoint_behind(str(values["model_name_or_path"]))
+            fitting += [(same, memory, made.gpus, entry.name)] * (made.gpus <= gpus)
+    if not fitting:
+        return None
+    _, _, made_gpus, name = max(fitting)
+    machine, more = f"{(plan.gpu_memory or 0) / 1e9:.4g}GB", f" --gpus {gpus}" * (made_gpus != gpus)
+    return f"the nearest recipe for this machine: video-r1 plan {name} --gpu_memory {machine}{more}"
 
 
 LORA = {"use_peft": True, "dtype": "bfloat16"}

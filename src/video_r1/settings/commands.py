@@ -106,23 +106,41 @@ class GPU(NamedTuple):
     link: float
 
 
-GPUS = {
+GPUS = {  # of equal memory, the last one is assumed for a recipe
     "a100": GPU(312, 80, 2.04, 300),
     "h100": GPU(989, 80, 3.35, 450),
     "h200": GPU(989, 141, 4.8, 450),
     "b200": GPU(2250, 180, 8.0, 900),
+    "h20": GPU(148, 96, 4.0, 450),
     "rtx-pro-6000": GPU(504, 96, 1.79, 64),
+    "a6000": GPU(155, 48, 0.77, 32),
     "l40s": GPU(362, 48, 0.86, 32),
+    "a10": GPU(125, 24, 0.6, 32),
+    "l4": GPU(121, 24, 0.3, 32),
+    "rtx-3090": GPU(71, 24, 0.94, 32),
     "rtx-4090": GPU(165, 24, 1.01, 32),
 }
+
+
+def gpu_named(text: str) -> str | None:
+    """Return the name in GPUS of a GPU as people type it: "NVIDIA RTX 4090", "4090", "A100-SXM4-80GB". A
+    variant with another memory (A100-40GB) or another letter (A10G) is another GPU: None.
+    """
+    memory = re.search(r"(\d{2,3}) ?gi?b", text.lower())
+    said = re.sub(r"\d{2,3} ?gi?b|[\s_-]|nvidia|geforce|tesla|rtx", "", text.lower())
+    for name, card in GPUS.items():
+        short = name.removeprefix("rtx-").replace("-", "")
+        if re.match(rf"{short}(?!\d|[a-z]$)", said) and not (memory and int(memory[1]) != card.gigabytes):
+            return name
+    return None
 
 
 @dataclass(kw_only=True)
 class PlanSettings(Settings):
     """Plan"""
 
-    gpu: Literal["a100", "h100", "h200", "b200", "rtx-pro-6000", "l40s", "rtx-4090"] | None = setting(
-        None, "kind of GPU: gives its memory and an estimate of step seconds"
+    gpu: str | None = setting(
+        None, f"kind of GPU, for its memory and an estimate of step seconds: {', '.join(GPUS)}"
     )
     gpu_memory: str | None = setting(
         None, "memory of a GPU, e.g. 80GB (default: recipe's, else this machine)"
@@ -136,6 +154,14 @@ class PlanSettings(Settings):
         yield from super().problems()
         if self.gpu_memory is not None and parse_bytes(self.gpu_memory) is None:
             yield "gpu_memory", f"is {self.gpu_memory!r}; write a number and a unit, such as 80GB or 24GiB"
+        if self.gpu is not None and self.kind is None:
+            known = f"known are {', '.join(GPUS)}; for another one leave it out and give gpu_memory"
+            yield "gpu", f"is {self.gpu!r}; {known}"
+
+    @property
+    def kind(self) -> str | None:
+        """The name of `gpu` in GPUS."""
+        return None if self.gpu is None else gpu_named(self.gpu)
 
 
 def parse_bytes(text: str) -> int | None:
