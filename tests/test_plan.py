@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import shlex
+import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -168,3 +170,22 @@ def test_the_nearest_recipe_of_a_machine_without_one(words: str, name: str | Non
     plan: Any = SimpleNamespace(sharding=sharding, gpu_memory=memory, recipe=of_stage(recipe))
     said = nearest_recipe(plan)
     assert said is None if name is None else name in str(said)
+
+
+def test_cases_a_plan_for_a_user_without_a_home() -> None:
+    """A job with a cleared environment and a user id without an entry in /etc/passwd."""
+    code = (
+        "import os; os.environ.pop('HOME', None); os.environ.pop('XDG_CACHE_HOME', None)\n"
+        "os.getuid = lambda: 54321\n"
+        "from video_r1.files import cache_folder\n"
+        "from video_r1.recipe import load_recipe\n"
+        "from video_r1.plan.cached import cache_file\n"
+        "assert cache_folder() is None and cache_file(load_recipe('plan', 'lab-tgrpo')) is None\n"
+        "from video_r1.errors import ConfigError\n"
+        "from video_r1.data.sources.remote import open_remote_cache\n"
+        "try: open_remote_cache(None, 1)\n"
+        "except ConfigError as error: print(error)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "name a folder" in done.stdout

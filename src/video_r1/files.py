@@ -24,6 +24,12 @@ _claimed: set[Path] = set()
 _without_locks: set[int] = set()  # devices that the warning has named
 
 
+def cache_folder() -> Path | None:
+    """Return `$XDG_CACHE_HOME/video-r1` or `~/.cache/video-r1`; None for a user without a home folder."""
+    caches = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    return None if caches.startswith("~") else Path(caches, "video-r1")
+
+
 def without_links(path: str, flags: int) -> int:
     """Open `path` for the builtin `open(…, opener=without_links)`; refuse a symbolic link.
 

@@ -7,7 +7,7 @@ from dataclasses import asdict
 from importlib import import_module, metadata
 from pathlib import Path
 
-from video_r1.files import replace_text
+from video_r1.files import cache_folder, replace_text
 from video_r1.fingerprint import digest
 from video_r1.recipe import Recipe, plain
 from video_r1.recipe_files import PACKAGE, checkpoint_behind
@@ -17,7 +17,7 @@ from video_r1.settings.commands import PlanSettings
 def run_plan(recipe: Recipe) -> int:
     """Print the plan of a recipe; return 1 if it does not fit the GPU, else 0. Raises ConfigError."""
     kept, text = cache_file(recipe), ""
-    if kept.is_file():
+    if kept is not None and kept.is_file():
         text = kept.read_text(encoding="utf-8")
         print(text, end="")
     else:
@@ -25,13 +25,14 @@ def run_plan(recipe: Recipe) -> int:
             print(line, flush=True)
             text += f"{line}\n"
         with suppress(OSError):  # a cache that cannot be written costs time only
-            kept.parent.mkdir(parents=True, exist_ok=True)
-            replace_text(kept, text)
+            if kept is not None:
+                kept.parent.mkdir(parents=True, exist_ok=True)
+                replace_text(kept, text)
     return int("\ndoes not fit: " in text)
 
 
-def cache_file(recipe: Recipe) -> Path:
-    """Return the file of this plan in `~/.cache/video-r1/plans`, named by all that the plan depends on."""
+def cache_file(recipe: Recipe) -> Path | None:
+    """Return the file of this plan, named by all that it depends on; None without a cache folder."""
     values = recipe.values()
     model = recipe.section(PlanSettings).model_config or checkpoint_behind(str(values["model_name_or_path"]))
     files = [*Path(model).glob("*.json"), Path(str(values.get("deepspeed"))), *PACKAGE.rglob("*.py")]
@@ -42,5 +43,5 @@ def cache_file(recipe: Recipe) -> Path:
         "files": sorted((str(path), path.stat().st_mtime_ns) for path in files if path.is_file()),
         "machine": [platform.node(), os.environ.get("CUDA_VISIBLE_DEVICES")],
     }  # fmt: skip
-    root = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(root, "video-r1", "plans", f"{digest(plain(known))}.txt")
+    caches = cache_folder()
+    return None if caches is None else caches / "plans" / f"{digest(plain(known))}.txt"

@@ -27,7 +27,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 from urllib.parse import unquote, urlsplit
 from urllib.request import getproxies
 
@@ -51,7 +51,7 @@ from video_r1.data.sources.archives import (
 )
 from video_r1.data.sources.bounded_folder import PARTIAL, BoundedFolder, locked
 from video_r1.errors import ConfigError, MediaError, VideoR1Error, first_line
-from video_r1.files import lock
+from video_r1.files import cache_folder, lock
 from video_r1.fingerprint import digest
 
 ATTEMPTS = 3
@@ -505,6 +505,8 @@ def _suffix(address: str) -> str:
 
 @functools.cache
 def open_remote_cache(folder: str | None, limit: int) -> RemoteCache:
-    """Open the cache of a folder once per process; default: `~/.cache/video-r1/media`."""
-    caches = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return RemoteCache(folder or Path(caches, "video-r1", "media"), limit)
+    """Open the cache of a folder once per process; default: `~/.cache/video-r1/media`. Raises ConfigError."""
+    caches = cache_folder()
+    if folder is None and caches is None:
+        raise ConfigError("remote_cache: there is no home folder for copies of remote files; name a folder")
+    return RemoteCache(folder or cast(Path, caches) / "media", limit)
