@@ -3,7 +3,7 @@
     vllm serve Qwen/Qwen3-8B --port 8001
     python examples/judge.py Qwen/Qwen2.5-VL-3B-Instruct my.json runs/judged http://localhost:8001/v1
 
-Any OpenAI-compatible endpoint will do. In a recipe the same settings have the same names (docs/t-grpo.md).
+Any OpenAI-compatible endpoint will do. In a recipe the same settings stand below `judge:` (docs/t-grpo.md).
 """
 
 import sys
@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from video_r1 import TGRPOConfig, TGRPOTrainer
+from video_r1.settings.training import JudgeSettings
 
 ASKED = """Question: {question}
 Right answer: {truth}
@@ -26,10 +27,12 @@ def main(model: str, manifest: str, out: str, url: str, **settings: Any) -> None
         output_dir=out,
         reward_funcs=["accuracy", "format", "judge"],
         reward_weights={"accuracy": 0.5},  # of free-form answers, which have both, the judge counts more
-        judge_endpoint=url,
-        judge_template=str(template),
-        judge_fields={"chat_template_kwargs": {"enable_thinking": False}},  # Qwen3 answers at once
-        judge_down="wait",  # or stop, or skip
+        judge=JudgeSettings(
+            endpoint=url,
+            template=str(template),
+            fields={"chat_template_kwargs": {"enable_thinking": False}},  # Qwen3 answers at once
+            down="wait",  # or stop, or skip
+        ),
         **settings,
     )
     TGRPOTrainer(model, args=config, train_dataset=manifest).train()
