@@ -13,6 +13,7 @@ import time
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import wraps
 from pathlib import Path
 from typing import Any
 
@@ -85,6 +86,7 @@ def watch(owner: type, name: str, phase: Any) -> None:
     number = {"generate": 2, "training_step": 3, "_save_checkpoint": 4, "publish_model": 5}[name]
     method = getattr(owner, name)
 
+    @wraps(method)
     def watched(*args: Any, **kwargs: Any) -> Any:
         phase.value = number
         result = method(*args, **kwargs)
