@@ -41,7 +41,7 @@ COLUMN_NAMES: dict[str, tuple[str, ...]] = {
     "subtitles": ("subtitles", "subtitle", "subtitlepath", "subs", "srt", "vtt", "transcript"),
 }  # fmt: skip
 CHAT_COLUMNS = COLUMN_NAMES | {"problem": (), "answer": ("solution", "answer", "groundtruth")}
-"""What the columns beside a chat may be."""
+"""Fields that columns beside a chat may hold."""
 _FITS: dict[str, Callable[[str], object]] = {"problem_type": type_of}  # of others: times
 
 

@@ -44,7 +44,7 @@ _SMALL = {
 _DO = {"people", "animals", "flyers", "vehicles", "bodies"}
 _MOVE = _DO | {"shapes", "things", "views", "measures"}
 Turn = tuple[str, str]
-"""What a change goes from and to: moving left is (right, left)."""
+"""Start and end of a change: moving left is (right, left)."""
 Form = tuple[str, str]
 """A verb and one of its forms: base, s, ing or done."""
 
@@ -54,7 +54,7 @@ class Unknown(Exception):
 
 
 class Event(NamedTuple):
-    """What happens: to whom ("" if not named), a verb that does not turn, what turns, what else is said."""
+    """An event: its subject ("" if not named), a verb that does not turn, what turns, and further words."""
 
     subject: str
     verb: str
