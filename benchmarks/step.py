@@ -43,8 +43,9 @@ from video_r1.rollout.engine import SamplingSettings, sample_rollouts
 from video_r1.rollout.transformers import TransformersEngine
 from video_r1.settings.frames import ContrastUnit, FrameBudget
 from video_r1.settings.training import TGRPOSettings
+from video_r1.training.advantages import group_advantages
 from video_r1.training.logprob_contrast import logprob_drops, samples_as_it_scores
-from video_r1.training.objective import group_advantages, policy_loss
+from video_r1.training.objective import policy_loss
 from video_r1.training.reference import frozen_copy
 
 Vision = list[VisionFeatures | None] | None

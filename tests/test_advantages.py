@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from video_r1.training.objective import deviation, group_advantages, updated_moments, without_variance
+from video_r1.training.advantages import deviation, group_advantages, updated_moments, without_variance
 
 REWARDS = torch.tensor([[1.0, 0.0, 0.0, 1.0], [1.0, 1.0, 1.0, 1.0]], dtype=torch.float64)
 # First group: mean 1/2, squares 4 × 1/4, ÷ (4 − 1): std = √(1/3).

@@ -26,7 +26,7 @@ from tiny_questions import read_lines, write_manifest
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
 from video_r1.errors import VideoR1Error
-from video_r1.training.callbacks import UpdateGuard
+from video_r1.training.guard import UpdateGuard
 from video_r1.training.sharded import check_training_state
 
 pytestmark = [

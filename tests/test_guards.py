@@ -18,11 +18,12 @@ from resume_runs import write_recipe
 from safetensors.torch import load_file
 from tgrpo_trainers import make_trainer, weights
 from tiny_questions import read_lines
+from transformers import TrainerCallback, TrainerState
 
 from video_r1.errors import ConfigError, VideoR1Error
 from video_r1.files import tolerated, warn_once
-from video_r1.training import callbacks
 from video_r1.training.checkpoints import last_whole_checkpoint
+from video_r1.training.guard import UpdateGuard
 
 
 @pytest.fixture(autouse=True)
@@ -54,7 +55,7 @@ def test_loss_that_is_not_finite_names_its_questions(
     monkeypatch.setattr(trainer, "logprobs", with_nan)
     changed_after_one = []
 
-    class AfterOne(callbacks.TrainerCallback):
+    class AfterOne(TrainerCallback):
         def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
             now = weights(trainer)
             changed_after_one.append(any(not torch.equal(now[name], before[name]) for name in now))
@@ -68,10 +69,10 @@ def test_loss_that_is_not_finite_names_its_questions(
 
 def test_skipped_updates_are_counted_on(checkpoint: Path, manifest: Path, tmp_path: Path) -> None:
     """A resumed run knows how many updates it skipped, and how many in a row; later records go."""
-    guard = callbacks.UpdateGuard(tmp_path, limit=3)
+    guard = UpdateGuard(tmp_path, limit=3)
     lines = [{"step": step, "not_finite": "loss", "problem_ids": [1]} for step in (2, 5, 6, 7)]
     (tmp_path / "skipped_updates.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    state = callbacks.TrainerState(global_step=6, is_world_process_zero=True)
+    state = TrainerState(global_step=6, is_world_process_zero=True)
     guard.on_train_begin(None, state, None)  # pyright: ignore[reportArgumentType]
     assert (guard.skipped, guard.in_a_row) == (3, 2)
     assert len(read_lines(tmp_path / "skipped_updates.jsonl")) == 3

@@ -25,7 +25,7 @@ from video_r1.errors import ConfigError
 from video_r1.models.group_forward import GroupLogprobs
 from video_r1.rewards.scoring import reward_terms, score_groups
 from video_r1.settings.training import TGRPOSettings, TrainingSettings
-from video_r1.training.callbacks import TaskMoments
+from video_r1.training.advantages import TaskMoments
 from video_r1.training.objective import ClipRange
 from video_r1.training.questions import teaches_nothing, with_shuffled_options
 from video_r1.training.tgrpo import TGRPOTrainer, credit, step_of

@@ -6,12 +6,7 @@ import pytest
 import torch
 
 from video_r1.errors import ConfigError
-from video_r1.training.objective import (
-    ClipRange,
-    k3_kl,
-    loss_normaliser,
-    policy_loss,
-)
+from video_r1.training.objective import ClipRange, k3_kl, loss_normaliser, policy_loss
 
 LN2 = math.log(2.0)
 # Two responses of 2 and 1 tokens with the ratios 1.5, 1 | 0.5 and the advantages 1 | −1. With ε = 0.2 the

@@ -13,7 +13,7 @@ from transformers import TrainerControl, TrainerState
 
 from video_r1 import console as progress_module
 from video_r1.console import Progress, Warnings, table
-from video_r1.training.callbacks import StepProgress
+from video_r1.training.progress import StepProgress
 
 FIGURES = {"reward": "1.32", "format": "0.98", "gap": "-0.12"}
 

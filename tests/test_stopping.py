@@ -18,7 +18,7 @@ from transformers import TrainerControl, TrainerState
 
 from video_r1.files import is_finished
 from video_r1.processes import Interrupted, ended_by_signals, told_of_signals
-from video_r1.training.callbacks import StopWhenAsked
+from video_r1.training.stopping import StopWhenAsked
 
 
 def stoppable(words: list[str], output: str, phase: Any) -> None:

@@ -21,7 +21,7 @@ from video_r1.errors import ConfigError
 from video_r1.rewards.scoring import reward_terms, score_groups
 from video_r1.rewards.temporal import RULES, logprob_contrast, warn_of_cancelled_bonus
 from video_r1.settings.training import SampledRule, TemporalRule, TGRPOSettings
-from video_r1.training.callbacks import TaskMoments
+from video_r1.training.advantages import TaskMoments
 from video_r1.training.ledger import Ledger
 from video_r1.training.tgrpo import TGRPOConfig, credit
 

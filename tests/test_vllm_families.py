@@ -21,7 +21,7 @@ from video_r1.rollout.engine import SamplingSettings
 from video_r1.rollout.vllm.engine import VLLMEngine
 from video_r1.rollout.vllm.requests import engine_input, server_request, visual_blocks, visuals_of
 from video_r1.rollout.vllm.serve import cpu_options
-from video_r1.training.callbacks import sampler_difference, warn_of_difference
+from video_r1.training.preflight import sampler_difference, warn_of_difference
 
 # Of log-probs, the mean and the largest. In bfloat16 a token may go to another expert than the trainer's.
 ROUNDING = {torch.float32: (1e-5, 1e-4), torch.bfloat16: (0.05, 2.0)}

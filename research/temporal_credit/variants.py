@@ -18,7 +18,7 @@ from video_r1.rewards import temporal
 from video_r1.rewards.temporal import TemporalRule
 from video_r1.settings.training import TGRPOSettings
 from video_r1.training import tgrpo
-from video_r1.training.callbacks import TaskMoments
+from video_r1.training.advantages import TaskMoments
 from video_r1.training.ledger import Ledger
 
 KEY_SHARES = {"gate-tenth": 10, "gate-all": 1}

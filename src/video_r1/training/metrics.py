@@ -13,7 +13,8 @@ from video_r1.data.rollouts import Rollout, RolloutGroup
 from video_r1.models.group_forward import GroupLogprobs
 from video_r1.processes import gather, process_count, process_index
 from video_r1.rewards.temporal import logprob_contrast
-from video_r1.training.objective import PolicyLoss, without_variance
+from video_r1.training.advantages import without_variance
+from video_r1.training.objective import PolicyLoss
 from video_r1.training.questions import pair_of
 
 SKIPPED_GROUPS = "left_out.jsonl"  # in a run folder: groups that its steps learnt nothing from

@@ -1,10 +1,6 @@
-"""Advantages and the policy objective: pure functions of tensors, no model.
+"""The policy objective: pure functions of tensors, no model.
 
-Advantages of Q questions with G completions each, A = (R − mean) ÷ (std + 1e-4): the mean is the group's, and
-`scale_rewards` says what the standard deviation is taken over. A temporal rule may change the result
-(rewards/temporal.py).
-
-The objective: N completion tokens of R responses are packed one response after another, `lengths` [R] each.
+N completion tokens of R responses are packed one response after another, `lengths` [R] each.
 
     L = Σ_r v_r Σ_t m_t [ −w f(ρ, A) + β·k3 ] ÷ normaliser  −  entropy_coef · Σ m_t H ÷ tokens
 
@@ -14,8 +10,7 @@ it counts (both 1 by default); the loss type defines the surrogate f, v and the 
 add up to the loss of the whole.
 """
 
-import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
@@ -23,85 +18,12 @@ import torch
 from torch import Tensor
 
 from video_r1.availability import imported
-from video_r1.settings.training import AdvantageScale
 from video_r1.settings.vllm import ImportanceMode
 
 ImportanceLevel = Literal["token", "sequence"]
 Average = Literal["responses", "tokens", "micro_batch", "budget"]
 """Unit of the loss's mean: responses (each the mean of its tokens), tokens of the step or of a micro-batch,
 or the token budget (responses × max_completion_length)."""
-EPSILON = 1e-4  # keeps a deviation above 0
-SCALED_BOUND = 5.0  # a larger |A| by the task's deviation is replaced by A with the group's own deviation
-SMALLEST_DEVIATION = 1e-3  # of a task's rewards
-Moments = tuple[float, float]
-"""E[R] and E[R²] of a task."""
-
-
-# ---- Advantages
-
-
-def group_advantages(
-    rewards: Tensor,
-    scale: AdvantageScale = "group",
-    floor: Tensor | None = None,
-    task_deviations: Tensor | None = None,
-) -> Tensor:
-    """Return A = (R − mean) ÷ (std + 1e-4), [Q, G] as rewards [Q, G]; 0 in a group of equal rewards.
-
-    scale: what the sample standard deviation is taken over. `group`: the group's own G rewards (GRPO, arXiv
-    2402.03300); `batch`: all Q·G rewards; `none`: no division (Dr. GRPO, arXiv 2503.20783); `task`:
-    task_deviations [Q], running deviations of each question's problem type (the code of OneThinker, arXiv
-    2512.03043), but the group's own if an |A| exceeds 5. floor: [Q, 1], added to a group's own deviation.
-    """
-    centred = rewards - rewards.mean(dim=1, keepdim=True)
-    # The mean of equal numbers can be off by a rounding error, which ÷ EPSILON would make visible.
-    centred = centred.masked_fill(without_variance(rewards)[:, None], 0.0)
-    if scale == "none":
-        return centred
-    # One response has no deviation (its sample standard deviation is 0 ÷ 0); its advantage is 0 anyway.
-    own = rewards.std(dim=1, keepdim=True) if rewards.shape[1] > 1 else torch.zeros_like(rewards)
-    own = own if floor is None else own + floor
-    if scale == "group":
-        std = own
-    elif scale == "batch":
-        std = rewards.std() if rewards.numel() > 1 else torch.zeros_like(rewards)
-    else:
-        assert task_deviations is not None, "the scale task needs deviations"
-        std = task_deviations.to(rewards)[:, None]
-        beyond = (centred / (std + EPSILON)).abs().amax(dim=1, keepdim=True) > SCALED_BOUND
-        std = torch.where(beyond, own, std)
-    return centred / (std + EPSILON)
-
-
-def without_variance(rewards: Tensor) -> Tensor:
-    """[Q, G] → [Q] bool: True where all rewards of a group are equal."""
-    return rewards.amax(dim=1) == rewards.amin(dim=1)
-
-
-def updated_moments(
-    moments: Mapping[str, Moments], rewards: Tensor, tasks: Sequence[str], decay: float = 0.99
-) -> dict[str, Moments]:
-    """Update E[R] and E[R²] of the step's tasks: E ← decay·E + (1 − decay)·mean over the step's completions.
-
-    rewards: [Q, G] of all ranks; tasks: the problem type of each question. A new task starts with the step's
-    means. The sums are exact: the result does not depend on the order of the questions.
-    """
-    updated = dict(moments)
-    for task in sorted(set(tasks)):
-        own = [row for row, name in zip(rewards.tolist(), tasks, strict=True) if name == task]
-        values = [value for row in own for value in row]
-        means = math.fsum(values) / len(values), math.fsum(v * v for v in values) / len(values)
-        if task in moments:
-            old = moments[task]
-            means = decay * old[0] + (1 - decay) * means[0], decay * old[1] + (1 - decay) * means[1]
-        updated[task] = means
-    return updated
-
-
-def deviation(moments: Moments) -> float:
-    """√(E[R²] − E[R]²), at least 0.001."""
-    mean, mean_square = moments
-    return max(SMALLEST_DEVIATION, math.sqrt(max(0.0, mean_square - mean * mean)))
 
 
 # ---- The objective

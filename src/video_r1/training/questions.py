@@ -26,7 +26,7 @@ from video_r1.errors import MediaError, PromptError, VideoR1Error
 from video_r1.files import append_line, warn_once
 from video_r1.models.group_forward import VisualFeatures
 from video_r1.processes import gather
-from video_r1.training.objective import without_variance
+from video_r1.training.advantages import without_variance
 from video_r1.training.recording import group_facts
 
 Loaded = TypeVar("Loaded")

@@ -80,27 +80,25 @@ from video_r1.settings.tools import TrainingToolSettings
 from video_r1.settings.training import TGRPOSettings
 from video_r1.settings.trl import DEFAULTS
 from video_r1.settings.vllm import VLLMSettings
-from video_r1.training.callbacks import (
-    CHECKED_QUESTIONS,
-    StartChecks,
-    TaskMoments,
-    check_rewards,
-    sampler_difference,
-    warn_of_difference,
-)
+from video_r1.training.advantages import TaskMoments, group_advantages, without_variance
 from video_r1.training.ledger import Ledger
 from video_r1.training.logprob_contrast import logprob_drops, samples_as_it_scores
 from video_r1.training.metrics import SKIPPED_GROUPS, Meter, describe_groups, describe_update
 from video_r1.training.objective import (
     ClipRange,
     entropy_sum,
-    group_advantages,
     high_entropy,
     importance_weights,
     loss_normaliser,
     objective_of,
     policy_loss,
-    without_variance,
+)
+from video_r1.training.preflight import (
+    CHECKED_QUESTIONS,
+    StartChecks,
+    check_rewards,
+    sampler_difference,
+    warn_of_difference,
 )
 from video_r1.training.questions import (
     Asked,

@@ -53,18 +53,11 @@ from video_r1.recipe import Recipe, plain, resolved
 from video_r1.rewards.judge import JudgeAway
 from video_r1.settings.base import Settings
 from video_r1.training import checkpoints, sharded
-from video_r1.training.callbacks import (
-    RunFolder,
-    StepProgress,
-    StepSeconds,
-    StopWhenAsked,
-    UpdateGuard,
-    check_trackers,
-    keep_until,
-    let_trackers_fail,
-)
+from video_r1.training.guard import UpdateGuard
 from video_r1.training.metrics import Meter
+from video_r1.training.progress import StepProgress, StepSeconds
 from video_r1.training.questions import QUARANTINE, EpochSlots, QuestionSource, Ready, Slot, StepBatches
+from video_r1.training.run_folder import RunFolder, keep_until
 from video_r1.training.runs import (
     Questions,
     adopt,
@@ -74,6 +67,8 @@ from video_r1.training.runs import (
     given_model,
     record_training,
 )
+from video_r1.training.stopping import StopWhenAsked
+from video_r1.training.trackers import check_trackers, let_trackers_fail
 
 logger = logging.getLogger(__name__)
 Kind = TypeVar("Kind", bound=TrainerCallback)
