@@ -84,13 +84,13 @@ def run(arguments: argparse.Namespace) -> dict[str, object]:
         def measured() -> float:
             engine.reset_caches()
             start = clock()
-            rollouts = engine.generate(prompts, sampling)
+            rollouts = engine.sample(prompts, sampling)
             return sum(len(one.token_ids) for group in rollouts for one in group) / (clock() - start)
 
         return measured
 
     def difference(engine: VLLMEngine) -> float:
-        groups: Rollouts = engine.generate(prompts, sampling)
+        groups: Rollouts = engine.sample(prompts, sampling)
         with torch.no_grad():
             ids = [[rollout.token_ids for rollout in group] for group in groups]
             scored = group_logprobs(model, prompts, ids).logprobs.cpu()

@@ -61,7 +61,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
         ]
 
     sampling = SamplingSettings(n=arguments.group, max_tokens=arguments.completion, seed=0)
-    ordered = engine.generate([question.ordered for question in questions("reversed", "frame")], sampling)
+    ordered = engine.sample([question.ordered for question in questions("reversed", "frame")], sampling)
 
     def drops(contrast: Contrast, unit: ContrastUnit, seed: int = 0) -> list[Tensor]:
         found = logprob_drops(model, questions(contrast, unit, seed), ordered, 1.0, BATCH)

@@ -102,7 +102,7 @@ def plain_loop(work: Work, decoding: list[float]) -> Answers:
                     prompts.append(work.builder.build(sample, media, shuffled))
                     asked.append((sample.problem_id, order, count))
                     seeds.append(sampling_seed(SEED, count, sample, order))
-            outputs = work.engine.generate(prompts, replace(work.sampling, seed=tuple(seeds)))
+            outputs = work.engine.sample(prompts, replace(work.sampling, seed=tuple(seeds)))
             answers |= {key: rollouts[0].text for key, rollouts in zip(asked, outputs, strict=True)}
     return answers
 

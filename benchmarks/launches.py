@@ -79,7 +79,7 @@ def of_a_token(model: Any, prompt: Prompt, tokens: int) -> dict[str, int]:
     engine = TransformersEngine(model, TOKENIZER)
 
     def sample(count: int) -> Dispatches:
-        return counted(lambda: engine.generate([prompt], SamplingSettings(n=8, max_tokens=count, seed=0)))
+        return counted(lambda: engine.sample([prompt], SamplingSettings(n=8, max_tokens=count, seed=0)))
 
     short, long = sample(2), sample(2 + tokens)
     return {

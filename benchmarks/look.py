@@ -38,7 +38,7 @@ def sampled(
     sampling = SamplingSettings(max_tokens=tokens)
     shared = all(prompt is prompts[0] for prompt in prompts)
     first, counts = (prompts[:1], [len(prompts)]) if shared else (prompts, None)
-    found = engine.generate(first, replace(sampling, seed=0), counts)
+    found = engine.sample(first, replace(sampling, seed=0), counts)
     rollouts = [rollout for group in found for rollout in group]
     for number in range(LOOKS):
         turns = [
@@ -46,7 +46,7 @@ def sampled(
         ]
         rollouts = [replace(r, turns=(*r.turns, turn)) for r, turn in zip(rollouts, turns, strict=True)]
         so_far = [Episode(p, "", tokens, r).so_far() for p, r in zip(prompts, rollouts, strict=True)]
-        news = engine.generate(so_far, replace(sampling, seed=number + 1))
+        news = engine.sample(so_far, replace(sampling, seed=number + 1))
         rollouts = [
             replace(
                 old,

@@ -87,7 +87,7 @@ def measured(arguments: argparse.Namespace, lora: bool, checkpointing: bool) -> 
         ).loss.backward()  # fmt: skip
 
     def sample() -> None:
-        engine.generate([prompt, prompt], sampling, [group, group // 2])
+        engine.sample([prompt, prompt], sampling, [group, group // 2])
 
     policy.train()
     update()  # once before, for what is made once only, such as the optimizer's states

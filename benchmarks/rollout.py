@@ -40,7 +40,7 @@ def largest_difference(
     visual = torch.tensor([VIDEO, IMAGE])
     kept = [  # random weights write placeholders too, and a forward would look for their pixels
         [rollout for rollout in group if not torch.isin(rollout.token_ids, visual).any()]
-        for group in engine.generate(prompts, sampling)
+        for group in engine.sample(prompts, sampling)
     ]
     sampled = torch.cat([rollout.logprobs for group in kept for rollout in group])
     completions = [[rollout.token_ids for rollout in group] for group in kept]
@@ -65,7 +65,7 @@ def run(arguments: argparse.Namespace) -> dict[str, object]:
     inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
 
     def ours() -> object:
-        return engine.generate(prompts, sampling)
+        return engine.sample(prompts, sampling)
 
     def generate() -> object:
         return model.generate(
@@ -81,7 +81,7 @@ def run(arguments: argparse.Namespace) -> dict[str, object]:
 
     def without_onednn() -> object:
         with patch.object(transformers, "onednn_linears", lambda model, rows: nullcontext()):
-            return engine.generate(prompts, sampling)
+            return engine.sample(prompts, sampling)
 
     difference = largest_difference(model, engine, prompts, sampling)
     result = compare(ours, generate, arguments.rounds, device)

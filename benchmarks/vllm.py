@@ -76,7 +76,7 @@ def run(arguments: argparse.Namespace) -> dict[str, object]:
     ]
 
     def ours() -> list[list[int]]:
-        return [r.token_ids.tolist() for group in engine.generate(prompts, sampling) for r in group]
+        return [r.token_ids.tolist() for group in engine.sample(prompts, sampling) for r in group]
 
     def bare() -> list[list[int]]:
         outputs = engine.llm.generate(requests, parameters, use_tqdm=False)
@@ -95,10 +95,10 @@ def run(arguments: argparse.Namespace) -> dict[str, object]:
     )
     engine.close()
     in_process = TransformersEngine(model, processor, max_sequences=arguments.sequences)
-    theirs = in_process.generate(prompts, sampling)
+    theirs = in_process.sample(prompts, sampling)
     others = sum(len(rollout.token_ids) for group in theirs for rollout in group)
     transformers = statistics.median(
-        seconds(lambda: in_process.generate(prompts, sampling), device) for _ in range(arguments.rounds)
+        seconds(lambda: in_process.sample(prompts, sampling), device) for _ in range(arguments.rounds)
     )
     return {
         **spread(b / a for a, b in pairs),

@@ -129,7 +129,7 @@ def sample_at_its_own_pace(trainer: Any) -> None:
     prompts = [group.prompt for batch in trainer.step.batches for group in batch.groups]
     with trainer.whole_weights():
         trainer.engine.update_weights(trainer.accelerator.unwrap_model(trainer.model))
-        (one, *_), *_ = trainer.engine.generate(prompts, SamplingSettings(max_tokens=2 + 4 * rank, seed=3))
+        (one, *_), *_ = trainer.engine.sample(prompts, SamplingSettings(max_tokens=2 + 4 * rank, seed=3))
     assert len(one.token_ids) == 2 + 4 * rank
 
 

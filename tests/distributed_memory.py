@@ -58,7 +58,7 @@ def measure(folder: Path, hidden: int, layers: int) -> None:
     def sample() -> None:
         with whole_weights(model, accelerator), accelerator.autocast():
             engine = TransformersEngine(model, NO_END)
-            engine.generate([prompt, prompt], SamplingSettings(n=8, max_tokens=48, seed=0), [8, 4])
+            engine.sample([prompt, prompt], SamplingSettings(n=8, max_tokens=48, seed=0), [8, 4])
 
     update()
     optimizer.step()

@@ -69,7 +69,7 @@ def command(words: list[str], output: str, phase: Any) -> None:
     torch.set_num_threads(1)
     scoring.format_scores = any_format
     judge.extract_answer = str.strip  # random weights never give an answer in tags
-    watch(TransformersEngine, "generate", phase)
+    watch(TransformersEngine, "sample", phase)
     watch(TGRPOTrainer, "training_step", phase)
     watch(TGRPOTrainer, "_save_checkpoint", phase)
     watch(TGRPOTrainer, "publish_model", phase)
@@ -83,7 +83,7 @@ def any_format(sample: Sample, rollouts: Sequence[Rollout]) -> Tensor:
 
 def watch(owner: type, name: str, phase: Any) -> None:
     """Makes a method say in `phase` that it is at work."""
-    number = {"generate": 2, "training_step": 3, "_save_checkpoint": 4, "publish_model": 5}[name]
+    number = {"sample": 2, "training_step": 3, "_save_checkpoint": 4, "publish_model": 5}[name]
     method = getattr(owner, name)
 
     @wraps(method)

@@ -10,7 +10,7 @@ import torch
 from video_r1.data.prompts import Prompt
 from video_r1.data.rollouts import Rollout
 from video_r1.data.tools import Asked
-from video_r1.rollout.engine import RolloutEngine, SamplingSettings
+from video_r1.rollout.engine import OnToken, RolloutEngine, SamplingSettings
 from video_r1.rollout.episodes import Episode, ToolEngine
 
 
@@ -38,8 +38,12 @@ class ScriptedEngine(RolloutEngine):
     def seeds(self) -> list[Any]:
         return [sampling.seed for sampling in self.sampled]
 
-    def generate(
-        self, prompts: Sequence[Prompt], sampling: SamplingSettings, counts: Sequence[int] | None = None
+    def sample(
+        self,
+        prompts: Sequence[Prompt],
+        sampling: SamplingSettings,
+        counts: Sequence[int] | None = None,
+        on_token: OnToken | None = None,
     ) -> list[list[Rollout]]:
         assert counts is None  # an evaluation asks for `sampling.n` completions of every prompt
         if self.calls_left == 0:
@@ -51,10 +55,6 @@ class ScriptedEngine(RolloutEngine):
             [rollout(text, self.tokens(prompt)) for text in self.says(prompt, sampling.n)]
             for prompt in prompts
         ]
-
-    def update_weights(self, model: Any) -> None: ...
-
-    def rest(self) -> None: ...
 
     def close(self) -> None:
         self.closed = True

@@ -20,7 +20,7 @@ def command_line(folder: Path, words: list[str], lives: tuple[int | None, ...] =
     """
     rank = int(os.environ.get("RANK", "0"))
     life = lives[rank] if lives else None
-    generate, calls = TransformersEngine.generate, []
+    sample, calls = TransformersEngine.sample, []
 
     def counted(self: Any, prompts: Any, *arguments: Any, **keywords: Any) -> Any:
         if len(calls) == life:
@@ -28,10 +28,10 @@ def command_line(folder: Path, words: list[str], lives: tuple[int | None, ...] =
         calls.append(len(prompts))
         with (folder / "calls").open("a") as file:
             file.write(f"{rank} {len(prompts)}\n")
-        groups = generate(self, prompts, *arguments, **keywords)
+        groups = sample(self, prompts, *arguments, **keywords)
         return [[dataclasses.replace(one, text=rationale(one)) for one in group] for group in groups]
 
-    TransformersEngine.generate = counted
+    TransformersEngine.sample = counted
     cli.SECONDS_TO_BE_ENDED = 0.0  # no launcher would end them
     code = cli.main(words)
     sys.stdout.flush()

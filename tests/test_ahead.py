@@ -13,7 +13,7 @@ from tiny_questions import read_lines
 from torch import Tensor
 from transformers import TrainerCallback
 
-from video_r1.rollout.engine import SamplingSettings
+from video_r1.rollout.engine import RolloutEngine, SamplingSettings
 from video_r1.rollout.transformers import TransformersEngine
 from video_r1.training.tgrpo import TGRPOTrainer
 
@@ -21,7 +21,7 @@ SERVER = {"use_vllm": True, "vllm_mode": "server", "vllm_server_base_url": "http
 QUESTIONS, BATCH = 8, 2  # four steps an epoch
 
 
-class Copying:
+class Copying(RolloutEngine):
     """Fake server that samples with a copy of the weights and records which weights it copied."""
 
     has_own_weights = True
@@ -36,16 +36,14 @@ class Copying:
     def update_weights(self, model: Any) -> None:
         self.model = copy.deepcopy(model).eval()
 
-    def generate(self, prompts: Any, sampling: SamplingSettings, counts: Any = None) -> Any:
+    def sample(
+        self, prompts: Any, sampling: SamplingSettings, counts: Any = None, on_token: Any = None
+    ) -> Any:
         if counts is not None:
             ahead = threading.current_thread() is not threading.main_thread()
             self.waited_for.append(self.updating.wait(60) if ahead else False)
             self.sampled.append(mark(self.model))
-        return TransformersEngine(self.model, self.tokenizer).generate(prompts, sampling, counts)
-
-    def rest(self) -> None: ...
-
-    def close(self) -> None: ...
+        return TransformersEngine(self.model, self.tokenizer).sample(prompts, sampling, counts)
 
 
 class Marks(TrainerCallback):
@@ -137,13 +135,13 @@ def test_the_same_questions_in_the_same_order(
 def test_errors_of_the_background_are_raised(
     checkpoint: Path, manifest: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    generate = Copying.generate
+    sample = Copying.sample
 
     def fails(self: Copying, prompts: Any, sampling: Any, counts: Any = None) -> Tensor:
         if len(self.sampled) == 2:
             raise RuntimeError("the server is gone")
-        return generate(self, prompts, sampling, counts)
+        return sample(self, prompts, sampling, counts)
 
-    monkeypatch.setattr(Copying, "generate", fails)
+    monkeypatch.setattr(Copying, "sample", fails)
     with pytest.raises(RuntimeError, match="the server is gone"):
         run(checkpoint, manifest, tmp_path, monkeypatch, async_rollouts=1)

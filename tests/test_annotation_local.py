@@ -90,7 +90,7 @@ def test_interrupted_between_and_within_batches(
     expected = [(tmp_path / "whole" / name).read_bytes() for name in FILES]
 
     read: list[str] = []
-    generate, calls = TransformersEngine.generate, []
+    sample, calls = TransformersEngine.sample, []
     monkeypatch.setattr(
         reading, "read_media_at", lambda sample, *how: read.append("") or read_media_at(sample, *how)
     )
@@ -100,11 +100,11 @@ def test_interrupted_between_and_within_batches(
         assert len(read) <= 2 * (len(calls) + 1)
         if len(calls) == 3:
             raise KeyboardInterrupt
-        return generate(self, prompts, *arguments)
+        return sample(self, prompts, *arguments)
 
     out = tmp_path / "cot" / "cot.json"
     with monkeypatch.context() as patch, pytest.raises(Interrupted, match="the answers so far are in"):
-        patch.setattr(TransformersEngine, "generate", interrupted)
+        patch.setattr(TransformersEngine, "sample", interrupted)
         annotate(teacher, manifest, out, temperature=1.3, top_p=1.0)
     assert not out.exists()
     journal = out.with_name("cot.journal.jsonl")

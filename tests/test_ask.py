@@ -202,7 +202,7 @@ def test_without_a_right_answer_the_majority_in_order_counts(checkpoint: Path, c
     settings = AskSettings(model=str(checkpoint), frame_pixels=56 * 56)
     with closing(ModelSession(settings)) as opened:
         prompts = opened.prompts(sample, ["ordered", "reversed"])
-        groups = ScriptedEngine(sees_order).generate(prompts, SamplingSettings(n=4))
+        groups = ScriptedEngine(sees_order).sample(prompts, SamplingSettings(n=4))
         ordered, other = session.views_of(sample, prompts, groups)
         assert ordered.counted == [True] * 4 and other.counted == [False, True, False, True]
         assert other.gap is not None and other.gap.mean == 0.5 and ordered.gap is None

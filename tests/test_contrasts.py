@@ -21,7 +21,7 @@ from video_r1.data.rollouts import Rollout
 from video_r1.models.group_forward import group_logprobs
 from video_r1.models.loading import freeze_vision, load_model, load_processor
 from video_r1.rollout.endpoint_engine import chat_request
-from video_r1.rollout.engine import SamplingSettings
+from video_r1.rollout.engine import RolloutEngine, SamplingSettings
 from video_r1.rollout.transformers import TransformersEngine
 from video_r1.rollout.vllm.requests import engine_input, prompt_requests, server_request, visuals_of
 from video_r1.settings.frames import Contrast
@@ -143,17 +143,15 @@ def test_a_frozen_tower_sees_a_clip_twice(checkpoint: Path, manifest: Path, tmp_
                 assert ours[name] == pytest.approx(others[name], abs=1e-4), name
 
 
-class Elsewhere:
+class Elsewhere(RolloutEngine):
     """An engine that is none of ours, whose log-probs are rounded."""
-
-    has_own_weights = False
 
     def __init__(self, engine: TransformersEngine) -> None:
         self.engine = engine
         self.update_weights, self.rest, self.close = engine.update_weights, engine.rest, engine.close
 
-    def generate(self, *args: Any, **options: Any) -> list[list[Rollout]]:
-        groups = self.engine.generate(*args, **options)
+    def sample(self, *args: Any, **options: Any) -> list[list[Rollout]]:
+        groups = self.engine.sample(*args, **options)
         return [[replace(one, logprobs=one.logprobs.bfloat16().float()) for one in each] for each in groups]
 
 

@@ -178,7 +178,7 @@ def test_lora(family: str) -> None:
     torch.testing.assert_close(result, expected, atol=1e-5, rtol=0)
     assert_same_gradients(gradients(model, result, weights), gradients(model, expected, weights))
     engine = in_process_engine(model, PROCESSORS[family])
-    (sampled,) = engine.generate(prompts[:1], SamplingSettings(n=3, max_tokens=6, seed=1))
+    (sampled,) = engine.sample(prompts[:1], SamplingSettings(n=3, max_tokens=6, seed=1))
     with torch.no_grad():
         scored = group_logprobs(model, prompts[:1], [[rollout.token_ids for rollout in sampled]]).logprobs
     found = torch.cat([rollout.logprobs for rollout in sampled])
@@ -193,7 +193,7 @@ def test_greedy_equals_generate(family: str) -> None:
     engine = in_process_engine(model, PROCESSORS[family])
     assert isinstance(engine, GeneralEngine)
     heard: list[tuple[int, int, int]] = []
-    groups = engine.generate(
+    groups = engine.sample(
         prompts,
         SamplingSettings(n=2, temperature=0, max_tokens=12),
         on_token=lambda *said: heard.append(said),
@@ -220,7 +220,7 @@ def test_logprobs_equal_those_of_the_update(family: str) -> None:
     model.generation_config.eos_token_id = list(range(0, 380, 10))
     engine = GeneralEngine(model, PROCESSORS[family], max_sequences=3)
     settings = SamplingSettings(n=4, temperature=0.8, max_tokens=16, seed=5)
-    groups = engine.generate(prompts, settings)
+    groups = engine.sample(prompts, settings)
     lengths = {len(rollout.token_ids) for group in groups for rollout in group}
     assert len(lengths) > 3 and {r.finish_reason for group in groups for r in group} == {"stop", "length"}
     completions = [[rollout.token_ids for rollout in group] for group in groups]
@@ -238,7 +238,7 @@ def test_logprobs_equal_those_of_the_update(family: str) -> None:
         with torch.no_grad():
             chances = sampling_logprobs(plain_logits(model, prompts[0], rollout.token_ids), 0.8)
         assert torch.equal(draw_tokens(chances, row[: len(chances)]), rollout.token_ids)
-    alone = GeneralEngine(model, PROCESSORS[family]).generate(
+    alone = GeneralEngine(model, PROCESSORS[family]).sample(
         prompts[2:3], SamplingSettings(n=4, temperature=0.8, max_tokens=16, seed=seeds[2:3])
     )
     assert_same(alone, groups[2:3])
@@ -251,7 +251,7 @@ def test_a_placeholder_is_never_sampled() -> None:
     with torch.no_grad():
         model.lm_head.weight[image] = 100 * model.lm_head.weight[5]
     engine = in_process_engine(model, PROCESSORS["internvl"])
-    (group,) = engine.generate(prompts, SamplingSettings(n=8, max_tokens=12, seed=1))
+    (group,) = engine.sample(prompts, SamplingSettings(n=8, max_tokens=12, seed=1))
     assert all(image not in rollout.token_ids for rollout in group)
     scored = group_logprobs(model, prompts, [[rollout.token_ids for rollout in group]]).logprobs
     sampled = torch.cat([rollout.logprobs for rollout in group])

@@ -84,9 +84,9 @@ def test_the_plan_agrees_with_a_measured_update_and_rollout(family: str, frozen:
     assert plan.traced.update_peak == pytest.approx(most_at_once(update), rel=0.25)
     engine = GeneralEngine(model, general_processor(family))
     sampling = SamplingSettings(n=8, max_tokens=48, seed=0)
-    engine.generate([prompt], sampling)
+    engine.sample([prompt], sampling)
     beyond = plan.phases["rollout"] - plan.phases["optimizer step"] + plan.parts["gradients"]
-    assert beyond == pytest.approx(most_at_once(lambda: engine.generate([prompt], sampling)), rel=0.25)
+    assert beyond == pytest.approx(most_at_once(lambda: engine.sample([prompt], sampling)), rel=0.25)
 
 
 @pytest.mark.slow

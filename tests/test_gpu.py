@@ -174,7 +174,7 @@ def test_recorded_decoding_gives_the_same_tokens(
     settings = SamplingSettings(n=8, max_tokens=80, seed=1)
 
     def sample() -> list[Any]:
-        return [rollout for group in engine.generate(prompts, settings) for rollout in group]
+        return [rollout for group in engine.sample(prompts, settings) for rollout in group]
 
     recorded = sample()
     figures |= {"recorded": shared_prefix.replayed_step.agrees, "seconds": seconds_of(sample)}
@@ -291,7 +291,7 @@ def test_vllm_in_the_process_samples_videos(family: str, figures: Figures) -> No
     settings = VLLMSettings(vllm_gpu_memory_utilization=0.2)
     engine = VLLMEngine(model, processor, max_model_len=1024, settings=settings)
     engine.update_weights(model)
-    groups = engine.generate(prompts, SamplingSettings(n=4, max_tokens=16, seed=0))
+    groups = engine.sample(prompts, SamplingSettings(n=4, max_tokens=16, seed=0))
     figures["logprob_difference"] = float(differences(model, prompts, groups).mean())
     engine.close()
     assert figures["logprob_difference"] < 0.05

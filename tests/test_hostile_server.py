@@ -350,15 +350,15 @@ def served(monkeypatch: pytest.MonkeyPatch) -> Iterator[HostileVLLM]:
 @pytest.mark.parametrize("mode", [*RAW, *GENERATED])
 def test_cases_rollouts(served: HostileVLLM, tmp_path: Path, mode: str) -> None:
     client = engine(served.url, tmp_path, wait=5.0)
-    expected = client.generate(prompts(2), SETTINGS)
+    expected = client.sample(prompts(2), SETTINGS)
     served.wrong, served.times = RAW.get(mode) or GENERATED[mode], 1
-    found = client.generate(prompts(2), SETTINGS)
+    found = client.sample(prompts(2), SETTINGS)
     assert served.times == 0
     for group_, other in zip(expected, found, strict=True):
         assert all(torch.equal(a.token_ids, b.token_ids) for a, b in zip(group_, other, strict=True))
     served.times = 10**6
     with pytest.raises(VideoR1Error) as raised:
-        client.generate(prompts(2), SETTINGS)
+        client.sample(prompts(2), SETTINGS)
     one_line(raised.value, served.url)
 
 

@@ -143,7 +143,7 @@ def answered(family: str, video: Path, call: str) -> Rollout:
     builder = PromptBuilder(tiny_processor(family))
     builder.toolbox = toolbox(family, [act])
     engine = ToolEngine(Scripted(builder, f"<tool_call>{call}</tool_call>", "B"), builder)
-    ((rollout,),) = engine.generate([question(family, video, builder)], SamplingSettings(max_tokens=9000))
+    ((rollout,),) = engine.sample([question(family, video, builder)], SamplingSettings(max_tokens=9000))
     assert rollout.text == "B" and len(rollout.turns) == 1
     assert json_lines([rollout.transcript, rollout.calls[0].arguments, work_messages(rollout.work)])
     return rollout

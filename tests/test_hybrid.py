@@ -79,13 +79,13 @@ def test_hybrid_completions_do_not_depend_on_the_batch(family: str) -> None:
     """Prompts of three lengths are prefilled apart, and completions that end take their states with them."""
     model, prompts = build_model(family, stop_share=0.05), build_prompts(family)
     settings = SamplingSettings(n=4, max_tokens=20, seed=11)
-    together = TransformersEngine(model, PROCESSORS[family]).generate(prompts, settings)
+    together = TransformersEngine(model, PROCESSORS[family]).sample(prompts, settings)
     assert len({len(rollout.token_ids) for group in together for rollout in group}) > 3
     narrow = TransformersEngine(model, PROCESSORS[family], max_sequences=4)
-    assert_same(together, narrow.generate(prompts, settings))
+    assert_same(together, narrow.sample(prompts, settings))
     assert_same(
         together[1:2],
-        TransformersEngine(model, PROCESSORS[family]).generate(prompts, settings, [0, 4, 0])[1:2],
+        TransformersEngine(model, PROCESSORS[family]).sample(prompts, settings, [0, 4, 0])[1:2],
     )
     prefills: list[tuple[int, ...]] = []
     hook = model.model.language_model.register_forward_pre_hook(
@@ -93,7 +93,7 @@ def test_hybrid_completions_do_not_depend_on_the_batch(family: str) -> None:
         with_kwargs=True,
     )
     twins = [prompts[0], prompts[2], prompts[0]]
-    TransformersEngine(model, PROCESSORS[family]).generate(twins, SamplingSettings(n=2, max_tokens=1, seed=1))
+    TransformersEngine(model, PROCESSORS[family]).sample(twins, SamplingSettings(n=2, max_tokens=1, seed=1))
     hook.remove()
     short, long = sorted({len(prompt.input_ids) for prompt in twins})
     assert prefills == [(1, short), (2, long)]  # equal lengths together

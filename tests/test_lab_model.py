@@ -111,7 +111,7 @@ def test_base_knows_what_came_when(model, processor, asked) -> None:
 def test_base_answers_nothing_in_tags(model, processor, asked) -> None:
     engine = TransformersEngine(model, processor)
     greedy = SamplingSettings(temperature=0, max_tokens=40)
-    rollouts = engine.generate([prompt for prompt, _ in asked], greedy)
+    rollouts = engine.sample([prompt for prompt, _ in asked], greedy)
     texts = [group[0].text for group in rollouts]
     assert all(text.strip() for text in texts)
     assert sum(format_reward(text) for text in texts) == 0

@@ -301,7 +301,7 @@ def sampled(
     permutation = torch.tensor([3, 2, 1, 0, 7, 6, 5, 4])
     prompts = [builder.build(sample, media), builder.build(sample, media, permutation)]
     for seed in range(5, 50):  # transformers refuses a sequence in which the policy wrote a placeholder
-        groups = tool_engine.generate(prompts, SamplingSettings(max_tokens=6, seed=seed), [4, 2])
+        groups = tool_engine.sample(prompts, SamplingSettings(max_tokens=6, seed=seed), [4, 2])
         written = torch.cat([rollout.token_ids for group in groups for rollout in group])
         if not builder.visual_tokens(written):
             break
@@ -382,7 +382,7 @@ class Scripted(ScriptedEngine):
         super().__init__(lambda prompt, n: [])
         self.builder, self.texts = builder, list(texts)
 
-    def generate(self, prompts: Any, sampling: Any, counts: Any = None) -> list[list[Rollout]]:
+    def sample(self, prompts: Any, sampling: Any, *rest: Any, **options: Any) -> list[list[Rollout]]:
         self.prompts += prompts
         text = self.texts.pop(0)
         ids = [*self.builder.tokenizer(text)["input_ids"], self.builder.end_token_id]
@@ -432,9 +432,7 @@ def test_an_episode_ends_politely(
     inner = Scripted(builder, *texts)
     builder.toolbox = toolbox(functions=[picture], **settings)
     engine = ToolEngine(inner, builder)
-    ((rollout,),) = engine.generate(
-        [question("qwen2_5_vl", clip, builder)], SamplingSettings(max_tokens=2000)
-    )
+    ((rollout,),) = engine.sample([question("qwen2_5_vl", clip, builder)], SamplingSettings(max_tokens=2000))
     assert [turn.calls[0].result[0] for turn in rollout.turns] == turns and rollout.text == text
     assert len(rollout.logprobs) == len(rollout.token_ids)
     last = inner.prompts[-1]
@@ -447,7 +445,7 @@ def test_the_length_limit_counts_all_turns(clip: Path) -> None:
     builder.toolbox = toolbox()
     engine = ToolEngine(Scripted(builder, LOOK, "B" * 99), builder)
     sampling = SamplingSettings(max_tokens=first + 5)
-    ((rollout,),) = engine.generate([question("qwen2_5_vl", clip, builder)], sampling)
+    ((rollout,),) = engine.sample([question("qwen2_5_vl", clip, builder)], sampling)
     assert len(rollout.token_ids) == first + 5 and rollout.finish_reason == "length"
     assert rollout.text == builder.tokenizer.decode(rollout.token_ids[first:])
 
@@ -459,14 +457,14 @@ class Looker(Scripted):
         super().__init__(builder)
         self.right = right
 
-    def generate(self, prompts: Any, sampling: Any, counts: Any = None) -> list[list[Rollout]]:
+    def sample(self, prompts: Any, sampling: Any, *rest: Any, **options: Any) -> list[list[Rollout]]:
         found = []
         for prompt in prompts:
             seen = bool(prompt.parts) and torch.equal(prompt.media[-1].frames, self.right)
             self.texts = [
                 f"<think>x</think><answer>{'B' if seen else 'A'}</answer>" if prompt.parts else LOOK
             ]
-            found += super().generate([prompt], sampling)
+            found += super().sample([prompt], sampling)
         return found
 
 
@@ -657,7 +655,7 @@ class Rounds(ScriptedEngine):
 
     def __init__(self, engine: RolloutEngine) -> None:
         super().__init__(lambda prompt, n: [])
-        self.generate = engine.generate
+        self.sample = engine.sample
 
 
 def check_follow(engine: Any, stop_ids: str, clip: Path, processor: Any, family: str) -> None:
@@ -671,12 +669,12 @@ def check_follow(engine: Any, stop_ids: str, clip: Path, processor: Any, family:
     for seed in range(20):
         setattr(engine, stop_ids, [])
         sampling = SamplingSettings(n=2, max_tokens=100, seed=(seed,))
-        ((slow, quick),) = engine.generate(prompts, sampling)
+        ((slow, quick),) = engine.sample(prompts, sampling)
         if stops := set(quick.token_ids[:10].tolist()) - set(slow.token_ids.tolist()):
             break
     setattr(engine, stop_ids, list(stops))
     engines = Adding(engine, builder), Adding(Rounds(engine), builder)
-    (followed,), (rounds,) = (each.generate(prompts, sampling) for each in engines)
+    (followed,), (rounds,) = (each.sample(prompts, sampling) for each in engines)
     assert [each.order for each in engines] == [[0, 1, 0, 1], [0, 0, 1, 1]]
     assert followed[0].turns[0].after == 100 > 10 >= followed[1].turns[0].after
     assert torch.equal(followed[0].token_ids[:100], slow.token_ids)

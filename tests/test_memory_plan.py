@@ -166,7 +166,7 @@ def test_the_plan_agrees_with_a_measured_rollout(lora: bool, monkeypatch: pytest
     prompts = [question(), question()]  # ordered and shuffled
 
     def sample() -> None:
-        engine.generate(prompts, sampling, [8, 4])
+        engine.sample(prompts, sampling, [8, 4])
 
     sample()
     beyond = plan.phases["rollout"] - plan.phases["optimizer step"] + plan.parts["gradients"]

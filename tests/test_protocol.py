@@ -120,13 +120,13 @@ def test_a_whole_evaluation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cap
     ]
     (tmp_path / "eval_mvbench.json").write_text(json.dumps(rows))
     asked: list[Any] = []
-    generate = TransformersEngine.generate
+    sample = TransformersEngine.sample
 
     def recorded(engine: Any, prompts: Any, *arguments: Any) -> Any:
         asked.extend(prompts)
-        return generate(engine, prompts, *arguments)
+        return sample(engine, prompts, *arguments)
 
-    monkeypatch.setattr(TransformersEngine, "generate", recorded)
+    monkeypatch.setattr(TransformersEngine, "sample", recorded)
     monkeypatch.setattr(paper, "LEAST_PIXELS", 784)
     small = ["--frame_pixels", "3136", "--dtype", "float32", "--media_seconds", "0", "--device", "cpu"]
     run = ["eval", "lab-base", "--bench", "mvbench"]

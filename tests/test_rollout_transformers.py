@@ -88,7 +88,7 @@ def assert_same(first: Sequence[Sequence[Rollout]], second: Sequence[Sequence[Ro
 def test_greedy_equals_generate(family: str, n: int = 3) -> None:
     model, prompts = build_model(family, stop_share=0.02), build_prompts(family)
     engine = TransformersEngine(model, PROCESSORS[family])
-    groups = engine.generate(prompts, SamplingSettings(n=n, temperature=0, max_tokens=24))
+    groups = engine.sample(prompts, SamplingSettings(n=n, temperature=0, max_tokens=24))
     for prompt, group in zip(prompts, groups, strict=True):
         output = model.generate(**reference_inputs(prompt), max_new_tokens=24, do_sample=False)
         expected = output[0, len(prompt.input_ids) :].tolist()
@@ -102,7 +102,7 @@ def test_logprobs_equal_a_plain_forward(family: str, temperature: float = 0.6, t
     settings = SamplingSettings(n=4, temperature=temperature, top_p=top_p, max_tokens=16, seed=3)
     visual = {PROCESSORS[family].image_token_id, PROCESSORS[family].video_token_id}
     compared = 0
-    for prompt, group in zip(prompts, engine.generate(prompts, settings), strict=True):
+    for prompt, group in zip(prompts, engine.sample(prompts, settings), strict=True):
         for rollout in group:
             if visual & set(rollout.token_ids.tolist()):
                 continue  # the plain forward would look for its pixels
@@ -124,13 +124,13 @@ def test_logprobs_equal_those_of_the_update(family: str) -> None:
     prompts.append(PromptBuilder(PROCESSORS[family]).build(QUESTION, long_clip))
     engine = TransformersEngine(model, PROCESSORS[family])
     settings = SamplingSettings(n=3, max_tokens=12, seed=5)
-    groups = engine.generate(prompts, settings)
+    groups = engine.sample(prompts, settings)
     completions = [[rollout.token_ids for rollout in group] for group in groups]
     with torch.no_grad():
         scored = group_logprobs(model, prompts, completions)
     sampled = torch.cat([rollout.logprobs for group in groups for rollout in group])
     torch.testing.assert_close(sampled, scored.logprobs, atol=1e-5, rtol=0)
-    assert_same(groups, engine.generate(prompts, settings))  # the update leaves the model usable
+    assert_same(groups, engine.sample(prompts, settings))  # the update leaves the model usable
 
 
 def test_finished_completions_leave_the_batch() -> None:
@@ -140,7 +140,7 @@ def test_finished_completions_leave_the_batch() -> None:
     hook = model.model.language_model.register_forward_pre_hook(
         lambda module, args, kwargs: sizes.append(len(kwargs["inputs_embeds"])), with_kwargs=True
     )
-    groups = engine.generate(prompts, SamplingSettings(n=8, max_tokens=30, seed=1))
+    groups = engine.sample(prompts, SamplingSettings(n=8, max_tokens=30, seed=1))
     hook.remove()
     lengths = [len(rollout.token_ids) for group in groups for rollout in group]
     assert len(set(lengths)) > 4
@@ -159,11 +159,11 @@ def test_finished_completions_leave_the_batch() -> None:
 def test_completions_do_not_depend_on_the_batch() -> None:
     model, prompts = build_model("qwen3_vl", stop_share=0.05), build_prompts("qwen3_vl")
     settings = SamplingSettings(n=4, max_tokens=20, seed=11)
-    together = TransformersEngine(model, PROCESSORS["qwen3_vl"]).generate(prompts, settings)
+    together = TransformersEngine(model, PROCESSORS["qwen3_vl"]).sample(prompts, settings)
     for sequences, prefilled in ((4, 1), (256, 150)):
         narrow = TransformersEngine(model, PROCESSORS["qwen3_vl"], sequences)
         narrow.max_prefill_tokens = prefilled
-        assert_same(together, narrow.generate(prompts, settings))
+        assert_same(together, narrow.sample(prompts, settings))
 
 
 def test_counts_by_prompt() -> None:
@@ -171,14 +171,14 @@ def test_counts_by_prompt() -> None:
     model, prompts = build_model("qwen2_5_vl", stop_share=0.05), build_prompts("qwen2_5_vl")
     engine = TransformersEngine(model, PROCESSORS["qwen2_5_vl"])
     settings = SamplingSettings(n=2, max_tokens=12, seed=4)
-    assert_same(engine.generate(prompts, settings), engine.generate(prompts, settings, [2, 2, 2]))
-    ragged = engine.generate(prompts, settings, [5, 0, 3])
+    assert_same(engine.sample(prompts, settings), engine.sample(prompts, settings, [2, 2, 2]))
+    ragged = engine.sample(prompts, settings, [5, 0, 3])
     assert [len(group) for group in ragged] == [5, 0, 3]
     narrow = TransformersEngine(model, PROCESSORS["qwen2_5_vl"], max_sequences=4)
-    assert_same(ragged, narrow.generate(prompts, settings, [5, 0, 3]))
-    assert_same([ragged[0][:2]], engine.generate(prompts[:1], settings))
+    assert_same(ragged, narrow.sample(prompts, settings, [5, 0, 3]))
+    assert_same([ragged[0][:2]], engine.sample(prompts[:1], settings))
     with pytest.raises(ValueError, match="3 prompts but 1 counts"):
-        engine.generate(prompts, settings, [2])
+        engine.sample(prompts, settings, [2])
 
 
 def test_seeds() -> None:
@@ -187,7 +187,7 @@ def test_seeds() -> None:
 
     def tokens(seed: int | None) -> list[list[int]]:
         settings = SamplingSettings(n=4, max_tokens=12, seed=seed)
-        return [rollout.token_ids.tolist() for rollout in engine.generate(prompts, settings)[0]]
+        return [rollout.token_ids.tolist() for rollout in engine.sample(prompts, settings)[0]]
 
     first = tokens(1)
     assert len({tuple(ids) for ids in first}) == 4
@@ -203,19 +203,19 @@ def test_seeds() -> None:
     assert torch.equal(state, torch.get_rng_state())
 
 
-@pytest.mark.parametrize(("weights", "threads"), [(engine.WEIGHTS_OF_A_THREAD, 1), (1, 2)])
+@pytest.mark.parametrize(("weights", "threads"), [(engine.WEIGHTS_PER_THREAD, 1), (1, 2)])
 def test_small_models_decode_with_one_thread(
     weights: int, threads: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Two would wait for each other after every small product."""
     model, seen = build_model("qwen2_5_vl"), set()
     model.lm_head.register_forward_hook(lambda *given: seen.add(torch.get_num_threads()))
-    monkeypatch.setattr(engine, "WEIGHTS_OF_A_THREAD", weights)
+    monkeypatch.setattr(engine, "WEIGHTS_PER_THREAD", weights)
     torch.set_num_threads(2)
     try:
         for kind in (TransformersEngine, GeneralEngine):
             sampler = kind(model, PROCESSORS["qwen2_5_vl"])
-            sampler.generate(build_prompts("qwen2_5_vl")[1:2], SamplingSettings(n=2, max_tokens=3, seed=1))
+            sampler.sample(build_prompts("qwen2_5_vl")[1:2], SamplingSettings(n=2, max_tokens=3, seed=1))
             assert seen == {threads} and torch.get_num_threads() == 2
     finally:
         torch.set_num_threads(1)
@@ -225,13 +225,13 @@ def test_model_is_left_as_it_was() -> None:
     model, prompts = build_model("qwen2_5_vl"), build_prompts("qwen2_5_vl")
     engine = TransformersEngine(model, PROCESSORS["qwen2_5_vl"])
     settings = SamplingSettings(n=2, max_tokens=8, seed=2)
-    before = engine.generate(prompts, settings)
+    before = engine.sample(prompts, settings)
     model.gradient_checkpointing_enable()
     model.train()
     model.model.visual.eval()
     training = [module.training for module in model.modules()]
     attention = model.model.language_model.config._attn_implementation
-    assert_same(before, engine.generate(prompts, settings))
+    assert_same(before, engine.sample(prompts, settings))
     assert training == [module.training for module in model.modules()]
     assert model.model.language_model.config._attn_implementation == attention
     assert all(parameter.grad is None for parameter in model.parameters())
@@ -252,10 +252,10 @@ def test_merged_adapters_sample_the_same_and_leave_the_model_alone() -> None:
     before = {name: tensor.clone() for name, tensor in adapted.state_dict().items()}
     with merged_adapters(engine.model):
         assert not any("lora" in name for name, _ in engine.model.named_parameters())
-    merged = engine.generate(prompts, settings)
+    merged = engine.sample(prompts, settings)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(lora, "has_memory_for", lambda weights: False)
-        assert_same(engine.generate(prompts, settings), merged)
+        assert_same(engine.sample(prompts, settings), merged)
     assert {name: id(module) for name, module in adapted.named_modules()} == layers
     assert all(torch.equal(tensor, before[name]) for name, tensor in adapted.state_dict().items())
 
@@ -270,10 +270,10 @@ def test_recorded_steps_check_themselves(
     checked = Checked("decoding by a CUDA graph", fast, plain)
     engine = TransformersEngine(build_model("qwen2_5_vl", stop_share=0.1), PROCESSORS["qwen2_5_vl"])
     prompts, settings = build_prompts("qwen2_5_vl"), SamplingSettings(n=3, max_tokens=8, seed=1)
-    expected = engine.generate(prompts, settings)
+    expected = engine.sample(prompts, settings)
     monkeypatch.setattr(shared_prefix, "RECORDED_ON", ("cpu",))
     monkeypatch.setattr(shared_prefix, "replayed_step", checked)
-    assert_same(engine.generate(prompts, settings), expected)
+    assert_same(engine.sample(prompts, settings), expected)
     assert checked.agrees is False and caplog.text.count("the plain path is used") == 1
 
 
@@ -318,9 +318,9 @@ def test_recordings(
     """One for each shape, with room for 256 tokens at first; one that fails later ends no run."""
     engine = TransformersEngine(build_model(family, stop_share=0.1), PROCESSORS[family])
     prompts, settings = build_prompts(family), SamplingSettings(n=3, max_tokens=40, seed=1)
-    expected = engine.generate(prompts, settings)
+    expected = engine.sample(prompts, settings)
     graphs = FakeGraphs(monkeypatch, failing)
-    assert_same(engine.generate(prompts, settings), expected)
+    assert_same(engine.sample(prompts, settings), expected)
     assert set(graphs.modes) == {"thread_local"} and graphs.stream == "main" and graphs.free
     assert len(graphs.modes) == 2 if failing else len(graphs.modes) > 2
     assert caplog.text.count("decoding by a CUDA graph fails with OutOfMemoryError") == len(failing)
@@ -332,7 +332,7 @@ def test_fsdp_runs_no_hooks_while_it_samples(monkeypatch: pytest.MonkeyPatch) ->
     """They fork streams, and a decoding step with such a fork cannot be recorded as a CUDA graph."""
     prompts, settings = build_prompts("qwen2_5_vl"), SamplingSettings(n=2, max_tokens=6, seed=1)
     model = build_model("qwen2_5_vl")
-    expected = TransformersEngine(model, PROCESSORS["qwen2_5_vl"]).generate(prompts, settings)
+    expected = TransformersEngine(model, PROCESSORS["qwen2_5_vl"]).sample(prompts, settings)
     calls: list[int] = []
     before = FSDPState._pre_forward
     monkeypatch.setattr(FSDPState, "_pre_forward", lambda *given: calls.append(1) or before(*given))
@@ -344,7 +344,7 @@ def test_fsdp_runs_no_hooks_while_it_samples(monkeypatch: pytest.MonkeyPatch) ->
         with whole_weights(model, accelerator):
             calls.clear()
             engine = TransformersEngine(model, PROCESSORS["qwen2_5_vl"])
-            assert_same(engine.generate(prompts, settings), expected)
+            assert_same(engine.sample(prompts, settings), expected)
             assert calls == []
         model(**reference_inputs(prompts[0])).logits.sum().backward()
         assert len(calls) == 3
@@ -363,7 +363,7 @@ def test_keys_are_kept_in_the_number_format_that_computes(monkeypatch: pytest.Mo
 
     monkeypatch.setattr(shared_prefix, "plain_step", looking)
     with torch.autocast("cpu", torch.bfloat16):
-        TransformersEngine(model, PROCESSORS["qwen2_5_vl"]).generate(
+        TransformersEngine(model, PROCESSORS["qwen2_5_vl"]).sample(
             prompts, SamplingSettings(n=2, max_tokens=4, seed=4)
         )
     assert kept == {torch.bfloat16}

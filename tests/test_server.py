@@ -201,7 +201,7 @@ def test_a_server_of_other_weights_than_the_checkpoints_files(loopback: Server, 
 
 def test_completions_in_order(loopback: Server, tmp_path: Path) -> None:
     client = engine(loopback.url, tmp_path)
-    groups = client.generate(prompts(5), SETTINGS, counts=[3, 1, 0, 2, 3])
+    groups = client.sample(prompts(5), SETTINGS, counts=[3, 1, 0, 2, 3])
     assert [len(group) for group in groups] == [3, 1, 0, 2, 3]
     for group in groups:
         first = group[0].token_ids[0] if group else 0
@@ -209,7 +209,7 @@ def test_completions_in_order(loopback: Server, tmp_path: Path) -> None:
     assert groups[0][0].logprobs.tolist() == [-0.5, -1.5]
     sent = loopback.requests[0]["sampling_params"]
     assert sent["stop_token_ids"] == sorted({3, 5, PROCESSOR.tokenizer.convert_tokens_to_ids("<|im_end|>")})
-    (greedy,) = client.generate(prompts(1), SamplingSettings(n=2, temperature=0, max_tokens=8))
+    (greedy,) = client.sample(prompts(1), SamplingSettings(n=2, temperature=0, max_tokens=8))
     assert len(greedy) == 2 and loopback.requests[-1]["sampling_params"]["n"] == 1
 
 
@@ -218,7 +218,7 @@ def test_what_fails_is_asked_again_and_counted_once(loopback: Server, tmp_path: 
     client = engine(loopback.url, tmp_path)
     model = copy.deepcopy(TINY)
     client.update_weights(model)
-    expected = client.generate(prompts(6), SETTINGS)
+    expected = client.sample(prompts(6), SETTINGS)
     version, weights = loopback.version, loopback.loaded
     loopback.requests.clear()
     loopback.script = ["fine", event, event, "fine", event]
@@ -261,17 +261,17 @@ def test_a_server_that_stays_away(loopback: Server, tmp_path: Path) -> None:
     client = engine(loopback.url, tmp_path, wait=0.5)
     loopback.script, loopback.down = ["error"] * 6, 10**6
     with pytest.raises(VideoR1Error, match="did not return within"):
-        client.generate(prompts(6), SETTINGS)
+        client.sample(prompts(6), SETTINGS)
     loopback.down = 0
     loopback.script.clear()
-    assert len(client.generate(prompts(6), SETTINGS)) == 6  # later, it is back
+    assert len(client.sample(prompts(6), SETTINGS)) == 6  # later, it is back
 
 
 def test_a_refused_request_is_not_repeated(loopback: Server, tmp_path: Path) -> None:
     client = engine(loopback.url, tmp_path)
     loopback.script = ["refuse"]
     with pytest.raises(VideoR1Error, match="top_k is odd"):
-        client.generate(prompts(1), SETTINGS)
+        client.sample(prompts(1), SETTINGS)
     assert len(loopback.requests) == 1
 
 
@@ -297,7 +297,7 @@ def test_no_server(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
 
 def test_too_long_for_the_server(loopback: Server, tmp_path: Path) -> None:
     with pytest.raises(RequestError, match="256 tokens"):
-        engine(loopback.url, tmp_path).generate(prompts(1), SamplingSettings(max_tokens=250))
+        engine(loopback.url, tmp_path).sample(prompts(1), SamplingSettings(max_tokens=250))
 
 
 def test_a_server_that_comes_back_unasked_is_supplied(
@@ -342,12 +342,12 @@ def test_another_server_is_asked_again(
 ) -> None:
     """The same completions, whoever gives them; the one that failed is left out."""
     monkeypatch.setattr(chat_client, "SKIP", 1000.0)
-    expected = engine(loopback.url, tmp_path).generate(prompts(12), SETTINGS)
+    expected = engine(loopback.url, tmp_path).sample(prompts(12), SETTINGS)
     alone = sent(loopback)
     loopback.requests.clear()
     client = engine([loopback.url, beside.url], tmp_path, concurrency=1)
     loopback.script = ["fine", event]
-    groups = client.generate(prompts(12), SETTINGS)
+    groups = client.sample(prompts(12), SETTINGS)
     assert ids(groups) == ids(expected)
     assert sent(loopback) | sent(beside) == alone  # with the same seeds
     assert (len(loopback.requests), len(beside.requests)) == (2, 11)

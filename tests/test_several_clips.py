@@ -89,7 +89,7 @@ def test_log_probabilities_and_generation_are_those_of_a_plain_forward(family: s
     torch.testing.assert_close(ours, torch.cat(expected), atol=1e-5, rtol=0)
 
     engine = in_process_engine(model, PROCESSORS[family])
-    groups = engine.generate(prompts, SamplingSettings(n=2, temperature=0, max_tokens=12))
+    groups = engine.sample(prompts, SamplingSettings(n=2, temperature=0, max_tokens=12))
     for prompt, group in zip(prompts, groups, strict=True):
         output = model.generate(**reference_inputs(prompt), max_new_tokens=12, do_sample=False)
         generated = output[0, len(prompt.input_ids) :].tolist()
@@ -123,7 +123,7 @@ def test_the_general_path(family: str) -> None:
         ours = group_logprobs(model, prompts, completions, temperature=0.7).logprobs
     torch.testing.assert_close(ours, expected, atol=1e-5, rtol=0)
     engine = in_process_engine(model, builder.processor)
-    rollouts = engine.generate(prompts, SamplingSettings(n=2, max_tokens=4, seed=1))
+    rollouts = engine.sample(prompts, SamplingSettings(n=2, max_tokens=4, seed=1))
     with torch.no_grad():
         sampled = [[rollout.token_ids for rollout in group] for group in rollouts]
         again = group_logprobs(model, prompts, sampled).logprobs

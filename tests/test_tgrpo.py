@@ -189,9 +189,9 @@ def test_second_update_on_the_same_rollouts(checkpoint: Path, manifest: Path, tm
 class CountingEngine(TransformersEngine):
     calls = 0
 
-    def generate(self, *args: Any, **kwargs: Any) -> Any:
+    def sample(self, *args: Any, **kwargs: Any) -> Any:
         self.calls += 1
-        return super().generate(*args, **kwargs)
+        return super().sample(*args, **kwargs)
 
 
 # ---- Ordered and shuffled

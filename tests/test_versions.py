@@ -97,7 +97,7 @@ def test_a_broken_fast_path_gives_way(
     assert warning.startswith(path) and said in warning
     assert f"transformers {transformers.__version__}" in warning
     assert isinstance(engine, GeneralEngine)
-    (group,) = engine.generate([prompt], SamplingSettings(n=2, max_tokens=5, seed=1))
+    (group,) = engine.sample([prompt], SamplingSettings(n=2, max_tokens=5, seed=1))
     monkeypatch.undo()
     tokens = [rollout.token_ids for rollout in group]
     sampled = torch.cat([rollout.logprobs for rollout in group])

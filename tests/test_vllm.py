@@ -70,7 +70,7 @@ def test_a_prompt_is_prefilled_once(
     n, size = 8, len(prompts[0].input_ids)
     block = engine.llm.llm_engine.vllm_config.cache_config.block_size
     assert size > 2 * block and size % block
-    engine.generate(prompts[:1], SamplingSettings(n=n, max_tokens=4, seed=0))
+    engine.sample(prompts[:1], SamplingSettings(n=n, max_tokens=4, seed=0))
     # The others repeat what fills no whole block, and then each has one token a forward.
     assert tokens[0] == size + (n - 1) * (size % block)
     assert 0 < max(tokens[1:]) <= n
@@ -96,7 +96,7 @@ def test_logprobs_are_those_of_the_sampled_distribution(
     change(model, 0.2)  # a less certain model, so that the cut-offs matter
     engine.update_weights(model)
     settings = SamplingSettings(3, temperature, top_p, max_tokens=12, seed=3)
-    for prompt, group in zip(prompts, engine.generate(prompts, settings), strict=True):
+    for prompt, group in zip(prompts, engine.sample(prompts, settings), strict=True):
         for rollout in group:
             tokens, size = rollout.token_ids, len(prompt.input_ids)
             kinds = torch.cat([prompt.features["mm_token_type_ids"], torch.zeros_like(tokens)])
@@ -115,17 +115,17 @@ def test_logprobs_are_those_of_the_sampled_distribution(
 def test_seeds_and_counts(engine: VLLMEngine, prompts: list[Prompt]) -> None:
     settings = SamplingSettings(n=4, max_tokens=16, seed=5)
     twins = [prompts[0], prompts[0]]
-    first = ids(engine.generate(twins, settings))
-    assert first == ids(engine.generate(twins, settings))
-    assert first != ids(engine.generate(twins, replace(settings, seed=6)))
+    first = ids(engine.sample(twins, settings))
+    assert first == ids(engine.sample(twins, settings))
+    assert first != ids(engine.sample(twins, replace(settings, seed=6)))
     assert first[0] != first[1]
-    counted = ids(engine.generate(twins + [prompts[2]], settings, counts=[4, 0, 2]))
+    counted = ids(engine.sample(twins + [prompts[2]], settings, counts=[4, 0, 2]))
     assert [len(group) for group in counted] == [4, 0, 2] and counted[0] == first[0]
     torch.manual_seed(0)
-    drawn = ids(engine.generate(twins, replace(settings, seed=None)))
-    assert drawn != ids(engine.generate(twins, replace(settings, seed=None)))
+    drawn = ids(engine.sample(twins, replace(settings, seed=None)))
+    assert drawn != ids(engine.sample(twins, replace(settings, seed=None)))
     torch.manual_seed(0)
-    assert drawn == ids(engine.generate(twins, replace(settings, seed=None)))
+    assert drawn == ids(engine.sample(twins, replace(settings, seed=None)))
 
 
 @SLOW
@@ -140,6 +140,6 @@ def test_more_prompts_than_one_step_takes(
     # Every completion but a prompt's first repeats what fills no whole block.
     tokens = sum(size + (n - 1) * (size % block) for size, n in zip(sizes, counts, strict=True))
     assert tokens > config.scheduler_config.max_num_batched_tokens
-    groups = engine.generate(prompts, SamplingSettings(max_tokens=4, seed=1), counts)
+    groups = engine.sample(prompts, SamplingSettings(max_tokens=4, seed=1), counts)
     assert [len(group) for group in groups] == counts
     assert differences(model, prompts, groups).max() < 1e-3

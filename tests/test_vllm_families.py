@@ -54,7 +54,7 @@ def check_received(prompts: Sequence[Prompt], calls: Sequence[dict[str, Any]], d
 def checked(engine: Any, given: Prompt, scored: Prompt, model: Any) -> None:
     """The check before the first step, of an engine that is given another prompt than the trainer scores."""
     other: Any = SimpleNamespace(
-        generate=lambda prompts, *rest: engine.generate([given] * len(prompts), *rest),
+        sample=lambda prompts, *rest: engine.sample([given] * len(prompts), *rest),
         update_weights=engine.update_weights,
     )
     warn_once.cache_clear()
@@ -83,7 +83,7 @@ def check_sampling(engine: VLLMEngine, model: Any, processor: Any) -> None:
     inner = engine.llm.apply_model(lambda model: model)[0]
     embed = inner.embed_multimodal
     inner.embed_multimodal = lambda **given: calls.append(given) or embed(**given)
-    engine.generate(prompts, SamplingSettings(n=2, max_tokens=1))
+    engine.sample(prompts, SamplingSettings(n=2, max_tokens=1))
     del inner.embed_multimodal
     check_received(prompts, calls, model.dtype)
     check_weight_sync(engine, model, prompts, peft=False, rounding=ROUNDING[model.dtype])

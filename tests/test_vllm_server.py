@@ -119,11 +119,11 @@ def test_training_goes_on_when_the_server_is_killed(
     """
     sampled: list[tuple[list[int], list[list[Rollout]]]] = []
     answers: list[int] = []
-    generate, rollout = ServerEngine.generate, ServerEngine._rollout
+    sample, rollout = ServerEngine.sample, ServerEngine._rollout
     restart, killing = threading.Timer(2.0, server.start), threading.Lock()
 
     def watched(self: ServerEngine, given: Sequence[Prompt], settings: Any, counts: Any = None) -> Any:
-        groups = generate(self, given, settings, counts)
+        groups = sample(self, given, settings, counts)
         sampled.append(([settings.n] * len(given) if counts is None else list(counts), groups))
         return groups
 
@@ -137,7 +137,7 @@ def test_training_goes_on_when_the_server_is_killed(
     # Few requests at once, so that some are under way and others not yet sent.
     defaults: Any = ServerEngine.__init__.__kwdefaults__
     monkeypatch.setitem(defaults, "concurrency", 2)
-    monkeypatch.setattr(ServerEngine, "generate", watched)
+    monkeypatch.setattr(ServerEngine, "sample", watched)
     monkeypatch.setattr(ServerEngine, "_rollout", counted)
     with caplog.at_level(logging.WARNING):
         ours = trained(lab, tmp_path / "server", **in_training(server), vllm_server_timeout=300.0)

@@ -180,7 +180,7 @@ def test_vllm_computes_without_the_trainers_autocast() -> None:
     engine = engine_without_vllm(lambda *call: seen.append(torch.is_autocast_enabled("cpu")))
     with torch.autocast("cpu", torch.bfloat16):
         engine.update_weights(tiny_model("qwen2_vl", engine.tokenizer))
-        engine.generate([], SamplingSettings())
+        engine.sample([], SamplingSettings())
         assert torch.is_autocast_enabled("cpu")
     assert seen and not any(seen)
 

@@ -29,15 +29,15 @@ def main(folder: Path, size: int) -> None:
     settings = SamplingSettings(n=2 + rank, max_tokens=8, seed=rank)
     found = []
     for _ in range(2):
-        groups = engine.generate(prompts, settings)
+        groups = engine.sample(prompts, settings)
         found.append(float(differences(model, prompts, groups).mean()))
         change(model)
-        found.append(float(differences(model, prompts, engine.generate(prompts, settings)).mean()))
+        found.append(float(differences(model, prompts, engine.sample(prompts, settings)).mean()))
         engine.update_weights(model)
     if rank:
-        assert engine.generate([], settings) == []
+        assert engine.sample([], settings) == []
     else:
-        engine.generate(prompts[:1], settings)
+        engine.sample(prompts[:1], settings)
     counts = [len(group) for group in groups]
     torch.save({"differences": found, "counts": counts}, folder / f"rank{rank}.pt")
 

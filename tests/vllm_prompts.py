@@ -99,7 +99,7 @@ def check_weight_sync(
     the changed ones after a weight sync: all weights twice (the second can fail where the first did not), or
     those of an adapter once. rounding: of log-probs, the mean and the largest."""
     settings = SamplingSettings(n=4, max_tokens=24, seed=1)
-    same = differences(model, prompts, engine.generate(prompts, settings))
+    same = differences(model, prompts, engine.sample(prompts, settings))
     assert same.mean() < rounding[0] and same.max() < rounding[1]
     for _ in range(1 if peft else 2):
         if peft:
@@ -109,10 +109,10 @@ def check_weight_sync(
                     torch.nn.init.normal_(parameter, std=0.05)
         else:
             change(model, 0.1)
-        stale = differences(model, prompts, engine.generate(prompts, settings))
+        stale = differences(model, prompts, engine.sample(prompts, settings))
         assert stale.mean() > 0.02 and stale.max() > 0.3
         engine.update_weights(model)
-        fresh = differences(model, prompts, engine.generate(prompts, settings))
+        fresh = differences(model, prompts, engine.sample(prompts, settings))
         assert fresh.mean() < rounding[0] and fresh.max() < rounding[1]
 
 

@@ -61,7 +61,7 @@ def questions(family: str, device: torch.device) -> dict[str, dict[str, int]]:
     found = {}
     for tokens in (12, 44):
         with Questions() as asked:
-            groups = engine.generate(prompts, SamplingSettings(n=3, max_tokens=tokens, seed=3))
+            groups = engine.sample(prompts, SamplingSettings(n=3, max_tokens=tokens, seed=3))
         found[f"rollout of {tokens}"] = dict(asked.names)
     completions = [[rollout.token_ids for rollout in group] for group in groups]
     with Questions() as asked:
@@ -72,7 +72,7 @@ def questions(family: str, device: torch.device) -> dict[str, dict[str, int]]:
 def rollouts_and_update(family: str, device: torch.device) -> dict[str, Any]:
     """Tokens and log-probs of three prompts' groups, then those of the update with all gradients."""
     model, prompts = build_model(family).eval().to(device), build_prompts(family)
-    groups = TransformersEngine(model, PROCESSORS[family]).generate(
+    groups = TransformersEngine(model, PROCESSORS[family]).sample(
         prompts, SamplingSettings(n=3, max_tokens=12, top_p=0.9, seed=3)
     )
     completions = [[rollout.token_ids for rollout in group] for group in groups]

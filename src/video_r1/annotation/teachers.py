@@ -65,7 +65,7 @@ class EngineTeacher:
             if any(sample.problem_id not in done for sample, _ in read.usable):
                 seeds = tuple(sample_seed(self.settings.seed, sample.problem_id) for sample, _ in read.usable)
                 prompts = [prompt for _, prompt in read.usable]
-                groups = self.engine.generate(prompts, replace(sampling, seed=seeds))
+                groups = self.engine.sample(prompts, replace(sampling, seed=seeds))
                 for (sample, _), group in zip(read.usable, groups, strict=True):
                     found[sample.problem_id] = _completed(group)
             yield [

@@ -21,7 +21,6 @@ from video_r1.evaluation.summary import NEEDED, check_pairs, summarise
 from video_r1.files import replace_json
 from video_r1.processes import decided_by_first
 from video_r1.rollout.engine import RolloutEngine, SamplingSettings
-from video_r1.rollout.episodes import ToolEngine
 from video_r1.settings.decoding import Answer, EvalSettings, Protocol
 from video_r1.settings.frames import FrameBudget, Order
 
@@ -62,8 +61,8 @@ def evaluate(
         counts = [settings.frames_without_looks(count) for count in settings.frame_counts]
         budget = replace(budget, min_frames=max(counts))  # short clips have more to show, too
         control = replace(
-            loop, engine=engine.engine if isinstance(engine, ToolEngine) else engine, prompt_builder=builder,
-            budget=budget, settings=plain, folder=folder / "no-look", orders=["no-look"], counts=counts,
+            loop, engine=engine.without_tools, prompt_builder=builder, budget=budget,
+            settings=plain, folder=folder / "no-look", orders=["no-look"], counts=counts,
         )  # fmt: skip
         control.run(asked_with(samples, builder, budget, plain, sampling, engine))
     return decided_by_first(lambda: loop.summary(made_with, control))

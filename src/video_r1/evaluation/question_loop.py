@@ -30,7 +30,6 @@ from video_r1.errors import MediaError, RequestError
 from video_r1.files import json_lines, part_of, parts_of, replacing, whole_lines, without_links
 from video_r1.fingerprint import REMEDY, Changes, contents, continue_or_refuse, digest, refuse_changed
 from video_r1.processes import decided_by_first, own_share, process_count, process_index, wait_for_everyone
-from video_r1.rollout.endpoint_engine import EndpointEngine
 from video_r1.rollout.engine import RolloutEngine, SamplingSettings
 from video_r1.rollout.engine_factory import inference_dtype, is_endpoint
 from video_r1.seeds import derived_seed
@@ -131,8 +130,7 @@ def asked_with(
     and the prompts. Every rank calls it.
     """
     sizes = {name: getattr(budget, name) for name in _BUDGET_FIELDS}
-    inner = getattr(engine, "engine", engine)  # within a ToolEngine
-    model = inner.model if isinstance(inner, EndpointEngine) else settings.model
+    model = (engine.served_model if engine is not None else None) or settings.model
     return {
         "seed": settings.seed,
         "sampling": asdict(sampling),
@@ -311,7 +309,7 @@ class QuestionLoop(ABC):
         longest = self.sampling.max_tokens
         longest = min(longest, DIRECT_TOKENS) if way == "direct" else longest
         sampling = replace(self.sampling, seed=seeds, max_tokens=longest)
-        outputs = self.engine.generate([prompt for _, prompt in asked], sampling)
+        outputs = self.engine.sample([prompt for _, prompt in asked], sampling)
         records = [
             {**self.record(sample, prompt, rollouts, count), "media": media_state(sample, self.budget)}
             for (sample, prompt), rollouts in zip(asked, outputs, strict=True)

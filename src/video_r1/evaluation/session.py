@@ -3,7 +3,6 @@
 clip ─► frames (kept) ─► prompts: ordered, and of each contrast ─► K answers to each ─► shares
 """
 
-import inspect
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -21,7 +20,6 @@ from video_r1.evaluation.metrics import Figure, share_difference, share_figure
 from video_r1.evaluation.question_loop import build_prompt, sampling_seed
 from video_r1.rollout.engine import RolloutEngine, SamplingSettings
 from video_r1.rollout.engine_factory import open_engine, open_prompts
-from video_r1.rollout.episodes import ToolEngine
 from video_r1.settings.decoding import AskSettings
 from video_r1.settings.frames import Order
 
@@ -109,16 +107,13 @@ def sampling_of(settings: AskSettings) -> SamplingSettings:
 def heard(
     engine: RolloutEngine, tokenizer: Any, prompts: Sequence[Prompt], sampling: SamplingSettings, hear: Hear
 ) -> list[list[Rollout]]:
-    """Return `generate`'s completions; pass the first of each prompt to `hear`, in pieces if possible."""
+    """Return the engine's completions; pass the first of each prompt to `hear`, in pieces if possible."""
     streams = [TextStream(tokenizer, partial(hear, prompt)) for prompt in range(len(prompts))]
 
     def on_token(prompt: int, completion: int, token: int) -> None:
         hear(prompt, "") if completion else streams[prompt].add(token)
 
-    inner = engine.engine if isinstance(engine, ToolEngine) else engine
-    takes_tokens = "on_token" in inspect.signature(inner.generate).parameters
-    generate: Any = engine.generate
-    groups = generate(prompts, sampling, **({"on_token": on_token} if takes_tokens else {}))
+    groups = engine.sample(prompts, sampling, on_token=on_token)
     for stream, rollouts in zip(streams, groups, strict=True):
         stream.write(rollouts[0].transcript[stream.written :])
     return groups

@@ -89,7 +89,7 @@ def _scores(
         sampling = replace(
             sampling, n=settings.num_generations_eval, temperature=settings.temperature, seed=seeds
         )
-    rollouts = iter(engine.generate([prompt for _, prompt in seeded], sampling))
+    rollouts = iter(engine.sample([prompt for _, prompt in seeded], sampling))
     for question, elsewhere in questions:
         ordered, sample = next(rollouts), question.sample
         accuracy, formatted = answer_scores(sample, ordered).mean(), format_scores(sample, ordered).mean()

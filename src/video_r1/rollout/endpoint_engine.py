@@ -35,14 +35,21 @@ from video_r1.data.prompts import Prompt
 from video_r1.data.rollouts import Rollout
 from video_r1.data.templates import SWITCH
 from video_r1.errors import VideoR1Error
-from video_r1.rollout.engine import Asking, RolloutEngine, SamplingSettings, Then, prompt_seed, prompt_seeds
+from video_r1.rollout.engine import (
+    Asking,
+    ContinuingEngine,
+    SamplingSettings,
+    Then,
+    prompt_seed,
+    prompt_seeds,
+)
 
 SEEDS = 2**31  # endpoints differ in how large a seed they take
 UNNAMED_TOKEN = -1
 JPEG_QUALITY = 90
 
 
-class EndpointEngine(RolloutEngine):
+class EndpointEngine(ContinuingEngine):
     """Samples from `model` at the endpoint, by up to `concurrency` requests at once.
 
     frames_as: see `chat_request`. fields: further ones of each request. Thread-safe.
@@ -56,7 +63,8 @@ class EndpointEngine(RolloutEngine):
         concurrency: int = 16,
         fields: Mapping[str, Any] | None = None,
     ) -> None:
-        self.endpoint, self.model, self.fields = endpoint, model, fields or {}
+        self.endpoint, self.fields = endpoint, fields or {}
+        self.model = self.served_model = model
         self.frames_as: FramesAs = frames_as
         self._client = ChatClient(endpoint, concurrency)
 
@@ -66,8 +74,8 @@ class EndpointEngine(RolloutEngine):
     def close(self) -> None:
         self._client.close()
 
-    def follow(self, asked: Asking, then: Then, **options: Any) -> None:
-        """Sample as `RolloutEngine.follow` says.
+    def follow(self, asked: Asking, then: Then) -> None:
+        """Sample as `ContinuingEngine.follow` says.
 
         A completion has as many tokens as the endpoint counts, with unknown ids (-1) and log-probs (nan).
         Raises VideoR1Error when a request is refused or fails eight times, or the endpoint stays away.

@@ -1,13 +1,14 @@
-"""The protocol of rollout engines, the distribution that they sample from, and their seeds."""
+"""The base class of rollout engines, the distribution that they sample from, and their seeds."""
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import chain
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -24,11 +25,12 @@ from video_r1.seeds import hashed_seed
 from video_r1.settings.decoding import DecodingSettings
 
 MAX_SEQUENCES = 256  # completions decoded at once
-WEIGHTS_OF_A_THREAD = 2**21  # of the text model; with fewer a CPU's threads wait for each other
+WEIGHTS_PER_THREAD = 2**21  # of the text model; with fewer, a CPU's threads wait for each other
 OnToken = Callable[[int, int, int], object]
 """Called with the indices of prompt and completion, and a token id."""
 Then = Callable[[int, int, Rollout], "tuple[Prompt, SamplingSettings] | None"]
-"""Called with the indices of prompt and completion, and the completion; returns what is sampled next."""
+"""Called with the indices of prompt and completion, and the completion; returns the prompt and the settings
+of its next turn, or None if it is complete."""
 Asking = tuple[Sequence[Prompt], "SamplingSettings", Sequence[int]]
 """Prompts, settings, and the number of completions of each prompt."""
 
@@ -47,68 +49,107 @@ class SamplingSettings:
         return cls(n, settings.temperature, settings.top_p, max_tokens=settings.max_new_tokens)
 
 
-class RolloutEngine(Protocol):
-    """Engines have `generate`, `follow` or both: each has a default that needs the other."""
+class RolloutEngine(ABC):
+    """Base class of rollout engines. `sample` is the one method that an engine has to have."""
 
-    has_own_weights: bool = False
-    """Whether it samples with a copy of the weights, so that the trainer's need not be whole meanwhile."""
+    has_own_weights = False
+    """Whether a copy of the weights samples, so that the trainer's may be sharded meanwhile."""
+    scores_as_trained = False
+    """Whether the trained model itself samples, so that log-probs of rollouts are the policy's own."""
+    takes_tool_turns = True
+    """Whether prompts may hold tool turns (`Prompt.parts`)."""
+    served_model: str | None = None
+    """Name of the model at an endpoint; None for other engines."""
 
-    def generate(
-        self, prompts: Sequence[Prompt], sampling: SamplingSettings, counts: Sequence[int] | None = None
+    @property
+    def without_tools(self) -> RolloutEngine:
+        """The engine that samples when tools are not offered."""
+        return self
+
+    @abstractmethod
+    def sample(
+        self,
+        prompts: Sequence[Prompt],
+        sampling: SamplingSettings,
+        counts: Sequence[int] | None = None,
+        on_token: OnToken | None = None,
     ) -> list[list[Rollout]]:
         """Sample `sampling.n` completions of each prompt, or `counts[q]` of prompt q: a list for each prompt.
 
         The seed of prompt q (see `prompt_seeds`) fixes its completions, whichever other prompts are in the
-        call. At temperature 0 every completion is the greedy one. Raises ValueError when prompts and counts
-        differ in number.
+        call. At temperature 0 every completion is the greedy one. on_token: called with each token at once by
+        engines in this process; other engines ignore it. Raises ValueError when prompts and counts differ in
+        number.
         """
-        counts, found = wanted_counts(prompts, sampling, counts), dict[tuple[int, int], Rollout]()
-        self.follow((prompts, sampling, counts), lambda *given: found.update({given[:2]: given[2]}))
-        return [[found[index, number] for number in range(count)] for index, count in enumerate(counts)]
 
-    def follow(self, asked: Asking, then: Then, **options: Any) -> None:
-        """Sample as `generate`, and go on with each completion.
+    def update_weights(self, model: Any) -> None:  # noqa: B027
+        """Sample with the weights of `model` from here on. Every rank calls it."""
 
-        then: called in a thread when a completion has ended. What it returns is sampled next, with the same
-        indices, until it returns None. What it raises ends the call and all requests. options: of `generate`,
-        for the first turns.
-
-        This default has rounds: a call of `generate` for all first turns, one for all second turns, and so
-        on, for engines that read a prompt once a call and for ranks that have to make the same calls.
-        """
-        keys = [(index, number) for index, count in enumerate(asked[2]) for number in range(count)]
-        with ThreadPoolExecutor() as pool:
-            while True:
-                ended = zip(keys, chain(*self.generate(*asked, **options)), strict=True)
-                found = list(pool.map(lambda each: then(each[0][0], each[0][1], each[1]), ended))
-                turns = {key: turn for key, turn in zip(keys, found, strict=True) if turn is not None}
-                if not self.anyone(bool(turns)):
-                    return
-                keys, given, options = list(turns), turns.values(), {}
-                seeds = tuple(prompt_seeds(own.seed, 1)[0] for _, own in given)
-                most = max((own.max_tokens for _, own in given), default=1)
-                sampling = replace(asked[1], n=1, seed=seeds, max_tokens=most)
-                asked = [prompt for prompt, _ in given], sampling, [1] * len(given)
-
-    def update_weights(self, model: Any) -> None: ...
-
-    def anyone(self, wanted: bool) -> bool:
-        """Return whether any of the ranks that have to make the same calls wants another one."""
-        return wanted
-
-    def rest(self) -> None:
+    def rest(self) -> None:  # noqa: B027
         """Free the memory that sampling needs; `update_weights` has to be called before the next rollouts."""
 
-    def close(self) -> None:
+    def close(self) -> None:  # noqa: B027
         """Free everything that the engine holds; a model in this process belongs to the caller."""
+
+
+class ContinuingEngine(RolloutEngine):
+    """Engine that continues each completion as soon as its tools have answered."""
+
+    @abstractmethod
+    def follow(self, asked: Asking, then: Then) -> None:
+        """Sample as `sample`, and continue each completion.
+
+        then: called in a thread when a completion has ended. The engine samples what it returns, with the
+        same indices, until it returns None. What it raises ends the call and all requests.
+        """
+
+    def sample(
+        self,
+        prompts: Sequence[Prompt],
+        sampling: SamplingSettings,
+        counts: Sequence[int] | None = None,
+        on_token: OnToken | None = None,
+    ) -> list[list[Rollout]]:
+        counts, ended = wanted_counts(prompts, sampling, counts), dict[tuple[int, int], Rollout]()
+        self.follow((prompts, sampling, counts), lambda *given: ended.update({given[:2]: given[2]}))
+        return [[ended[index, number] for number in range(count)] for index, count in enumerate(counts)]
+
+
+def follow_in_rounds(
+    engine: RolloutEngine,
+    asked: Asking,
+    then: Then,
+    on_token: OnToken | None = None,
+    anyone: Callable[[bool], bool] = bool,
+) -> None:
+    """Do as `ContinuingEngine.follow`, with one call of `sample` for all first turns, one for all second
+    turns, and so on: for engines that read a prompt once a call, and ranks that have to make the same calls.
+
+    on_token: for the first turns. anyone: returns whether any rank that shares the engine goes on.
+    """
+    keys = [(index, number) for index, count in enumerate(asked[2]) for number in range(count)]
+    with ThreadPoolExecutor() as pool:
+        while True:
+            ended = zip(keys, chain(*engine.sample(*asked, on_token=on_token)), strict=True)
+            answers = list(pool.map(lambda each: then(each[0][0], each[0][1], each[1]), ended))
+            turns = {key: turn for key, turn in zip(keys, answers, strict=True) if turn is not None}
+            if not anyone(bool(turns)):
+                return
+            keys, on_token, settings = list(turns), None, [each for _, each in turns.values()]
+            seeds = tuple(prompt_seeds(each.seed, 1)[0] for each in settings)
+            longest = max((each.max_tokens for each in settings), default=1)
+            sampling = replace(asked[1], n=1, seed=seeds, max_tokens=longest)
+            asked = [prompt for prompt, _ in turns.values()], sampling, [1] * len(turns)
 
 
 class InProcessEngine(RolloutEngine):
     """Samples with a transformers model in this process, also within PEFT or DistributedDataParallel.
 
-    The model is in eval mode while sampling. Under mixed precision call `generate` within the trainer's
+    The model is in eval mode while sampling. Under mixed precision call `sample` within the trainer's
     autocast. tokenizer: tokenizer or processor. max_sequences: completions decoded at once.
     """
+
+    scores_as_trained = True
 
     def __init__(self, model: Any, tokenizer: Any, max_sequences: int = MAX_SEQUENCES) -> None:
         self.tokenizer = getattr(tokenizer, "tokenizer", tokenizer)
@@ -157,7 +198,7 @@ def useful_threads(model: Any) -> Iterator[None]:
     """Decode with as many CPU threads as the text model's weights keep busy."""
     threads, text = torch.get_num_threads(), text_of(vision_language_model(model))
     weights = sum(weight.numel() for weight in text.parameters())
-    torch.set_num_threads(max(1, min(threads, weights // WEIGHTS_OF_A_THREAD)))
+    torch.set_num_threads(max(1, min(threads, weights // WEIGHTS_PER_THREAD)))
     try:
         yield
     finally:
@@ -206,7 +247,7 @@ def sample_rollouts(
     prompts = [*(question.ordered for question in questions), *shuffled]
     counts = [sampling.n] * len(questions) + [shuffled_n] * len(shuffled)
     seeds = [q.seed for q in questions] + [q.seed + 1 for q in questions if q.shuffled is not None]
-    rollouts = engine.generate(prompts, replace(sampling, seed=tuple(seeds)), counts)
+    rollouts = engine.sample(prompts, replace(sampling, seed=tuple(seeds)), counts)
     remaining = iter(rollouts[len(questions) :])
     return rollouts[: len(questions)], [[] if q.shuffled is None else next(remaining) for q in questions]
 

@@ -23,8 +23,17 @@ from video_r1.data.rollouts import Rollout, ToolCall, ToolTurn
 from video_r1.data.tools import Asked, Toolbox, parse_calls
 from video_r1.errors import ConfigError, PromptError
 from video_r1.models.families import family_names
-from video_r1.rollout.engine import Asking, RolloutEngine, SamplingSettings, Then, prompt_seeds, wanted_counts
-from video_r1.rollout.general import GeneralEngine
+from video_r1.rollout.engine import (
+    Asking,
+    ContinuingEngine,
+    OnToken,
+    RolloutEngine,
+    SamplingSettings,
+    Then,
+    follow_in_rounds,
+    prompt_seeds,
+    wanted_counts,
+)
 from video_r1.seeds import hashed_seed
 from video_r1.settings.frames import Contrast, ContrastUnit, FrameBudget
 from video_r1.settings.tools import ToolSettings
@@ -93,7 +102,7 @@ class ToolEngine(RolloutEngine):
         contrast: Contrast | None = None,
         unit: ContrastUnit = "frame",
     ) -> None:
-        if isinstance(engine, GeneralEngine):
+        if not engine.takes_tool_turns:
             raise ConfigError(f"tools: need a model of {family_names()}; leave them out for this one")
         self.engine = engine
         self.builder: Any = builder
@@ -103,26 +112,33 @@ class ToolEngine(RolloutEngine):
         self.contrast: Contrast | None = contrast
         self.unit: ContrastUnit = unit
         self.has_own_weights = engine.has_own_weights
+        self.scores_as_trained = engine.scores_as_trained
+        self.served_model = engine.served_model
 
-    def generate(
+    @property
+    def without_tools(self) -> RolloutEngine:
+        return self.engine
+
+    def sample(
         self,
         prompts: Sequence[Prompt],
         sampling: SamplingSettings,
         counts: Sequence[int] | None = None,
-        **options: Any,
+        on_token: OnToken | None = None,
     ) -> list[list[Rollout]]:
-        """Sample as `RolloutEngine.generate` says. `max_tokens` bounds the policy's tokens of all turns.
-        options: of the engine, for the first turn.
-        """
+        """Sample as `RolloutEngine.sample` says. `max_tokens` bounds the policy's tokens of all turns."""
         asked, episodes, on_completion = self.begin(prompts, sampling, counts)
-        self.engine.follow(asked, on_completion, **options)
+        if isinstance(self.engine, ContinuingEngine):
+            self.engine.follow(asked, on_completion)
+        else:
+            follow_in_rounds(self.engine, asked, on_completion, on_token)
         self.toolbox.forget()
         return [[episode.rollout for episode in answers] for answers in episodes]
 
     def begin(
         self, prompts: Sequence[Prompt], sampling: SamplingSettings, counts: Sequence[int] | None = None
     ) -> tuple[Asking, list[list[Episode]], Then]:
-        """Return the arguments of `engine.follow`, and between them the answers, which grow meanwhile."""
+        """Return prompts, settings and counts; an episode for each completion; and `then` of `follow`."""
         counts, seeds = wanted_counts(prompts, sampling, counts), prompt_seeds(sampling.seed, len(prompts))
         episodes = [
             [Episode(prompt, f"{seed}/{number}", sampling.max_tokens) for number in range(count)]
@@ -208,9 +224,6 @@ class ToolEngine(RolloutEngine):
         ids, logprobs = torch.cat([before.token_ids, ids]), torch.cat([before.logprobs, logprobs])
         reason = "length" if cut else new.finish_reason
         episode.rollout = Rollout(ids, logprobs, text, reason, before.turns)
-
-    def anyone(self, wanted: bool) -> bool:
-        return self.engine.anyone(wanted)
 
     def update_weights(self, model: Any) -> None:
         self.engine.update_weights(model)

@@ -32,15 +32,17 @@ from video_r1.rollout.engine import (
 class GeneralEngine(InProcessEngine):
     """Samples with any decoder-only vision-language model of transformers."""
 
+    takes_tool_turns = False
+
     @torch.no_grad()
-    def generate(
+    def sample(
         self,
         prompts: Sequence[Prompt],
         sampling: SamplingSettings,
         counts: Sequence[int] | None = None,
         on_token: OnToken | None = None,
     ) -> list[list[Rollout]]:
-        """Sample as `TransformersEngine.generate` does."""
+        """Sample as `TransformersEngine.sample` does."""
         counts = wanted_counts(prompts, sampling, counts)
         numbers = uniform_numbers(counts, sampling)
         results: list[list[Rollout]] = [[] for _ in prompts]

@@ -90,7 +90,7 @@ class TransformersEngine(InProcessEngine):
 
         def sampled(model: Any) -> Tensor:
             prompt, _ = small_question(model)
-            (group,) = self.generate([prompt], SamplingSettings(n=2, max_tokens=4, seed=0))
+            (group,) = self.sample([prompt], SamplingSettings(n=2, max_tokens=4, seed=0))
             tokens[:] = [rollout.token_ids for rollout in group]
             return torch.cat([rollout.logprobs for rollout in group])
 
@@ -101,14 +101,14 @@ class TransformersEngine(InProcessEngine):
         return works("decoding over a shared prompt", self.model, sampled, scored)
 
     @torch.no_grad()
-    def generate(
+    def sample(
         self,
         prompts: Sequence[Prompt],
         sampling: SamplingSettings,
         counts: Sequence[int] | None = None,
         on_token: OnToken | None = None,
     ) -> list[list[Rollout]]:
-        """Sample as `RolloutEngine.generate` says. `on_token(q, g, token_id)` gets each token at once.
+        """Sample as `RolloutEngine.sample` says. `on_token(q, g, token_id)` gets each token at once.
 
         Log-probs at temperature 0 are the model's own. Completion g depends on its prompt's seed and g, not
         on the other prompts or how they are batched.

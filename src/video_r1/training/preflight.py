@@ -70,7 +70,7 @@ def sampler_difference(
     with eval_mode(model):
         engine.update_weights(model)
         sampling = SamplingSettings(temperature=temperature, max_tokens=CHECKED_TOKENS, seed=0)
-        groups = engine.generate(prompts, sampling)
+        groups = engine.sample(prompts, sampling)
         completions = [[rollout.token_ids for rollout in group] for group in groups]
         pieces = [[rollout.pieces() for rollout in group] for group in groups]
         scored = group_logprobs(model, prompts, completions, temperature, pieces=pieces).logprobs

@@ -72,7 +72,7 @@ from video_r1.rewards.custom import named_rewards
 from video_r1.rewards.judge import Judge
 from video_r1.rewards.scoring import BUILT_IN_TERMS, reward_terms, score_groups
 from video_r1.rewards.temporal import rule_of, warn_of_cancelled_bonus
-from video_r1.rollout.engine import InProcessEngine, RolloutEngine, SamplingSettings, sample_rollouts
+from video_r1.rollout.engine import RolloutEngine, SamplingSettings, sample_rollouts
 from video_r1.rollout.engine_factory import training_engine
 from video_r1.rollout.episodes import ToolEngine, largest_frames, tool_tokens
 from video_r1.settings.base import settings_docs
@@ -431,10 +431,8 @@ class TGRPOTrainer(QuestionTrainer):
         if self.rule.contrast != "scored":
             return None, None
         known = in_one_row(vision_language_model(cast(nn.Module, self.model)))
-        engine = self.engine.engine if isinstance(self.engine, ToolEngine) else self.engine
-        here = not args.use_vllm and isinstance(engine, InProcessEngine)
         with self.meter.seconds("contrast"), self.whole_policy() as model, torch.no_grad():
-            as_sampled, vision = here and samples_as_it_scores(model), None
+            as_sampled, vision = self.engine.scores_as_trained and samples_as_it_scores(model), None
             if known and self.vision_is_frozen and (args.contrast_unit == "patch" or not as_sampled):
                 vision = []
                 for n in range(0, len(questions), size):

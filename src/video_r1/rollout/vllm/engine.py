@@ -32,9 +32,11 @@ from video_r1.processes import gather_lists, process_count, process_index
 from video_r1.rollout.engine import (
     MAX_SEQUENCES,
     Asking,
-    RolloutEngine,
+    ContinuingEngine,
+    OnToken,
     SamplingSettings,
     Then,
+    follow_in_rounds,
     stop_token_ids,
 )
 from video_r1.rollout.vllm.mrope import use_transformers_positions
@@ -60,7 +62,7 @@ def without_autocast() -> Iterator[None]:
         yield
 
 
-class VLLMEngine(RolloutEngine):
+class VLLMEngine(ContinuingEngine):
     """Samples with vLLM, which has its own copy of the weights (`update_weights` replaces it).
 
     model: checkpoint folder or hub id, whose weights are loaded; or a transformers model (also within PEFT,
@@ -162,10 +164,14 @@ class VLLMEngine(RolloutEngine):
             raise VideoR1Error("vLLM could not empty its prefix cache; requests are still running")
 
     @without_autocast()
-    def generate(
-        self, prompts: Sequence[Prompt], sampling: SamplingSettings, counts: Sequence[int] | None = None
+    def sample(
+        self,
+        prompts: Sequence[Prompt],
+        sampling: SamplingSettings,
+        counts: Sequence[int] | None = None,
+        on_token: OnToken | None = None,
     ) -> list[list[Rollout]]:
-        """Sample as `RolloutEngine.generate` says. A prompt is prefilled once.
+        """Sample as `RolloutEngine.sample` says. A prompt is prefilled once.
 
         Raises RequestError for a prompt that leaves no room for `sampling.max_tokens`. An engine of a model
         in memory, or one that has rested, needs `update_weights` first.
@@ -181,10 +187,10 @@ class VLLMEngine(RolloutEngine):
         return results
 
     @without_autocast()
-    def follow(self, asked: Asking, then: Then, **options: Any) -> None:
-        """Sample as `RolloutEngine.follow` says; in rounds if ranks share this vLLM. Raises as `generate`."""
+    def follow(self, asked: Asking, then: Then) -> None:
+        """Sample as `ContinuingEngine.follow` says; in rounds where ranks share this vLLM."""
         if self._neighbours is not None:
-            return super().follow(asked, then)
+            return follow_in_rounds(self, asked, then, anyone=self._any_neighbour)
         from vllm import SamplingParams  # pyright: ignore[reportMissingImports]
 
         engine, running, names = self.llm.llm_engine, dict[str, PromptRequest](), itertools.count()
@@ -222,8 +228,8 @@ class VLLMEngine(RolloutEngine):
         finally:
             pool.shutdown(cancel_futures=True)
 
-    def anyone(self, wanted: bool) -> bool:
-        return wanted if self._neighbours is None else any(gather_lists([wanted], self._neighbours)[0])
+    def _any_neighbour(self, wanted: bool) -> bool:
+        return any(gather_lists([wanted], self._neighbours)[0])
 
     def _outputs(self, requests: Sequence[tuple[Any, dict[str, Any]]]) -> list[Any]:
         """Return vLLM's RequestOutputs, without `LLM.generate`, which would tokenise and process again."""

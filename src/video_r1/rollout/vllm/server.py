@@ -45,7 +45,7 @@ from video_r1.errors import ConfigError, RequestError, VideoR1Error
 from video_r1.fingerprint import model_stamps
 from video_r1.models.group_forward import vision_language_model
 from video_r1.processes import gather, process_count, process_index, wait_for_everyone
-from video_r1.rollout.engine import Asking, RolloutEngine, Then, stop_token_ids
+from video_r1.rollout.engine import Asking, ContinuingEngine, Then, stop_token_ids
 from video_r1.rollout.vllm.requests import PromptRequest, prompt_requests, rollout_of, server_request
 from video_r1.rollout.vllm.serve import WANTED, shape
 from video_r1.rollout.vllm.weight_sync import FolderSync, NCCLSync, WeightSync, checkpoint_weights
@@ -63,7 +63,7 @@ NATS = (-1e4, 0.01)  # of a log-prob: vLLM writes -9999 for what has no probabil
 TOKEN_BYTES = 512  # of a token with its log-prob in an answer, at most
 
 
-class ServerEngine(RolloutEngine):
+class ServerEngine(ContinuingEngine):
     """Samples on vLLM servers that were started with `video-r1 serve` (or the command that it prints).
 
     url: the server's address. Several addresses share the requests; such servers take no new weights.
@@ -241,8 +241,8 @@ class ServerEngine(RolloutEngine):
 
     # ---- Completions
 
-    def follow(self, asked: Asking, then: Then, **options: Any) -> None:
-        """Sample as `RolloutEngine.follow` says; a prompt's completions are one request with a stream.
+    def follow(self, asked: Asking, then: Then) -> None:
+        """Sample as `ContinuingEngine.follow` says; a prompt's completions are one request with a stream.
         Raises RequestError as VLLMEngine does, and VideoR1Error when the server stays away or fails.
         """
         requests = partial(prompt_requests, limit=self.max_model_len, stop_ids=self._stop_ids)
