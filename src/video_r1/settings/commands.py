@@ -36,9 +36,9 @@ class MakeSettings(PlacesSettings, RemoteSettings):
 
     table: str | None = setting(None, "CSV, TSV, JSON, JSON lines, Parquet, an address or a Hugging Face id")
     out: str | None = setting(None, "manifest to write, .json or .jsonl; refused rows: OUT.refused.jsonl")
-    layout: Literal[
-        "auto", "table", "onethinker", "video-r1", "llava-video", "nextqa", "perception-test", "swift", "trl"
-    ] = setting("auto", "layout of the rows; table: guess columns by their names")
+    layout: Literal["auto", "table", "llava-video", "swift", "trl"] = setting(
+        "auto", "layout of the rows; table: guess columns by their names"
+    )
     columns: dict[str, str] = setting(
         {}, "column of each field, e.g. problem=Question,answer=Ans,options=a0+a1+a2; none: no column"
     )

@@ -1,7 +1,9 @@
 """Tables without a published layout: which column is which field, by its name and its values."""
 
 import re
+import tomllib
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from video_r1.data.making.layouts import KIND, Row, files_of, plain_text, seconds_of
@@ -15,31 +17,11 @@ _OPTION = re.compile(r"(?:a|ans|answer|option|opt|choice|candidate)?([0-9])|(?:o
 _TRIED = 20  # values of a column
 _FILE_LISTS = ("videos", "images")  # a row without any asks about no file
 
-# Column names for each field, in lower case without punctuation; the first one that a table has counts. Those
-# with a question mark name other things, too, and count if most of their values fit the field.
 COLUMN_NAMES: dict[str, tuple[str, ...]] = {
-    "problem": ("problem", "question", "questiontext", "query", "prompt", "instruction", "q"),
-    "answer": (
-        "answer", "solution", "correctanswer", "correctoption", "correctchoice", "correct", "answerid",
-        "answeridx", "answerindex", "correctidx", "correctindex", "groundtruth", "gt", "label",
-        "target", "ans", "truth", "answertext", "gold", "correctletter", "correctanswerindex",
-        "idxcorrect", "response", "output", "completion", "reply",
-    ),
-    "options": ("options", "choices", "candidates", "answerchoices", "mcoptions", "answeroptions"),
-    "path": (
-        "path", "videopath", "video", "videos", "videofile", "videoname", "videofilename", "clip", "clippath",
-        "clips", "filepath", "file", "filename", "media", "mediapath", "videoid", "vid", "vidname", "clipid",
-        "clipname", "image", "images", "imagepath", "imagefile", "imagename", "imageid", "img",
-    ),
-    "problem_id": ("problemid", "questionid", "qid", "quid", "uid", "id", "key"),
-    "problem_type": ("problemtype", "type?", "questiontype?", "qtype?", "answertype?", "kind?", "format?"),
-    "data_type": ("datatype", "modality", "mediatype"),
-    "process": ("process", "rationale", "reasoning", "cot", "chainofthought", "explanation"),
-    "data_source": ("datasource", "source", "dataset"),
-    "start": ("start", "starttime", "startsec", "startseconds", "starts", "begin", "from?"),
-    "end": ("end", "endtime", "endsec", "endseconds", "ends", "to?", "until?"),
-    "subtitles": ("subtitles", "subtitle", "subtitlepath", "subs", "srt", "vtt", "transcript"),
-}  # fmt: skip
+    field: tuple(names.split())
+    for field, names in tomllib.loads(Path(__file__).with_suffix(".toml").read_text("utf-8")).items()
+}
+"""Names of each field's columns, in the order in which they are tried."""
 CHAT_COLUMNS = COLUMN_NAMES | {"problem": (), "answer": ("solution", "answer", "groundtruth")}
 """Fields that columns beside a chat may hold."""
 _FITS: dict[str, Callable[[str], object]] = {"problem_type": type_of}  # of others: times
@@ -53,10 +35,12 @@ class Columns(NamedTuple):
 
     def values(self, row: Row) -> dict[str, Any]:
         """Return the fields of a row whose columns are not empty. Several columns give a list, without the
-        empty cells at its end; a question's give its lines. Raises Rejected."""
+        empty cells at its end; a question's give its lines, an answer's the only filled one. Raises
+        Rejected."""
         found: dict[str, Any] = {}
         for field, names in self.names.items():
             cells = [row.get(name) for name in names]
+            filled = [cell for cell in cells if not is_empty(cell)]
             while cells and is_empty(cells[-1]):
                 cells.pop()
             if field == "path" and cells:
@@ -64,9 +48,11 @@ class Columns(NamedTuple):
                 kinds = {_kind_of(name) for name in names if not is_empty(row.get(name))}
                 found |= {KIND: kinds.pop()} if len(kinds) == 1 else {}
             elif field == "problem":
-                found[field] = "\n".join(str(cell) for cell in cells if not is_empty(cell))
+                found[field] = "\n".join(map(str, filled))
             elif cells:
-                found[field] = cells if len(names) > 1 else cells[0]
+                found[field] = (
+                    filled[0] if len(names) == 1 or (field, len(filled)) == ("answer", 1) else cells
+                )
         return found
 
     @property
@@ -143,6 +129,9 @@ def guess_columns(
         first = guess[:1]
         if field == "path":
             first = _path_columns(guess, free, cells, rows, is_file, known is CHAT_COLUMNS)
+        elif field == "answer":
+            for name in guess[1:]:
+                first += [name] * _fills_gaps(name, first, rows)
         elif field == "problem" and first:  # an instruction and its input
             first += [name for name in free if _plain(name) == "input"]
         elif field == "options":
@@ -172,11 +161,16 @@ def _path_columns(
     for name in found[1:] if named and rows else ():
         lists = is_chat or _plain(name) in _FILE_LISTS
         rivals = [one for one in chosen if not lists or _kind_of(one) == _kind_of(name)]
-        if not any(
-            not is_empty(row.get(one)) and not is_empty(row.get(name)) for row in rows for one in rivals
-        ):
+        if _fills_gaps(name, rivals, rows):
             chosen.append(name)
     return chosen
+
+
+def _fills_gaps(column: str, others: Sequence[str], rows: Sequence[Row]) -> bool:
+    """Tell whether none of the other columns is filled where this one is."""
+    return not any(
+        not is_empty(row.get(column)) and not is_empty(row.get(other)) for row in rows for other in others
+    )
 
 
 def _kind_of(column: str) -> str | None:

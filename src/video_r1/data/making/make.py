@@ -32,6 +32,7 @@ from video_r1.data.making.layouts import (
     Draft,
     Numbers,
     Rejected,
+    conversation,
     files_of,
     layout_of,
     plain_text,
@@ -94,9 +95,9 @@ def run_make(settings: MakeSettings) -> int:
             drafts += [DraftRow(number, draft) for draft in _drafts_of(row, layout, columns)]
         except Rejected as error:
             rejected.append(error.line(number))
-    may_be_text = columns is not None and (layout != "table" or columns.lists_files)
+    may_be_text = layout != "table" or columns.lists_files
     making = Making(clips, places, settings.problem_type, settings.subtitles, may_be_text)
-    numbers = settings.answers if settings.answers != "auto" else _numbers(layout, drafts)
+    numbers = settings.answers if settings.answers != "auto" else _numbers(drafts)
     if numbers != "text":
         print(f"numbers as answers: positions {numbers.replace('_', ' ')} (change with --answers)")
     rows = _made_rows(drafts, making, numbers, rejected)
@@ -142,9 +143,9 @@ def run_make(settings: MakeSettings) -> int:
 
 def _understood(
     settings: MakeSettings, numbered: list[tuple[int, Any]], clips: ClipIndex
-) -> tuple[str, Columns | None]:
-    """Return the layout of a table's rows, and its columns unless the layout sets them all; print them. Rows
-    that nest several questions are replaced by these.
+) -> tuple[str, Columns]:
+    """Return the layout of a table's rows, and the columns beside its chat, or of the whole table; print
+    them. Rows that nest several questions are replaced by these.
 
     Raises ManifestError without any row, RequestError for wrong columns.
     """
@@ -155,15 +156,9 @@ def _understood(
     if not rows:
         raise ManifestError(f"{settings.table}: it has no rows{' with fields' * bool(numbered)}")
     layout = settings.layout if settings.layout != "auto" else layout_of(rows[0])
-    chat = LAYOUTS[layout].chat if layout != "table" else ()
-    if settings.columns and layout != "table" and not chat:
-        if settings.layout != "auto":
-            raise RequestError(f"columns: the layout {layout} sets its own; give --columns or --layout")
-        layout = "table"
-    if layout != "table":
+    chat = LAYOUTS[layout].columns if layout != "table" else ()
+    if chat:
         print(f"layout: {layout} ({LAYOUTS[layout].source}; change with --layout)\n")
-        if not chat:
-            return layout, None
     else:
         numbered[:] = [
             (number, one)
@@ -200,7 +195,7 @@ def _is_file(cell: Any, clips: ClipIndex) -> bool:
         return error.reason == "several clips"
 
 
-def _drafts_of(row: Any, layout: str, columns: Columns | None) -> Iterator[Draft]:
+def _drafts_of(row: Any, layout: str, columns: Columns) -> Iterator[Draft]:
     """Yield the drafts of one row of a table. Raises Rejected."""
     if isinstance(row, Unreadable):
         raise Rejected("unreadable row", row.reason)
@@ -208,17 +203,13 @@ def _drafts_of(row: Any, layout: str, columns: Columns | None) -> Iterator[Draft
         raise Rejected("unreadable row", f"it is {row!r:.60}, not an object with fields")
     if isinstance(row.get("history"), list) and row["history"]:
         raise Rejected("several questions", f"a history of {len(row['history'])} earlier messages")
-    if layout != "table" and not LAYOUTS[layout].fits(row):
+    if layout != "table" and not isinstance(row.get(LAYOUTS[layout].columns[0]), list):
         raise Rejected("unreadable row", f"it does not have the layout {layout}: fields {', '.join(row)}")
-    rest = {}
-    if columns is not None:
-        rest = {
-            name: row[name] for name in columns.unused if not is_empty(row.get(name)) and name not in FIELDS
-        }
-        rest |= columns.values(row)
+    rest = {n: row[n] for n in columns.unused if not is_empty(row.get(n)) and n not in FIELDS}
+    rest |= columns.values(row)
     try:
-        told = [rest] if layout == "table" else list(LAYOUTS[layout].drafts(row))
-    except (AttributeError, KeyError, TypeError) as error:  # only the row's first fields fit the layout
+        told = [rest] if layout == "table" else list(conversation(row, LAYOUTS[layout].columns))
+    except (AttributeError, TypeError) as error:
         raise Rejected("unreadable row", f"it does not have the layout {layout} ({error})") from error
     for place, draft in enumerate(told, start=1):
         said = {name: value for name, value in draft.items() if value is not None}
@@ -232,9 +223,7 @@ def _drafts_of(row: Any, layout: str, columns: Columns | None) -> Iterator[Draft
         yield rest | said
 
 
-def _numbers(layout: str, drafts: Sequence[DraftRow]) -> Numbers:
-    if layout in LAYOUTS and (known := LAYOUTS[layout].numbers) is not None:
-        return known
+def _numbers(drafts: Sequence[DraftRow]) -> Numbers:
     choices = []
     for draft in drafts:
         try:
