@@ -11,6 +11,7 @@
 """
 
 import math
+import threading
 from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -42,6 +43,7 @@ _EBML = b"\x1a\x45\xdf\xa3"
 _SEGMENT = 0x18538067
 _BYTES_IN_MEMORY = 32 << 20  # packets of one clip
 _TIME_TOLERANCE = 1e-4  # seconds; window times are written with few digits
+_PATCHING = threading.Lock()
 _HIDDEN_PICTURES = ("vp8", "mpeg4", "msmpeg4v3", "msmpeg4v2")  # codecs with packets that show no picture
 
 
@@ -60,17 +62,6 @@ _ANY_TITLES: Any = {"metadata_errors": "ignore"} if int(av.__version__.split("."
 
 class _Unlisted(Exception):
     """The packet list does not lead to the frames."""
-
-
-def _unknown_side_data(cls: type[SideDataType], value: int) -> SideDataType:
-    kind = object.__new__(cls)
-    kind._name_, kind._value_ = f"UNKNOWN_{value}", value
-    return kind
-
-
-# FFmpeg has kinds of side data that PyAV does not name (EXIF of MJPEG). Without this, a frame with one of
-# them would have no side data at all, not even its display matrix.
-setattr(SideDataType, "_missing_", classmethod(_unknown_side_data))  # noqa: B010
 
 
 @dataclass(slots=True)
@@ -423,7 +414,7 @@ def _upright_rgb(frame: Any, reformatter: VideoReformatter) -> Tensor:
     # one converter for all frames of a clip: building one takes longer than converting a small frame
     rgb = reformatter.reformat(frame, format="rgb24", threads=1)
     pixels = torch.from_numpy(rgb.to_ndarray()).permute(2, 0, 1)
-    matrix = frame.side_data.get(SideDataType.DISPLAYMATRIX)
+    matrix = _display_matrix(frame)
     if matrix is None:
         return pixels
     # The matrix maps a point (x, y) to (a·x + c·y, b·x + d·y), y pointing down, in 16.16 fixed point.
@@ -433,6 +424,31 @@ def _upright_rgb(frame: Any, reformatter: VideoReformatter) -> Tensor:
         a, d = c, b
     flipped = [dim for dim, factor in ((-1, a), (-2, d)) if factor < 0]
     return pixels.flip(flipped) if flipped else pixels
+
+
+def _display_matrix(frame: Any) -> Any:
+    try:
+        return frame.side_data.get(SideDataType.DISPLAYMATRIX)
+    except ValueError:  # a kind of side data that PyAV 17 to 18 does not name, such as the EXIF of MJPEG
+        with _all_side_data():
+            return frame.side_data.get(SideDataType.DISPLAYMATRIX)
+
+
+@contextmanager
+def _all_side_data() -> Iterator[None]:
+    """Let PyAV list side data of kinds that it does not name, inside the block."""
+
+    def unnamed(cls: type[SideDataType], value: int) -> SideDataType:
+        kind = object.__new__(cls)
+        kind._name_, kind._value_ = f"UNNAMED_{value}", value
+        return kind
+
+    with _PATCHING:
+        setattr(SideDataType, "_missing_", classmethod(unnamed))  # noqa: B010
+        try:
+            yield
+        finally:
+            delattr(SideDataType, "_missing_")
 
 
 @contextmanager
