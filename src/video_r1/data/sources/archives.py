@@ -12,6 +12,7 @@ import os
 import posixpath
 import re
 import stat
+import tarfile
 from collections.abc import Iterator
 from typing import Any, BinaryIO, NamedTuple
 
@@ -24,10 +25,10 @@ TABLE = "parquet://"
 _PACKED = ((b"\x1f\x8b", "gzip"), (b"BZh", "bzip2"), (b"\xfd7zXZ", "xz"), (b"\x28\xb5\x2f\xfd", "zstd"))
 _NO_FILE = (-1, 0)
 _BLOCK = 512
-_DIGITS = b"0123456789"
-_ABOUT_THE_NEXT = (b"L", b"K", b"x", b"X", b"g")  # GNU's long names and links; PAX fields
-_PLAIN = (b"0", b"\0", b"7")  # kinds of members that are files
+_PAX_HEADERS = (tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.SOLARIS_XHDTYPE)
+_ABOUT_THE_NEXT = (tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK, *_PAX_HEADERS)
 _WITHOUT_CONTENT = (b"1", b"2", b"3", b"4", b"5", b"6")  # links, devices, folders, pipes: size means nothing
+_MOST_DIGITS = 24  # of a size
 _LONGEST_HEADER = 1 << 20
 _INDEX_BYTES, _ENTRY_BYTES = 4 << 30, 256  # limit of an index; memory of an entry without its name
 _BATCH_BYTES = 64 << 20  # of cells read at once
@@ -82,8 +83,8 @@ def split_member(path: object) -> tuple[str, str] | None:
 def members_of(file: BinaryIO) -> Members:
     """Index a tar archive by reading its headers. Raise ValueError, in words, for a damaged or hostile one.
 
-    A reader of our own, in linear time and without recursion: `tarfile` does not return for a negative size
-    (CVE-2025-8194) or a long PAX header, and fails on thousands of chained long names.
+    In linear time and without recursion: `tarfile.open` does not return for a negative size (CVE-2025-8194)
+    or a long PAX header, and fails on thousands of chained long names.
     """
     head = file.read(6)
     packed = next((name for magic, name in _PACKED if head.startswith(magic)), None)
@@ -94,78 +95,46 @@ def members_of(file: BinaryIO) -> Members:
     room, place = _INDEX_BYTES, 0
     everywhere: dict[str, str] = {}  # PAX fields for all members that follow
     own: dict[str, str] = {}  # for the next member
-    while place < end:
+    while place < end or not end:
         file.seek(place)
-        header = file.read(_BLOCK)
-        if header.count(0) == len(header) == _BLOCK:
-            break
-        size = _header_size(header, place)
-        if size is None:
-            if place == 0:
-                raise ValueError("the archive is no tar, or cut short")
-            break  # what follows the members is no header, and not read
-        kind = header[156:157]
+        try:
+            member = tarfile.TarInfo.frombuf(file.read(_BLOCK), "utf-8", "surrogateescape")
+        except tarfile.HeaderError:
+            if place:
+                break  # what follows the members is no header, and not read
+            raise ValueError(f"the archive is no tar, or cut short{' (it is empty)' * (not end)}") from None
         place += _BLOCK
-        if kind in _ABOUT_THE_NEXT:
-            if size > _LONGEST_HEADER:
-                raise ValueError(f"the archive has a header of {size:,} bytes at byte {place:,}")
-            _require_inside(place, size, end)
-            content = file.read(size)
-            if kind == b"L":
-                own["path"] = _text(content)
-            elif kind != b"K":
-                (everywhere if kind == b"g" else own).update(_pax_fields(content, place))
-            place += -(-size // _BLOCK) * _BLOCK
-            continue
-        fields, own = everywhere | own, {}
-        name = fields.get("path") or _name(header)
-        if "size" in fields:
-            size = _number(fields["size"].encode(), place, 10)
-        if kind == b"S" or any(key.startswith("GNU.sparse.") for key in fields):
-            raise ValueError("the archive has sparse files; pack it without --sparse")
-        folder = kind == b"\0" and name.endswith("/")
-        plain = kind in _PLAIN and not folder
-        room -= len(name) + _ENTRY_BYTES
-        if room < 0:
-            raise ValueError(f"the archive has too many files: {len(found):,} take {_INDEX_BYTES:,} bytes")
-        found[posixpath.normpath(name)] = (place, size) if plain else _NO_FILE
-        if not folder and kind not in _WITHOUT_CONTENT:
-            _require_inside(place, size, end)
-            place += -(-size // _BLOCK) * _BLOCK
-    if not end:
-        raise ValueError("the archive is no tar, or cut short (it is empty)")
+        name, size, kind = member.name, member.size, member.type
+        fields: dict[str, str] = {}
+        if kind not in _ABOUT_THE_NEXT:
+            fields, own = everywhere | own, {}
+            name, digits = fields.get("path", name), fields.get("size", "0")
+            if kind == tarfile.GNUTYPE_SPARSE or any(key.startswith("GNU.sparse.") for key in fields):
+                raise ValueError("the archive has sparse files; pack it without --sparse")
+            is_number = digits.isascii() and digits.isdigit() and len(digits) < _MOST_DIGITS
+            size = int(digits if is_number else -1) if "size" in fields else size
+        if size < 0:
+            raise ValueError(f"the archive is damaged: a size before byte {place:,} is negative or too long")
+        if kind in _ABOUT_THE_NEXT and size > _LONGEST_HEADER:
+            raise ValueError(f"the archive has a header of {size:,} bytes at byte {place:,}")
+        has_content = kind not in _WITHOUT_CONTENT
+        if has_content and place + size > end:
+            raise ValueError(
+                f"the archive is no tar, or cut short: of {size:,} bytes at {place:,} it has {end - place:,}"
+            )
+        if kind == tarfile.GNUTYPE_LONGNAME:
+            own["path"] = _text(file.read(size))
+        elif kind in _PAX_HEADERS:
+            (everywhere if kind == tarfile.XGLTYPE else own).update(_pax_fields(file.read(size), place))
+        elif kind not in _ABOUT_THE_NEXT:
+            room -= len(name) + _ENTRY_BYTES
+            if room < 0:
+                raise ValueError(
+                    f"the archive has too many files: {len(found):,} take {_INDEX_BYTES:,} bytes"
+                )
+            found[posixpath.normpath(name)] = (place, size) if member.isreg() else _NO_FILE
+        place += -(-size // _BLOCK) * _BLOCK * has_content
     return found
-
-
-def _header_size(header: bytes, place: int) -> int | None:
-    """Return the size that a header declares; None if its checksum is wrong."""
-    if len(header) < _BLOCK:
-        return None
-    try:
-        checksum = _number(header[148:156], place)
-    except ValueError:
-        return None
-    is_header = checksum == sum(header) - sum(header[148:156]) + 8 * ord(" ")
-    return _number(header[124:136], place) if is_header else None
-
-
-def _number(field: bytes, place: int, base: int = 8) -> int:
-    """Parse a number: octal digits, or base 256 if the first bit is set; decimal digits in PAX."""
-    if base == 8 and field[0] in (0x80, 0xFF):
-        number = int.from_bytes(field[1:]) if field[0] == 0x80 else -1
-    else:
-        text = field.partition(b"\0")[0].strip() or b"0"
-        number = int(text, base) if len(text) < 24 and text.strip(_DIGITS[:base]) == b"" else -1
-    if number < 0:
-        raise ValueError(f"the archive is damaged: a number at byte {place:,} is negative or too long")
-    return number
-
-
-def _require_inside(place: int, size: int, end: int) -> None:
-    if place + size > end:
-        raise ValueError(
-            f"the archive is no tar, or cut short: of {size:,} bytes at {place:,} it has {end - place:,}"
-        )
 
 
 def _pax_fields(content: bytes, place: int) -> dict[str, str]:
@@ -180,12 +149,6 @@ def _pax_fields(content: bytes, place: int) -> dict[str, str]:
         fields[_text(key)] = _text(value)
         begin += length
     return fields
-
-
-def _name(header: bytes) -> str:
-    name = _text(header[:100])
-    prefix = _text(header[345:500]) if header[257:263] == b"ustar\0" else ""
-    return f"{prefix}/{name}" if prefix else name
 
 
 def _text(field: bytes) -> str:
