@@ -15,7 +15,14 @@ from video_r1.data.manifests.records import Sample, kept_samples, load_manifest
 from video_r1.data.prompts import Prompt
 from video_r1.errors import RequestError, VideoR1Error
 from video_r1.evaluation import audit
-from video_r1.evaluation.audit import VIEWS, audit_figures, audit_sentences, pass_rates_of, run_audit
+from video_r1.evaluation.audit import (
+    VIEWS,
+    audit_figures,
+    audit_sentences,
+    pass_rates_of,
+    recommendation,
+    run_audit,
+)
 from video_r1.settings.decoding import AuditSettings
 from video_r1.settings.frames import LOOK_CONTROLS, Order
 
@@ -124,6 +131,7 @@ def test_rates_rows_and_figures(
     assert "  25 % can be answered without the video\n" in said
     assert "answered: most of 4 answers are right; the best fixed guess is right in 100 %" in said
     assert f"--train_manifest {out} --keep '{KEEP}'\n" in said
+    assert said.splitlines()[-1] == "shortcut: none stands out"  # in four questions
     kept = [sample.problem_id for sample in kept_samples(load_manifest(out), KEEP)]
     assert kept == ["q1", "q2", "q4", "q5"]
 
@@ -253,6 +261,49 @@ def test_the_best_fixed_guess_is_named() -> None:
     assert figures["all"]["chance"] == 8 / 11
     (said,) = figures["constant_answers"]
     assert said.startswith("73 % of the 11 questions with 3 options have the answer A")
+
+
+@pytest.mark.parametrize(
+    ("contrast", "right", "said"),
+    [  # how many of 40 questions each view answers; a fixed guess is right in 10
+        ("shuffled", (10, 10, 11, 38), "shortcut: none stands out"),
+        (
+            "shuffled",
+            (30, 31, 31, 38),
+            "shortcut: the text alone answers 20 of 40 questions more than the best fixed guess; remove "
+            "these questions: --keep 'blind <= 0.5'",
+        ),
+        (
+            "shuffled",
+            (10, 34, 34, 38),
+            "shortcut: one frame answers 24 of 40 questions more than the text alone; add time-reversed "
+            "copies (video-r1 data pairs 'a b.json' --out pairs.json), or try temporal_rule likelihood_gate",
+        ),
+        (
+            "reversed",
+            (10, 12, 30, 38),
+            "shortcut: the reversed clip answers 18 of 40 questions more than one frame: the order is not "
+            "needed; remove these questions: --keep 'ordered - reversed > 0.1'",
+        ),
+        (
+            "frozen",
+            (10, 34, 34, 38),
+            "shortcut: one frame answers 24 of 40 questions more than the text alone",
+        ),
+        ("shuffled", (), "shortcut: unknown, as no video has all views"),
+    ],
+)
+def test_the_largest_shortcut_and_its_remedy(contrast: Any, right: tuple[int, ...], said: str) -> None:
+    views = ("blind", "frozen", contrast, "ordered")
+    audited = []
+    for n in range(40):
+        rates = {view: float(n < count) for view, count in zip(views, right, strict=False)}
+        solution = f"<answer>{'ABCD'[n % 4]}</answer>"
+        options = ("A. w", "B. x", "C. y", "D. z")
+        sample = Sample(n, "?", "video", "multiple choice", solution, f"/{n}.mp4", options)
+        audited.append((sample, rates or {"ordered": 1.0}))
+    figures = audit_figures(audited, contrast)["by_modality"]["video"]
+    assert recommendation(figures, contrast, Path("a b.json"), "--keep").startswith(said)
 
 
 def test_what_counts_as_right_is_what_training_counts() -> None:

@@ -69,9 +69,11 @@ def run_audit(settings: AuditSettings) -> dict[str, Any]:
         print(f"\nmanifest with pass rates: {out}; all figures: {folder / 'audit.json'}")
         root = media_root_of(manifest, settings.media_root)
         elsewhere = ["--media_root", root] if root != media_root_of(out, None) else []
-        keep = f"ordered - {settings.temporal_contrast} > 0.1"
-        words = shlex.join(["--train_manifest", str(out), *elsewhere, "--keep", keep])
-        print(f"to train on the questions that need the order: {words}")
+        words = shlex.join(["--train_manifest", str(out), *elsewhere, "--keep"])
+        keep = f"'ordered - {settings.temporal_contrast} > 0.1'"
+        print(f"to train on the questions that need the order: {words} {keep}")
+        if "video" in summary["by_modality"]:
+            print(recommendation(summary["by_modality"]["video"], settings.temporal_contrast, out, words))
     return {"manifest": str(out), **summary}
 
 
@@ -232,6 +234,15 @@ def _figures(audited: Audited, contrast: Contrast) -> dict[str, Any]:
         other_way = fmean(other > ANSWERED >= ordered for ordered, other in both)
         figures["needs_order"] = needs | {"other_way": other_way}
         figures["temporal_gap"] = paired_difference(*zip(*both, strict=True), clips=clips).as_json("gap")
+    shown = [view for view in VIEWS if view in ("blind", "frozen", contrast, "ordered")]
+    if whole := [each for each in audited if each[1].keys() >= set(shown)]:
+        clips = [sample.cluster for sample, _ in whole]
+        answered = [[rates[view] > ANSWERED for _, rates in whole] for view in shown]
+        guessed = [sum(each.right for each in _constant(whole)) / len(whole)] * len(whole)
+        figures["gains"] = {
+            view: paired_difference(here, less, clips).as_json("share")
+            for view, here, less in zip(shown, answered, [guessed, *answered], strict=False)
+        }
     in_order = [rates["ordered"] for _, rates in audited if "ordered" in rates]
     for name, extreme in (("never_right", 0.0), ("always_right", 1.0)):
         figures[name] = fmean(value == extreme for value in in_order) if in_order else 0.0
@@ -297,6 +308,39 @@ def audit_sentences(summary: Mapping[str, Any]) -> list[str]:
         if summary[name] > 0.05
     ]
     return sentences
+
+
+def recommendation(figures: Mapping[str, Any], contrast: Contrast, out: Path, words: str) -> str:
+    """Return one line: the largest shortcut of the videos, how many questions it answers, and the remedy.
+
+    A shortcut counts if its gain, the questions that it answers less those that are answered without it, has
+    an interval above 0. figures: of the videos. words: options of a training command, up to `--keep`.
+    """
+    remedies = {
+        contrast: (
+            f"the {contrast} clip answers {{}} more than one frame: the order is not needed",
+            f"remove these questions: {words} 'ordered - {contrast} > 0.1'",
+        ),
+        "blind": (
+            "the text alone answers {} more than the best fixed guess",
+            f"remove these questions: {words} 'blind <= 0.5'",
+        ),
+        "frozen": (
+            "one frame answers {} more than the text alone",
+            f"add time-reversed copies (video-r1 data pairs {shlex.quote(str(out))} --out pairs.json), "
+            "or try temporal_rule likelihood_gate",
+        ),
+    }
+    gains = figures.get("gains", {})
+    counted = {view: gains[view] for view in remedies if view in gains}
+    clear = {view: gain for view, gain in counted.items() if (gain["interval95"] or [0.0])[0] > 0}
+    if not clear:
+        return "shortcut: none stands out" if counted else "shortcut: unknown, as no video has all views"
+    view = max(clear, key=lambda each: clear[each]["share"])
+    gain = clear[view]
+    number = f"{gain['share'] * gain['questions']:.0f} of {gain['questions']:,} questions"
+    found, remedy = remedies[view]
+    return f"shortcut: {found.format(number)}; {remedy}"
 
 
 def percent(share: float) -> str:
