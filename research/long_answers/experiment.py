@@ -1,0 +1,319 @@
+"""Experiment on long answers: which temporal credit survives them? Each run is a run folder of the lab.
+
+    python -m research.long_answers.experiment runs/long         # all missing runs, the deciding ones first
+
+OUT/base/                  the lab's base after SFT on long rationales about clips without a caption
+OUT/data-SEED/             RL questions with their time-reversed copies, and the tests
+OUT/COLD-SEED/             cold start; start.json: its criteria and its figures before RL
+OUT/COLD-SEED/ARM/         a run; result.json with an outcome for each test question once it is complete
+
+Runs with a result.json, or in results.json.gz, are not repeated, so that an experiment can be interrupted,
+continued (also on another machine) and extended. The design is in README.md.
+"""
+
+import argparse
+import json
+import multiprocessing
+import os
+import shutil
+import signal
+import sys
+import time
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass
+from itertools import product
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+import numpy as np
+
+from research.long_answers.analysis import kept, key
+from research.long_answers.lab import (
+    FAMILIES,
+    HABITS,
+    answer_of,
+    choices_of,
+    judged,
+    lesson,
+    lessons,
+    question_of,
+)
+from research.long_answers.variants import OPENINGS, variant
+from research.temporal_credit.experiment import index_of, made_with, predictions, read_rows, video_r1
+from video_r1.data.answers import LETTERS
+from video_r1.files import replace_json
+
+MARKED = 0.9  # share of the RL clips with a caption, which is right in all of them
+BATCH, STEPS = 8, 80  # questions of a step of RL, and its steps
+QUESTIONS = 640  # of RL; with copies, half as many and their copies
+BASE_CLIPS, BASE_STEPS = 2400, 1000
+LESSONS, LESSON_STEPS = 1200, 320  # clips and steps of a cold start
+TEST = 500  # test questions of each view
+PILOT, RL_SEED = (
+    1,
+    1000,
+)  # seed of the base; added to a seed, so that RL has other questions than the cold start
+TOKENS = 256  # most of a completion
+LONG = {"max_response_length": 320, "per_device_train_batch_size": 8}
+
+GATE = {"temporal_rule": "likelihood_gate", "temporal_alpha": 0.9, "temporal_contrast": "frozen"}
+OFF = {"temporal_rule": "off"}
+ARMS: dict[str, tuple[dict[str, Any], str]] = {
+    "grpo": (OFF, "rl.json"),
+    "gate": (GATE, "rl.json"),
+    "pairs": (OFF, "copies.json"),
+    "pairs-gate": (GATE, "copies.json"),
+    **{name: (GATE, "rl.json") for name in OPENINGS},
+}
+"""Settings that differ from the recipe lab-tgrpo, and questions, of each arm."""
+DECIDING, OTHERS = ("grpo", "gate", "pairs"), ("gate-follows", "gate-fifth", "gate-sum", "pairs-gate")
+CRITERIA = {"accurate": 0.75, "T": 0.3, "Z": 0.2}
+"""Entry criteria of a cold start, sampled at temperature 1: least accuracy without captions, and least shares
+of T and Z (with-z) of the answers to clips with wrong captions."""
+SEEDS = (300, 301, 302, 303, 304)
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One run. cold: the cold start, `with-z` or `without-z`."""
+
+    arm: str
+    cold: str
+    seed: int
+
+    def start(self, out: Path) -> Path:
+        return out / f"{self.cold}-{self.seed}"
+
+    def folder(self, out: Path) -> Path:
+        return self.start(out) / self.arm
+
+
+def cells() -> Iterator[Cell]:
+    """Yield all runs, those that decide first: seed by seed, and three seeds before the other arms."""
+    colds = tuple(HABITS)
+    for arms, seeds in ((DECIDING, SEEDS[:3]), (OTHERS, SEEDS[:3]), (DECIDING, SEEDS[3:])):
+        for seed, cold, arm in product(seeds, colds, arms):
+            yield Cell(arm, cold, seed)
+
+
+# ---- Data
+
+
+def made_lab(folder: Path, seed: int, **settings: object) -> list[dict[str, Any]]:
+    """Make a lab of the families, unless it is there; return its training rows."""
+    if not (folder / "test.json").exists():  # written last
+        video_r1("lab", "make", folder, seed=seed, families=",".join(FAMILIES), workers=1, **settings)
+    return read_rows(folder / "rl.json")
+
+
+def make_data(out: Path, seed: int) -> None:
+    """Make the tests and the RL questions of a seed, half of them with their time-reversed copies."""
+    data = out / f"data-{seed}"
+    made_lab(data / "test", seed, train=0, test=TEST, shortcut=1.0)
+    rows = made_lab(data / "rl", seed + RL_SEED, train=QUESTIONS, test=0, shortcut=MARKED)
+    both: list[dict[str, Any]] = []
+    for row in rows:
+        if len(both) < QUESTIONS and (copy := reversed_row(row)):
+            both += [row, copy]
+    replace_json(data / "rl" / "copies.json", both)
+
+
+def reversed_row(row: dict[str, Any]) -> dict[str, Any] | None:
+    """Return a row about the reversed clip with its own answer, the caption as it is; None without one."""
+    family, question = question_of(row, 0)
+    answer, choices = answer_of(family, question.problem, question.timeline[::-1]), choices_of(row)
+    if answer not in choices:
+        return None
+    copy = {name: value for name, value in row.items() if name != "key_frames"}
+    letter = LETTERS[choices.index(answer)]
+    return {
+        **copy, "problem_id": f"{row['problem_id']}-reversed", "play": "reversed",
+        "solution": f"<answer>{letter}</answer>",
+    }  # fmt: skip
+
+
+# ---- Cold starts
+
+
+def make_base(out: Path) -> Path:
+    """Train the base that all cold starts begin from, unless it is there; return its folder."""
+    base, lab = out / "base", out / "base-lab"
+    if not (base / "model.safetensors").exists():
+        rows = made_lab(lab, PILOT, train=BASE_CLIPS, test=0)
+        taught = [lesson(row, "T", np.random.default_rng((PILOT, n))) for n, row in enumerate(rows)]
+        replace_json(lab / "long.json", taught)
+        shutil.rmtree(base, ignore_errors=True)
+        video_r1(
+            "sft", "lab-sft", train_manifest=lab / "long.json", output_dir=base, seed=PILOT,
+            model_name_or_path="lab-base", max_steps=BASE_STEPS, media_cache_mb=2048, **LONG,
+        )  # fmt: skip
+    return base
+
+
+def make_cold_start(out: Path, cell: Cell) -> dict[str, Any]:
+    """Make a cold start, unless it is there; return its figures.
+
+    Raises RuntimeError if it misses a criterion.
+    """
+    folder, lab = cell.start(out), out / f"lessons-{cell.seed}"
+    if not (folder / "start.json").exists():
+        run = folder / "cold-start"
+        if not (run / "model.safetensors").exists():
+            rows = made_lab(lab, cell.seed, train=LESSONS, test=0, shortcut=0.6, trusting=0.5)
+            manifest = lab / f"{cell.cold}.json"
+            replace_json(manifest, lessons(rows, cell.cold, cell.seed))
+            shutil.rmtree(run, ignore_errors=True)
+            video_r1(
+                "sft", "lab-sft", train_manifest=manifest, output_dir=run, seed=cell.seed,
+                model_name_or_path=make_base(out), max_steps=LESSON_STEPS, media_cache_mb=2048, **LONG,
+            )  # fmt: skip
+        replace_json(folder / "start.json", start_figures(out, cell, run))
+    found = json.loads((folder / "start.json").read_text("utf-8"))
+    wanted = CRITERIA if cell.cold == "with-z" else {**CRITERIA, "Z": 0.0}
+    if missed := {name: found[name] for name, least in wanted.items() if found[name] < least}:
+        raise RuntimeError(f"{folder}: the cold start misses its criteria: {missed}")
+    return found
+
+
+def start_figures(out: Path, cell: Cell, run: Path) -> dict[str, Any]:
+    """Measure a cold start: sampled, for the criteria, and decoded greedily as its runs are tested."""
+    sampled = {"temperature": 1.0, "limit": 300, "seed": cell.seed}
+    plain = answers(run, out, cell.seed, "test", run / "plain", **sampled)
+    wrong = outcomes(
+        out, cell.seed, "test-lying", answers(run, out, cell.seed, "test-lying", run / "wrong", **sampled)
+    )
+    before = {view: tested(run, out, cell.seed, test, run / view) for view, test in VIEWS.items()}
+    return {
+        "accurate": fmean(record["score"] for record in plain),
+        **{habit: share(wrong, letters) for habit, letters in (("T", "Ff"), ("S", "S"), ("Z", "Z"))},
+        "before": before,
+    }  # fmt: skip
+
+
+VIEWS = {"lying": "test-lying", "ordered": "test"}
+"""Views after RL and their tests: wrong captions, and none."""
+
+
+def answers(model: Path, out: Path, seed: int, test: str, to: Path, **options: Any) -> list[dict[str, Any]]:
+    """Evaluate a checkpoint on a test of a seed; return the records in the test's order."""
+    options = {"order": "ordered", "max_new_tokens": TOKENS, "limit": TEST, **options}
+    video_r1(
+        "eval", "lab-eval", model=model, manifest=out / f"data-{seed}/test/{test}.json", out=to, **options
+    )
+    return sorted(predictions(to), key=index_of)
+
+
+def outcomes(out: Path, seed: int, test: str, records: Sequence[dict[str, Any]]) -> str:
+    """Return a letter for each answer.
+
+    F: long, its description true, its conclusion follows. f: the same, its description false. Z: long, its
+    conclusion is the caption's and does not follow. n: long, another conclusion that does not follow. S: it
+    begins with the caption. -: other.
+    """
+    rows = read_rows(out / f"data-{seed}/test/{test}.json")
+    found = []
+    for record in records:
+        row, given = rows[index_of(record)], record["prediction"] or ""
+        what = judged(row, record["output"], given)
+        if what.kind == "long":
+            found.append(
+                ("F" if what.true else "f") if what.follows else "Z" if given == row["mark"] != "" else "n"
+            )
+        else:
+            found.append("S" if what.kind == "short" else "-")
+    return "".join(found)
+
+
+def share(found: str, letters: str) -> float:
+    return fmean(letter in letters for letter in found)
+
+
+def tested(model: Path, out: Path, seed: int, test: str, to: Path) -> dict[str, Any]:
+    """Return accuracy, and for each question whether it is right (1 or 0) and what the answer is."""
+    records = answers(model, out, seed, test, to)
+    return {
+        "accuracy": fmean(record["score"] for record in records),
+        "right": "".join(str(int(record["score"] > 0.5)) for record in records),
+        "what": outcomes(out, seed, test, records),
+        "words": fmean(len(record["output"].split()) for record in records),
+    }
+
+
+# ---- Runs
+
+
+def make_run(out: Path, cell: Cell) -> None:
+    make_data(out, cell.seed)
+    cold = make_cold_start(out, cell)
+    folder, (settings, manifest) = cell.folder(out), ARMS[cell.arm]
+    shutil.rmtree(folder, ignore_errors=True)
+    begun = time.monotonic()
+    with variant(cell.arm):
+        video_r1(
+            "rl", "lab-tgrpo", model_name_or_path=cell.start(out) / "cold-start", output_dir=folder,
+            train_manifest=out / f"data-{cell.seed}/rl/{manifest}", max_steps=STEPS, seed=cell.seed,
+            per_device_train_batch_size=BATCH, max_completion_length=TOKENS, log_rollouts=0, **settings,
+        )  # fmt: skip
+    seconds = time.monotonic() - begun
+    views = {view: tested(folder, out, cell.seed, test, folder / view) for view, test in VIEWS.items()}
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text("utf-8").splitlines()]
+    names = ("reward/accuracy/video", "completion/length", "temporal/drop", "temporal/credit")
+    series = {name: [round(x, 4) for line in lines if (x := line.get(name)) is not None] for name in names}
+    replace_json(folder / "result.json", {
+        **asdict(cell), "settings": settings, "steps": STEPS, "cold_start": cold, "views": views,
+        "training": series, "seconds": round(seconds), "made_with": made_with(),
+    })  # fmt: skip
+    for file in folder.rglob("*"):
+        if file.suffix in (".pt", ".bin", ".jsonl") and file.name != "metrics.jsonl":
+            file.unlink()
+
+
+def work(out: Path, cell: Cell) -> str:
+    """Make one run in a process of one thread, with a log beside its folder. Return its error, or ""."""
+    import torch
+
+    torch.set_num_threads(1)
+    log = Path(f"{cell.folder(out)}.log")
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with log.open("ab") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    try:
+        make_run(out, cell)
+    except Exception as error:  # of any kind: it is reported, and the other runs go on
+        return f"{type(error).__name__}: {error} (see {log})"
+    return ""
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description="Temporal credit in long answers, on the lab.")
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--only", help="COLD-SEED/ARM, comma-separated, or base (default: all)")
+    given = parser.parse_args()
+    if given.only == "base":
+        make_base(given.out)
+        return 0
+    recorded = {key(run) for run in kept()}
+    jobs = [cell for cell in cells() if key(asdict(cell)) not in recorded]
+    jobs = [cell for cell in jobs if not (cell.folder(given.out) / "result.json").exists()]
+    if given.only:
+        jobs = [cell for cell in jobs if f"{cell.cold}-{cell.seed}/{cell.arm}" in given.only.split(",")]
+    failed: Counter[str] = Counter()
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(1, mp_context=context, max_tasks_per_child=1) as pool:
+        for cell in jobs:
+            error = pool.submit(work, given.out, cell).result()
+            failed[cell.arm] += bool(error)
+            print(f"{cell.folder(given.out)}: {error or 'done'}", flush=True)
+    return min(failed.total(), 1)
+
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        sys.exit(main())
+    except KeyboardInterrupt:
+        sys.exit("interrupted; the same command continues with the missing runs")
