@@ -4,9 +4,10 @@ elsewhere.
 
 from __future__ import annotations
 
+import logging
 import math
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from statistics import fmean
 from typing import Any, TypeVar
 
@@ -20,12 +21,16 @@ from video_r1.processes import gather, process_count, process_index
 from video_r1.rewards.scoring import answer_scores, format_scores
 from video_r1.rollout.engine import RolloutEngine, SamplingSettings
 
+logger = logging.getLogger(__name__)
 Built = TypeVar("Built")
+Outcomes = Mapping[Hashable, tuple[float, float]]
+"""By clip: mean accuracy in order and with the contrast clip, in [0, 1]."""
 
 
 def temporal_accuracy(
-    engine: RolloutEngine, samples: Sequence[Sample], reader: Reader, builder: PromptBuilder, settings: Any
-) -> dict[str, float]:
+    engine: RolloutEngine, samples: Sequence[Sample], reader: Reader, builder: PromptBuilder, settings: Any,
+    watch: ShortcutWatch | None = None,
+) -> dict[str, float]:  # fmt: skip
     """Return means over all ranks: `accuracy`, `format`, and over the videos `accuracy_video`,
     `accuracy_shuffled` and `temporal_gap` (accuracy_video − accuracy_shuffled); with looks
     `accuracy_elsewhere` and `look_gap`, over the questions whose looks left room for a control (their number
@@ -70,7 +75,71 @@ def temporal_accuracy(
                 figures |= {f"{gap}_low": ends[0], f"{gap}_high": ends[1]}
             if name == "elsewhere":
                 figures["look_questions"] = float(len(both))
+            elif watch is not None:
+                figures["shortcut"] = float(watch.alerts(outcomes_of(both), name))
     return figures
+
+
+# ---- Is the run learning a shortcut?
+
+
+def outcomes_of(scores: Sequence[tuple[float, float, Hashable]]) -> Outcomes:
+    """Return the means of each clip. scores: of each question in order, with the contrast, and its clip."""
+    by_clip: dict[Hashable, list[tuple[float, float]]] = {}
+    for ordered, contrast, clip in scores:
+        by_clip.setdefault(clip, []).append((ordered, contrast))
+    return {clip: (fmean(o for o, _ in pairs), fmean(c for _, c in pairs)) for clip, pairs in by_clip.items()}
+
+
+@dataclass
+class ShortcutWatch:
+    """Sequential test over the validations of a run: does it learn to answer without the order?
+
+    It alerts at validation k if, against the first validation, more clips are answered with the contrast, and
+    the accuracy in order leads by less: two sign tests over clips, both at the level rate · 6 ÷ (π k)². These
+    levels add up to `rate`: a run of any length in which neither changes has a false alert with a probability
+    of at most `rate`. A resumed run compares with its own first validation.
+    """
+
+    rate: float = 0.05
+    first: Outcomes | None = None
+    validations: int = 0  # after the first
+    alerted: bool = field(default=False, init=False)
+
+    def alerts(self, now: Outcomes, contrast: str) -> bool:
+        """Take the outcomes of a validation; return whether this or an earlier one alerts, and warn once."""
+        if self.first is None:
+            self.first = now
+            return False
+        self.validations += 1
+        level = self.rate * 6 / (math.pi * self.validations) ** 2
+        if not self.alerted and shortcut_p(self.first, now) <= level:
+            self.alerted = True
+            was, right = (100 * fmean(c for _, c in outcomes.values()) for outcomes in (self.first, now))
+            if process_index() == 0:
+                logger.warning(
+                    "the run is learning a shortcut: %.0f %% of the answers to the %s clips are right "
+                    "(%.0f %% in the first validation), and the order adds less; data audit shows which "
+                    "questions, data pairs adds time-reversed copies",
+                    right, contrast, was,
+                )  # fmt: skip
+        return self.alerted
+
+
+def shortcut_p(first: Outcomes, now: Outcomes) -> float:
+    """Return the larger p-value of two sign tests over the clips of both validations: contrast answers got
+    better, and the lead of the accuracy in order got smaller.
+    """
+    changes = [(now[clip], first[clip]) for clip in first if clip in now]
+    better = [new - old for (_, new), (_, old) in changes]
+    lost = [(old - old_c) - (new - new_c) for (new, new_c), (old, old_c) in changes]
+    return max(_sign_test(better), _sign_test(lost))
+
+
+def _sign_test(changes: Sequence[float]) -> float:
+    """Return P(at least as many positive changes) if each change were positive or negative by chance."""
+    positive, changed = sum(x > 1e-9 for x in changes), sum(abs(x) > 1e-9 for x in changes)
+    return sum(math.comb(changed, k) for k in range(positive, changed + 1)) / 2**changed
 
 
 def _scores(
