@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import re
+from decimal import Decimal
 from pathlib import Path
 from typing import Any, cast
 
@@ -230,6 +231,50 @@ def test_cases_of_answers(
     if answer is None:
         with pytest.raises(ManifestError, match="1 of 1 rows have no text or number in solution, ans"):
             make_trainer(checkpoint, [{"prompt": "How many?"}], tmp_path, "accuracy")
+
+
+SPAN = '{"time": [%s]}'
+
+
+@pytest.mark.parametrize(
+    ("row", "read"),
+    [
+        ({"problem_type": "numerical", "answer": "3,5"}, "must be a finite number, not '3,5'; a comma"),
+        ({"problem_type": "numerical", "answer": "1 200"}, "1 200"),
+        ({"problem_type": "regression", "answer": 0}, "errors are relative to it"),
+        ({"answer": "?!"}, "must have a word or a symbol to compare, unlike '?!'"),
+        ({"problem_type": "OCR", "answer": "?!"}, "?!"),  # what that message says
+        ({"problem_type": "OCR", "answer": "\u200b"}, "has nothing that can be seen"),
+        ({"problem_type": "mc", "answer": "left"}, "must be an option's letter, not 'left'"),
+        ({"problem_type": "mc", "answer": "(B)"}, "B"),
+        ({"answer": "<think>so</think> <answer>red</answer>"}, "red"),
+        ({"answer": "a </think> b"}, "has a tag in it"),
+        ({"answer": Decimal("2.5")}, "2.5"),
+        ({"problem_type": "temporal grounding", "video": "c.mp4", "answer": SPAN % "3, 2"}, "from 3 s to 2"),
+        ({"problem_type": "temporal grounding", "video": "c.mp4", "answer": SPAN % "1, 2"}, SPAN % "1, 2"),
+        ({"problem_type": "temporal grounding", "answer": SPAN % "1, 2"}, "is for videos, and this is a t"),
+        ({"answer": "red", "process": "it is red"}, "process is 'it is red'; it must be <think>"),
+        ({"answer": "red", "video": "c.mp4", "start": 4, "end": 3}, "the window ends (3 s) before it starts"),
+        ({"answer": "red", "image": "p.jpg", "start": 1}, "start and end are for videos"),
+    ],
+)
+def test_cases_of_truths_that_are_not_paid(row: Any, read: str, tmp_path: Path) -> None:
+    """A row of a table passes the check of a manifest: with the reason, or with the answer as it is read."""
+    rows = [{"prompt": "What?"}, {"prompt": "What?", **row}]
+    try:
+        found = trl_samples(rows, tmp_path)[1].answer
+    except ManifestError as error:
+        (problem,) = error.problems
+        assert problem.row == 2 and read in problem.text
+    else:
+        assert found == read
+
+
+def test_a_table_of_prompts_has_windows_and_rationales(tmp_path: Path) -> None:
+    row = {"prompt": "What?", "video": "c.mp4", "start": 1, "end": 2.5, "process": "<think>So.</think>"}
+    (sample,) = trl_samples([row], tmp_path)
+    assert (sample.start, sample.end, sample.process) == (1.0, 2.5, row["process"])
+    assert (sample.solution, sample.extra["start"]) == ("<answer></answer>", 1)  # as the table has it
 
 
 @pytest.mark.parametrize("mode", ["CMYK", "RGBA", "LA", "P", "I;16", "F", "YCbCr", "1", "turned"])

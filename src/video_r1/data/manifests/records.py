@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TextIO, cast, get_args
 
 from video_r1.availability import check_math_verify, is_hub_id
-from video_r1.data.answers import option_prefix
+from video_r1.data.answers import LETTERS, extract_answer, option_prefix
 from video_r1.data.grounding import GROUNDING_FORMS, truth_problems
 from video_r1.data.manifests.problem_types import PROBLEM_TYPES, in_our_words, tell_renamings
 from video_r1.data.manifests.tables import (
@@ -52,7 +52,6 @@ from video_r1.settings.shared import BadRows, ProblemType
 if TYPE_CHECKING:
     import datasets
 
-_READ_CHARACTERS = 1 << 20
 _NOT_A_MANIFEST = "it must be a JSON list of rows, or have one JSON row on each line"
 _BRACKET = re.compile(r"\s*(\[)\s*")
 _COMMA = re.compile(r"\s*(,|(?=]))\s*")
@@ -110,8 +109,7 @@ class Sample:
     @property
     def answer(self) -> str:
         """Text inside the solution's tags, stripped."""
-        match = _SOLUTION.fullmatch(self.solution)
-        return match[1] if match else self.solution.removeprefix("<answer>").removesuffix("</answer>").strip()
+        return extract_answer(self.solution)
 
     @property
     def paths(self) -> tuple[str, ...]:
@@ -217,23 +215,24 @@ class CheckedManifest(NamedTuple):
     def without_problems(self, name: object, bad_rows: BadRows | None = None) -> list[Sample]:
         """Return the samples. Raises ManifestError with all problems of the manifest called `name`; with
         `leave_out` rank 0 warns instead, and only a manifest without any good row raises. None: `stop`,
-        where nobody can choose.
+        where nobody can choose. Raises ConfigError for a type that needs a package that is not installed.
         """
-        if (problems := self.problems) and self.samples and bad_rows == "leave_out":
+        shown = [str(problem) for problem in self.problems[:_PROBLEMS_IN_MESSAGE]]
+        more = len(self.problems) - len(shown)
+        if self.problems and self.samples and bad_rows == "leave_out":
+            bad = len({problem.row for problem in self.problems})
+            good = f"{len(self.samples):,} are used (`video-r1 data check` lists all problems)"
+            lines = "\n  ".join([*shown, "…"] if more else shown)
             if process_index() == 0:
-                bad = len({problem.row for problem in problems})
-                shown = "\n".join(f"  {problem}" for problem in problems[:_PROBLEMS_IN_MESSAGE])
-                more = "\n  …" if len(problems) > _PROBLEMS_IN_MESSAGE else ""
-                good = f"{len(self.samples):,} are used (`video-r1 data check` lists all problems)"
-                print(f"{name}: {bad:,} bad rows are left out, {good}:\n{shown}{more}", file=sys.stderr)
-        elif problems:
-            shown = "; ".join(map(str, problems[:_PROBLEMS_IN_MESSAGE]))
-            more = len(problems) - _PROBLEMS_IN_MESSAGE
-            rest = f"; and {more} more (`video-r1 data check` lists all)" if more > 0 else ""
+                print(f"{name}: {bad:,} bad rows are left out, {good}:\n  {lines}", file=sys.stderr)
+        elif self.problems:
+            rest = f"; and {more} more (`video-r1 data check` lists all)" if more else ""
             if self.samples and bad_rows:
                 rest += f"; correct them, or use the other {len(self.samples):,} (bad_rows leave_out)"
-            count = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
-            raise ManifestError(f"{name}: {count}: {shown}{rest}", tuple(problems))
+            count = "1 problem" if len(self.problems) == 1 else f"{len(self.problems)} problems"
+            raise ManifestError(f"{name}: {count}: {'; '.join(shown)}{rest}", tuple(self.problems))
+        if any(sample.problem_type == "math" for sample in self.samples):
+            check_math_verify(name)
         return self.samples
 
 
@@ -268,10 +267,7 @@ def load_manifest(
     """
     name = source if isinstance(source, (str, Path)) else type(source).__name__
     checked = check_manifest(source, media_root, allow_urls, split, allowed_roots, score)
-    samples = checked.without_problems(name, bad_rows)
-    if any(sample.problem_type == "math" for sample in samples):
-        check_math_verify(name)
-    return samples
+    return checked.without_problems(name, bad_rows)
 
 
 def check_manifest(
@@ -310,13 +306,11 @@ def check_manifest(
         if renamed := in_our_words(row)[1]:
             renamings[renamed] += 1
         sample, found = check_row(row, places, score)
-        problem_id = row.get("problem_id") if isinstance(row, dict) else None
-        if not isinstance(problem_id, (int, str)):
-            problem_id = None
-        else:  # results are stored by id, where 7 and "7" are the same
-            first = rows_by_id.setdefault(str(problem_id), number)
-            if first != number:
-                found.append(f"problem_id is used before, in row {first}; each row needs its own")
+        given = row.get("problem_id") if isinstance(row, dict) else None
+        problem_id = given if isinstance(given, (int, str)) else None
+        # Results are stored by id, where 7 and "7" are the same.
+        if problem_id is not None and (first := rows_by_id.setdefault(str(problem_id), number)) != number:
+            found.append(f"problem_id is used before, in row {first}; each row needs its own")
         checked.problems.extend(Problem(number, problem_id, text) for text in found)
         if sample is not None and not found:
             checked.samples.append(sample)
@@ -329,6 +323,10 @@ def check_manifest(
 
 def _is_filled(value: Any) -> bool:
     return isinstance(value, str) and bool(value.strip())
+
+
+def _is_list(value: Any) -> bool:
+    return isinstance(value, (list, tuple))
 
 
 def _is_number(value: Any) -> bool:
@@ -344,7 +342,7 @@ def read_chat(value: Any) -> tuple[tuple[Mapping[str, str], ...], tuple[Work, ..
 
     Raises ValueError, TypeError or RecursionError for anything else.
     """
-    if not isinstance(value, (list, tuple)) or not all(isinstance(turn, dict) for turn in value):
+    if not _is_list(value) or not all(isinstance(turn, dict) for turn in value):
         raise ValueError
     last = max((place for place, turn in enumerate(value) if turn.get("role") == "user"), default=-1)
     turns = [(turn.get("role"), turn.get("content"), turn.get("tool_calls")) for turn in value]
@@ -354,7 +352,7 @@ def read_chat(value: Any) -> tuple[tuple[Mapping[str, str], ...], tuple[Work, ..
     chat = tuple({"role": role, "content": content} for role, content, _ in turns[: last + 1])
     work, waiting = [], iter(turns[last + 1 :])
     for role, content, calls in waiting:
-        if role != "assistant" or not isinstance(calls, (list, tuple)) or not calls:
+        if role != "assistant" or not _is_list(calls) or not calls:
             raise ValueError
         answers = [next(waiting, (None, None, None)) for _ in calls]
         texts = [text if text is not None else "" for text in (content, *(a[1] for a in answers))]
@@ -408,14 +406,11 @@ _FIELDS: dict[str, tuple[Callable[[Any], object], str]] = {
         "it must be <answer>…</answer> with a text inside",
     ),
     "path": (
-        lambda value: (
-            _is_filled(value)
-            or (isinstance(value, (list, tuple)) and bool(value) and all(map(_is_filled, value)))
-        ),
+        lambda value: _is_filled(value) or (value and _is_list(value) and all(map(_is_filled, value))),
         "it must be a string, or a list with a string for each clip or image",
     ),
     "options": (
-        lambda value: isinstance(value, (list, tuple)) and all(isinstance(one, str) for one in value),
+        lambda value: _is_list(value) and all(isinstance(one, str) for one in value),
         "it must be a list of strings",
     ),
     "process": (
@@ -443,38 +438,19 @@ def check_row(
     row: Any, places: MediaPaths, score: Score | None = correctness
 ) -> tuple[Sample | None, list[str]]:
     """Return a row's sample, or None and what is wrong with the row: with its fields, or else with what they
-    say together. score: as for `load_manifest`.
+    say together. score: as for `load_manifest`. A path that is an `OwnPlace` is taken as it is.
     """
     if not isinstance(row, dict):
         return None, [f"is {quoted(row)}, not an object with fields"]
     row, _ = in_our_words(row)
-    found: list[str] = []
-    given: dict[str, Any] = {}
-    optional = {"path": row.get("data_type") == "text", "problem": bool(row.get("messages"))}
-    for name, (is_valid, wanted) in _FIELDS.items():
-        if (value := row.get(name)) is not None and not (name == "path" and optional[name] and not value):
-            given[name] = value
-            if not is_valid(value):
-                found.append(f"{name} is {quoted(value)}; {wanted}")
-        elif name in _REQUIRED and not optional.get(name):
-            found.append(f"{name} is missing")
+    given, found = _read_fields(row)
     if found:
         return None, found
     data_type, problem_type = sys.intern(given["data_type"]), sys.intern(given["problem_type"])
-    options, (messages, work) = tuple(given.get("options", ())), read_chat(given.get("messages", ()))
-    if not given.get("problem") and not messages:
-        return None, ["problem is missing"]
-    problem = given.get("problem") or messages[-1]["content"]
-    solution = given["solution"]
-    answer = cast("re.Match", _SOLUTION.fullmatch(solution))[1]
+    messages, work = read_chat(given.get("messages", ()))
+    problem, options = given.get("problem") or messages[-1]["content"], tuple(given.get("options", ()))
     start, end = (None if name not in given else float(given[name]) for name in ("start", "end"))
     paths, named = [], given.get("path", ())
-    if data_type == "text":
-        of_media = ("path", "start", "end", "play", "subtitles")
-        unset = (None, "", "forward")
-        found.extend(
-            f"{name} is given, but data_type is text" for name in of_media if given.get(name) not in unset
-        )
     for path in [named] if isinstance(named, str) else named:
         try:
             paths.append(str(path) if isinstance(path, OwnPlace) else places.find(path))
@@ -482,46 +458,25 @@ def check_row(
                 found.append(f"path {path!r} has backslashes; write / between folders")
         except ValueError as error:
             found.append(str(error))
+    answer = extract_answer(given["solution"])
+    window = None if end is None else end - (start or 0.0)
     if problem_type == "multiple choice":
-        try:
-            letter = _letter(options, answer, published=score is None)
-            solution = f"<answer>{letter}</answer>"  # in one spelling: answers are compared exactly
+        try:  # in one spelling: answers are compared exactly
+            answer = _letter(options, answer, published=score is None, in_messages=bool(messages))
         except ValueError as error:
             found.append(str(error))
     elif options:
         found.append(f"options are given, but the problem is {problem_type}, not multiple choice")
-    misplaced = []
-    if problem_type in GROUNDING_FORMS:
-        window = None if end is None else end - (start or 0.0)
-        misplaced = [*truth_problems(answer, problem_type, data_type, window)]
+    is_grounding = problem_type in GROUNDING_FORMS
+    misplaced = [*truth_problems(answer, problem_type, data_type, window)] if is_grounding else []
     found += misplaced or (unpaid(problem_type, answer, score) if score else ())
-    if end is not None and end <= (start or 0.0):
-        found.append(f"the window ends ({end:g} s) before it starts ({start or 0.0:g} s)")
-    asked = [given for turn in work for name, given in turn.calls if name == "look"]
-    looks: list[tuple[Any, Any]] = [(look.get("start"), look.get("end")) for look in asked]
-    if wrong := [look for look in looks if not (all(map(_is_time, look)) and look[0] < look[1])]:
+    found += _media_problems(given, paths, window, messages or [{"content": "\n".join([problem, *options])}])
+    looks = [asked for turn in work for name, asked in turn.calls if name == "look"]
+    spans: list[tuple[Any, Any]] = [(look.get("start"), look.get("end")) for look in looks]
+    if wrong := [span for span in spans if not (all(map(_is_time, span)) and span[0] < span[1])]:
         found.append(
             f"messages look from {wrong[0][0]} to {wrong[0][1]}; both must be times, the later one last"
         )
-    if data_type == "image" and (start, end) != (None, None):
-        found.append("start and end are for videos, and this is an image")
-    if data_type == "image" and given.get("play") == "reversed":
-        found.append("play is for videos, and this is an image")
-    if len(paths) > 1:
-        asked = [turn["content"] for turn in messages if turn["role"] == "user"]
-        marks = "\n".join(asked or [problem, *options]).count(f"<{data_type}>")
-        files = f"path names {len(paths)} {data_type}s"
-        if (start, end) != (None, None):
-            found.append(
-                f"start and end are a window of one clip, and {files}; cut the clips and name the parts"
-            )
-        if problem_type in GROUNDING_FORMS:
-            found.append(f"a {problem_type} problem is about one {data_type}, and {files}")
-        if marks not in (0, len(paths)):
-            found.append(
-                f"{files}, and its text has the mark <{data_type}> {marks} times; write it once for each, in "
-                "order, or not at all: they then precede the question"
-            )
     if row.get("fps") is not None and _rate_of(row["fps"]) is None and any(map(os.path.isdir, paths)):
         found.append(f"fps is {quoted(row['fps'])}; a folder of frames needs a number above 0")
     if found:
@@ -533,7 +488,8 @@ def check_row(
     }
     sample = Sample(
         given["problem_id"], problem, cast("DataType", data_type), cast("ProblemType", problem_type),
-        solution, paths[0] if paths else "", options, given.get("process") or None,
+        f"<answer>{answer}</answer>" if problem_type == "multiple choice" else given["solution"],
+        paths[0] if paths else "", options, given.get("process") or None,
         sys.intern(given.get("data_source", "")), start, end, extra or _NO_EXTRA,
         given.get("subtitles", "").strip() or None,
         messages, tuple(paths[1:]), given.get("play", "forward"), work,
@@ -541,9 +497,64 @@ def check_row(
     return sample, []
 
 
-def _letter(options: Sequence[str], answer: str, published: bool) -> str:
-    """Return the letter of the option that `answer` names. Raises ValueError."""
-    if len(options) < 2 and not published:
+def _read_fields(row: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
+    """Return the fields of a row that have a value, and what is wrong with each by itself."""
+    given: dict[str, Any] = {}
+    found = []
+    optional = {"path": row.get("data_type") == "text", "problem": bool(row.get("messages"))}
+    for name, (is_valid, wanted) in _FIELDS.items():
+        value = row.get(name)
+        if value is None or (name == "path" and optional[name] and not value):
+            if name in _REQUIRED and not optional.get(name):
+                found.append(f"{name} is missing")
+            continue
+        given[name] = value
+        if not is_valid(value):
+            found.append(f"{name} is {quoted(value)}; {wanted}")
+    if not found and not given.get("problem") and not read_chat(given["messages"])[0]:
+        found.append("problem is missing")
+    return given, found
+
+
+def _media_problems(
+    given: Mapping[str, Any],
+    paths: Sequence[str],
+    window: float | None,
+    turns: Sequence[Mapping[str, str]],
+) -> Iterator[str]:
+    """Yield which fields of a row do not fit its media. turns: of the chat, for the marks in them."""
+    data_type, problem_type = given["data_type"], given["problem_type"]
+    start, end = given.get("start"), given.get("end")
+    if data_type == "text":
+        for name in ("path", "start", "end", "play", "subtitles"):
+            if given.get(name) not in (None, "", "forward"):
+                yield f"{name} is given, but data_type is text"
+    if window is not None and window <= 0:
+        yield f"the window ends ({end:g} s) before it starts ({start or 0.0:g} s)"
+    if data_type == "image" and (start, end) != (None, None):
+        yield "start and end are for videos, and this is an image"
+    if data_type == "image" and given.get("play") == "reversed":
+        yield "play is for videos, and this is an image"
+    if len(paths) < 2:
+        return
+    files = f"path names {len(paths)} {data_type}s"
+    if (start, end) != (None, None):
+        yield f"start and end are a window of one clip, and {files}; cut the clips and name the parts"
+    if problem_type in GROUNDING_FORMS:
+        yield f"a {problem_type} problem is about one {data_type}, and {files}"
+    said = [turn["content"] for turn in turns if turn.get("role", "user") == "user"]
+    if (marks := "\n".join(said).count(f"<{data_type}>")) not in (0, len(paths)):
+        yield (
+            f"{files}, and its text has the mark <{data_type}> {marks} times; write it once for each, in "
+            "order, or not at all: they then precede the question"
+        )
+
+
+def _letter(options: Sequence[str], answer: str, published: bool, in_messages: bool) -> str:
+    """Return the letter of the option that `answer` names. in_messages: the options may stand there instead.
+    Raises ValueError.
+    """
+    if len(options) < (1 if published else 2) and (options or not in_messages):
         raise ValueError(f"a multiple choice problem needs two options or more, found {len(options)}")
     letters = [match[1] if (match := _LETTER.match(option)) else "" for option in options]
     if "" in letters:
@@ -555,12 +566,14 @@ def _letter(options: Sequence[str], answer: str, published: bool) -> str:
     if not published and (same := next((text for text in texts if text and texts.count(text) > 1), None)):
         which = " and ".join(letter for letter, text in zip(letters, texts, strict=True) if text == same)
         raise ValueError(f"the options {which} are the same, {quoted(same)}")
-    if (match := _LETTER.match(answer)) is None:
+    match = _LETTER.match(answer)
+    if match is None or (not options and answer.strip("(). :") != match[1]):
         wanted = f"an option's letter, not {quoted(answer)}"
         raise ValueError(f"the solution of a multiple choice problem must be {wanted}")
-    if (letter := match[1]) not in letters:
+    letter = match[1]
+    if letter not in (letters or LETTERS):
         raise ValueError(f"the solution {letter} is not among the options {', '.join(letters)}")
-    if letter != answer.strip("(). :") and answer != options[letters.index(letter)].strip():
+    if options and letter != answer.strip("(). :") and answer != options[letters.index(letter)].strip():
         raise ValueError(f"the solution {quoted(answer)} is not the text of option {letter}")
     return letter
 
@@ -699,9 +712,9 @@ def _file_rows(path: Path) -> Iterator[tuple[int, Any]]:
     number = 0
     try:
         with path.open(encoding="utf-8-sig") as stream:
-            is_list = stream.read(_READ_CHARACTERS).lstrip().startswith("[")
+            is_list = stream.read(1 << 10).lstrip().startswith("[")
             stream.seek(0)
-            for number, row in _list_rows(stream) if is_list else _line_rows(stream):
+            for number, row in _list_rows(stream.read()) if is_list else _line_rows(stream):
                 yield number, row
     except UnicodeDecodeError:
         yield number + 1, Unreadable(not_utf8(path))
@@ -739,37 +752,32 @@ def _line_rows(stream: TextIO) -> Iterator[tuple[int, Any]]:
             yield number, Unreadable(f"line {number} is not JSON: {error}")
 
 
-def _list_rows(stream: TextIO) -> Iterator[tuple[int, Any]]:
-    """Yield the rows of a JSON list, parsed piece by piece: a long list is never in memory as a whole."""
-    decoder = json.JSONDecoder()
-    text, place, number = "", 0, 0  # place: in the text, after the last row
-    before, size, complete = 0, _READ_CHARACTERS, False  # before: characters of the file before the text
-    while True:
-        comma = _COMMA.match(text, place) if number else _BRACKET.match(text)
-        try:
-            if comma is None:
-                raise json.JSONDecodeError("a comma or ] is missing", text, place)
-            if text.startswith("]", comma.end()):
-                if comma[1] == ",":
-                    at = comma.start(1)
-                    raise json.JSONDecodeError("remove the comma before the end of the list", text, at)
-                if (text[comma.end() + 1 :] + stream.read(_READ_CHARACTERS)).strip():
-                    yield number + 1, Unreadable("there is text after the end of the list")
+def _list_rows(text: str) -> Iterator[tuple[int, Any]]:
+    """Yield the rows of a JSON list, up to the place where it is broken."""
+    decoder, number, place = json.JSONDecoder(), 0, 0  # place: after the last row
+    try:
+        while comma := (_COMMA if number else _BRACKET).match(text, place):
+            if not text.startswith("]", comma.end()):
+                row, place = decoder.raw_decode(text, comma.end())
+                number += 1
+                yield number, _sound(row, text[comma.end() : place])
+            elif comma[1] == ",":
+                reason = "remove the comma before the end of the list"
+                raise json.JSONDecodeError(reason, text, comma.start(1))
+            elif text[comma.end() + 1 :].strip():
+                raise json.JSONDecodeError("there is text after the end of the list", text, comma.end() + 1)
+            else:
                 return
-            row, end = decoder.raw_decode(text, comma.end())
-            if end == len(text) and not complete:
-                raise ValueError("a number at the end of a piece may continue")
-        except (ValueError, RecursionError) as error:
-            if complete:
-                yield number + 1, Unreadable(_broken(stream, before + getattr(error, "pos", place), error))
-                return
-            more = stream.read(size)
-            size *= 2  # a long row is parsed again with each piece: growing pieces keep the work linear
-            complete = not more
-            text, before, place = text[place:] + more, before + place, 0
-            continue
-        number, place, size = number + 1, end, _READ_CHARACTERS
-        yield number, _sound(row, text[comma.end() : end])
+        raise json.JSONDecodeError("a comma or ] is missing", text, place)
+    except (ValueError, RecursionError) as error:
+        at = (
+            error
+            if isinstance(error, json.JSONDecodeError)
+            else json.JSONDecodeError(str(error), text, place)
+        )
+        where = f"line {at.lineno}, column {at.colno}"
+        broken = f"the JSON is broken at {where}: {at.msg}; nothing after it was read"
+        yield number + 1, Unreadable(broken)
 
 
 def _sound(row: Any, text: str) -> Any:
@@ -787,12 +795,3 @@ def _sound(row: Any, text: str) -> Any:
         except UnicodeEncodeError:
             return Unreadable("it has half a character (a lone surrogate, \\ud800 to \\udfff)")
     return row
-
-
-def _broken(stream: TextIO, place: int, error: Exception) -> str:
-    """Describe an error at a character of the file."""
-    stream.seek(0)
-    text = stream.read(place)
-    where = f"line {text.count(chr(10)) + 1}, column {place - text.rfind(chr(10))}"
-    reason = getattr(error, "msg", str(error))
-    return f"the JSON is broken at {where}: {reason}; nothing after it was read"

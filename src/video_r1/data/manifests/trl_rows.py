@@ -4,9 +4,9 @@
     a text, or a list of         files, addresses, PIL images,     passed to reward functions as it is
     messages                     {"bytes": …} or {"path": …}
 
-Media may stand in the parts of a message instead. A row becomes a Sample with its own messages. Pictures and
-clips inside the table are written to a folder, since media are read from files. Built-in rewards compare with
-`solution`, `answer` or `ground_truth`, if the table has one.
+Media may be in the parts of a message instead. A row becomes a manifest's row with messages (records.py), and
+is checked like one. Pictures and clips inside the table are written to a folder, since media are read from
+files. Built-in rewards compare with `solution`, `answer` or `ground_truth`, if the table has one.
 """
 
 from __future__ import annotations
@@ -19,12 +19,13 @@ from collections.abc import Mapping
 from dataclasses import replace
 from io import BytesIO
 from itertools import islice
-from numbers import Real
+from numbers import Number
 from pathlib import Path
 from typing import Any, Literal, cast
 
 from PIL import Image
 
+from video_r1.data.answers import extract_answer
 from video_r1.data.decoding.pictures import upright
 from video_r1.data.manifests.problem_types import (
     BY_ROW,
@@ -34,7 +35,16 @@ from video_r1.data.manifests.problem_types import (
     tell_renamings,
     type_of,
 )
-from video_r1.data.manifests.records import CHAT_FORM, CheckedManifest, Problem, Sample, read_chat
+from video_r1.data.manifests.records import (
+    CHAT_FORM,
+    CheckedManifest,
+    Problem,
+    Sample,
+    check_row,
+    read_chat,
+)
+from video_r1.data.manifests.tables import OwnPlace
+from video_r1.data.scores import correctness
 from video_r1.data.sources.media_paths import MediaPaths
 from video_r1.data.sources.media_types import IMAGE_EXTENSIONS, VIDEO_EXTENSIONS
 from video_r1.data.sources.remote import is_address, on_this_machine
@@ -46,6 +56,8 @@ ANSWERS = ("solution", "answer", "ground_truth")
 NO_ANSWER = "<answer></answer>"
 Kind = Literal["image", "video"]
 MEDIA_COLUMNS: dict[str, Kind] = {"image": "image", "images": "image", "video": "video", "videos": "video"}
+READ_COLUMNS = ("start", "end", "play", "fps", "process", "data_source")
+"""Columns that are read as in a manifest."""
 Held = tuple[Kind, Any]
 """Kind of a file, and what a row has of it: path, address, PIL image, bytes; None: only its place."""
 
@@ -76,12 +88,15 @@ def trl_samples(
             questions = questions.cast_column(name, stored)
     for number, row in enumerate(questions, start=1):
         try:
-            checked.samples.append(sample := _sample(number, row, folder, places))
+            sample, found = _sample(number, row, folder, places)
+        except ValueError as error:
+            sample, found = None, [str(error)]
+        checked.problems.extend(Problem(number, None, text) for text in found)
+        if sample is not None:
             given = row.get("problem_type") or sample.problem_type
             renamings[renaming(given, sample.problem_type)] += given != sample.problem_type
+            checked.samples.append(sample)
             checked.rows.append(number)
-        except ValueError as error:
-            checked.problems.append(Problem(number, None, str(error)))
     if not checked.samples and not checked.problems:
         checked.problems.append(Problem(0, None, "it has no rows"))
     samples = checked.without_problems("a table with prompts", bad_rows)
@@ -100,8 +115,10 @@ def _undecoded(feature: Any) -> Any:
     return replace(feature, decode=False) if hasattr(feature, "decode") else feature
 
 
-def _sample(number: int, row: Any, folder: Path, places: MediaPaths) -> Sample:
-    """Return a row's sample. Raises ValueError with what is wrong with the row."""
+def _sample(number: int, row: Any, folder: Path, places: MediaPaths) -> tuple[Sample | None, list[str]]:
+    """Return a row's sample, or None and what is wrong with the row, as `check_row` does. Raises ValueError
+    for a row that has no form.
+    """
     if not isinstance(row, Mapping) or row.get(PROMPT) is None:
         raise ValueError("prompt is missing")
     columns: list[Held] = []
@@ -115,20 +132,25 @@ def _sample(number: int, row: Any, folder: Path, places: MediaPaths) -> Sample:
             f"its column {name} holds a picture or clip, which would not be shown: rename the column to "
             "image or video, or remove it"
         )
-    paths = [_file_of(value, kind, folder, places) for kind, value in media]
-    solution, problem_type = _answer(row)
+    answer, problem_type = _answer(row)
+    made = {
+        **{name: row[name] for name in READ_COLUMNS if name in row},
+        "problem_id": number,
+        "problem": turns[-1]["content"],
+        "data_type": media[0][0] if media else "text",
+        "problem_type": problem_type if answer else "free-form",
+        "solution": f"<answer>{answer or 'none'}</answer>",
+        "path": [OwnPlace(_file_of(value, kind, folder, places)) for kind, value in media],
+        "messages": turns,
+    }
+    sample, found = check_row(made, places, correctness if answer else None)
+    if sample is None:
+        return None, found
     extra = {name: value for name, value in row.items() if name not in MEDIA_COLUMNS and value is not None}
-    return Sample(
-        problem_id=row.get("problem_id", row.get("id", number)),
-        problem=turns[-1]["content"],
-        data_type=media[0][0] if media else "text",
-        problem_type=problem_type,
-        solution=solution,
-        path=paths[0] if paths else "",
-        more_paths=tuple(paths[1:]),
-        messages=turns,
-        extra={**extra, PROMPT: said},
-    )
+    solution = sample.solution if answer else NO_ANSWER
+    problem_id = row.get("problem_id", row.get("id", number))
+    sample = replace(sample, problem_id=problem_id, solution=solution, extra={**extra, PROMPT: said})
+    return replace(sample, problem_type=problem_type), []
 
 
 def _chat(prompt: Any, columns: list[Held]) -> tuple[Any, list[Held], tuple[Mapping[str, str], ...]]:
@@ -209,7 +231,7 @@ def _column_with_media(row: Mapping[str, Any]) -> str | None:
 
 
 def _answer(row: Mapping[str, Any]) -> tuple[str, ProblemType]:
-    """Return solution and type: the first column of ANSWERS with a text or a number; NO_ANSWER without.
+    """Return answer and type: the first column of ANSWERS with a text or a number; "" without.
 
     A yes/no question, whose prompt stays as it is, is compared as a text. Raises ValueError for other types.
     """
@@ -218,11 +240,11 @@ def _answer(row: Mapping[str, Any]) -> tuple[str, ProblemType]:
         raise ValueError(f"problem_type is {row['problem_type']!r}; known are {', '.join(PROBLEM_TYPES)}")
     kind = cast("ProblemType | None", {BY_ROW: None, YES_NO: "free-form"}.get(named, named))
     for value in map(row.get, ANSWERS):
-        text = str(value).strip() if isinstance(value, (str, Real)) else ""
-        if text not in ("", "nan", "inf", "-inf"):
-            tagged = text if text.startswith("<answer>") else f"<answer>{text}</answer>"
-            return tagged, kind or ("free-form" if isinstance(value, (str, bool)) else "numerical")
-    return NO_ANSWER, kind or "free-form"
+        text = str(value).strip() if isinstance(value, (str, Number)) else ""
+        if text.lower() not in ("", "nan", "inf", "-inf"):
+            answer = extract_answer(text) or text
+            return answer, kind or ("free-form" if isinstance(value, (str, bool)) else "numerical")
+    return "", kind or "free-form"
 
 
 def _file_of(held: Any, kind: Kind, folder: Path, places: MediaPaths) -> str:
