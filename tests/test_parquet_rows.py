@@ -137,7 +137,7 @@ def test_a_data_set_of_the_hub_is_read_where_it_lies(shelf: Path, clips: list[Pa
         assert set(hub.sent) == {"data/train-00001-of-00003.parquet"}
         group = whole / SHARDS * GROUP / ROWS
         assert hub.sent.total() < 1.3 * group
-        assert "reading rows: 12/12" in said
+        assert "reading tables: 3/3" in said
 
 
 def one_table(path: Path, columns: dict[str, list[Any]]) -> Path:

@@ -14,10 +14,10 @@ import os
 import posixpath
 import re
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from itertools import islice
+from itertools import islice, repeat
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, cast
 
@@ -25,7 +25,7 @@ from video_r1.availability import ask_the_hub
 from video_r1.console import Progress
 from video_r1.data.sources.archives import TABLE, cell_path
 from video_r1.data.sources.media_paths import data_type_of, is_pattern, is_saved
-from video_r1.data.sources.remote import Found, at_address, is_address
+from video_r1.data.sources.remote import at_address, is_address
 from video_r1.errors import ManifestError, MediaError, VideoR1Error
 from video_r1.processes import process_index
 
@@ -105,18 +105,14 @@ def table_rows(tables: Sequence[str], features: Mapping[str, Any] | None = None)
     tables = [table if is_address(table) else os.path.realpath(table) for table in tables]
     quiet = process_index() != 0 or not any(map(is_address, tables))
     pool = ThreadPoolExecutor(_TABLES_AT_A_TIME, thread_name_prefix="tables")
+    submitted = (pool.submit(_rows_of, table, features or {}) for table in tables)
+    waiting = deque(islice(submitted, _TABLES_AT_A_TIME))
     try:
-        footers = list(pool.map(lambda table: _read(table, _footer), tables))
-        jobs = zip(tables, footers, strict=True)
-        submitted = (pool.submit(_rows_of, *job, features or {}) for job in jobs)
-        waiting = deque(islice(submitted, _TABLES_AT_A_TIME))
-        total = sum(footer.num_rows for footer in footers)
-        with Progress(total, "reading rows", "rows", quiet=quiet) as bar:
+        with Progress(len(tables), "reading tables", "tables", quiet=quiet) as bar:
             while waiting:
-                rows = waiting.popleft().result()
+                yield from waiting.popleft().result()
                 waiting.extend(islice(submitted, 1))
-                yield from rows
-                bar.update(len(rows))
+                bar.update()
     finally:
         pool.shutdown(cancel_futures=True)
 
@@ -167,14 +163,14 @@ def placed(row: dict[str, Any]) -> dict[str, Any]:
     return {**row, "path": one.places[0] if len(one.places) == 1 else [*one.places]}
 
 
-def _read(table: str, act: Callable[[BinaryIO], Found]) -> Found:
-    """Return act(open table). Raises ManifestError."""
+def _rows_of(table: str, features: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Read a table's rows without its files. Raises ManifestError."""
     import pyarrow as pa
 
     def inside(system: Any, path: str) -> Any:
         try:
             with system.open(path, "rb", cache_type="none") as file:  # no read-ahead into other columns
-                return act(file)
+                return _light_rows(file, table, features)
         except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
             raise MediaError(table, f"not a Parquet file, or damaged ({error})") from error
 
@@ -184,23 +180,12 @@ def _read(table: str, act: Callable[[BinaryIO], Found]) -> Found:
         raise ManifestError(f"{table}: {error.reason}") from error
 
 
-def _footer(file: BinaryIO) -> Any:
-    import pyarrow.parquet as pq
-
-    return pq.read_metadata(file)
-
-
-def _rows_of(table: str, footer: Any, features: Mapping[str, Any]) -> list[dict[str, Any]]:
-    return _read(table, lambda file: _light_rows(file, table, footer, features))
-
-
-def _light_rows(file: BinaryIO, name: str, footer: Any, features: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Read a table's rows without its files."""
+def _light_rows(file: BinaryIO, name: str, features: Mapping[str, Any]) -> list[dict[str, Any]]:
     import datasets
     import pyarrow.parquet as pq
 
     limit = max(_LEAST_LIMIT, _LARGEST_RATIO * file.seek(0, os.SEEK_END))
-    table = pq.ParquetFile(file, metadata=footer, pre_buffer=True)  # reads near columns as one range
+    table = pq.ParquetFile(file, pre_buffer=True)  # reads near columns as one range
     own: datasets.Features = datasets.Features.from_arrow_schema(table.schema_arrow)
     names = table.schema_arrow.names
     held = held_files({column: features.get(column, own[column]) for column in names})
@@ -210,25 +195,21 @@ def _light_rows(file: BinaryIO, name: str, footer: Any, features: Mapping[str, A
         for column, values in batch.to_pydict().items():
             columns[column] += values
     columns = datasets.Features({column: own[column] for column in light}).decode_batch(columns)
-    lengths: dict[str, list[int]] = {}  # files in each cell of a column of lists
+    count = table.metadata.num_rows
     leaves = [table.schema.column(number).path for number in range(len(table.schema))]
-    for column in (column for column, (_, alone) in held.items() if not alone):
-        if beside := [leaf for leaf in leaves if leaf.startswith(f"{column}.") and leaf.endswith(".path")]:
+    for column, (kind, alone) in held.items():
+        items: Iterable[Sequence[int | None] | None] = repeat((None,) if alone else None, count)
+        beside = [leaf for leaf in leaves if leaf.startswith(f"{column}.") and leaf.endswith(".path")]
+        if beside and not alone:
             cells = (batch.column(column) for batch in _batches(table, beside[:1], limit, name))
-            lengths[column] = [len(files or ()) for cell in cells for files in cell.to_pylist()]
-
-    def places(column: str, row: int) -> tuple[str, ...] | None:
-        if held[column][1]:
-            return (OwnPlace(cell_path(column, row, name)),)
-        if column not in lengths:
-            return None
-        return tuple(OwnPlace(cell_path(column, row, name, item)) for item in range(lengths[column][row]))
-
-    return [
-        {column: values[row] for column, values in columns.items()}
-        | {column: InTable(column, kind, places(column, row)) for column, (kind, _) in held.items()}
-        for row in range(footer.num_rows)
-    ]
+            items = [range(len(files or ())) for some in cells for files in some.to_pylist()]
+        columns[column] = [
+            InTable(column, kind, each if each is None else tuple(
+                OwnPlace(cell_path(column, row, name, item)) for item in each
+            ))
+            for row, each in enumerate(items)
+        ]  # fmt: skip
+    return [{column: values[row] for column, values in columns.items()} for row in range(count)]
 
 
 def _batches(table: Any, columns: Sequence[str], limit: int, name: str) -> Iterator[Any]:
