@@ -96,21 +96,21 @@ def parse_located(text: str, problem_type: str) -> Located | None:
         parsed = json.loads(text)
     except (ValueError, RecursionError):
         return None
-    if not isinstance(parsed, dict):
-        return None
-    time = _numbers(parsed.get("time"), 2)
+    return _located(parsed, problem_type) if isinstance(parsed, dict) else None
+
+
+def _located(named: Mapping[str, Any], problem_type: str) -> Located | None:
+    time = None if problem_type in ("spatial grounding", "tracking") else _numbers(named.get("time"), 2)
     if problem_type == "temporal grounding":
-        return Located(time=time) if time else None
+        return time and Located(time=time)
     if problem_type == "spatial grounding":
-        box = _numbers(parsed.get("boxes"), 4)
-        return Located(box=box) if box else None
-    named = parsed.get("boxes")
-    if not isinstance(named, dict) or (problem_type != "tracking" and time is None):
+        box = _numbers(named.get("boxes"), 4)
+        return box and Located(box=box)
+    frames = named.get("boxes")
+    if not isinstance(frames, dict) or (problem_type != "tracking" and time is None):
         return None
-    boxes = {_number(second): _numbers(box, 4) for second, box in named.items()}
-    if None in boxes or None in boxes.values():
-        return None
-    return Located(time=None if problem_type == "tracking" else time, boxes=boxes)  # type: ignore[arg-type]
+    boxes: dict[Any, Any] = {_number(second): _numbers(box, 4) for second, box in frames.items()}
+    return None if None in boxes or None in boxes.values() else Located(time=time, boxes=boxes)
 
 
 def read_located(text: str, problem_type: str, last: bool = False) -> Located | None:
@@ -124,14 +124,10 @@ def read_located(text: str, problem_type: str, last: bool = False) -> Located | 
     if exact := parse_located(text, problem_type):
         return exact
     for parsed in _json_parts(text):
-        if found := _understood(parsed, problem_type):
+        if found := _located(_in_form(parsed, problem_type), problem_type):
             return found
-    if problem_type == "temporal grounding" and (time := _span_in_words(text, last)):
-        return Located(time=time)
-    if problem_type == "spatial grounding" and len(numbers := _NUMBERS.findall(text)) == 4:
-        box = _numbers([float(number) for number in numbers], 4)
-        return Located(box=box) if box else None
-    return None
+    coordinates = [float(number) for number in _NUMBERS.findall(text)]
+    return _located({"time": _span_in_words(text, last), "boxes": coordinates}, problem_type)
 
 
 def truth_problems(text: str, problem_type: str, data_type: str, window: float | None) -> Iterator[str]:
@@ -209,7 +205,8 @@ def _json_parts(text: str) -> Iterator[Any]:
                 yield parsed
 
 
-def _understood(parsed: Any, problem_type: str) -> Located | None:
+def _in_form(parsed: Any, problem_type: str) -> dict[str, Any]:
+    """Return what other keys, quotes and bare lists say, in the exact form; invalid parts are left out."""
     if isinstance(parsed, list) and len(parsed) == 1:
         parsed = parsed[0]
     named = parsed if isinstance(parsed, dict) else {}
@@ -218,20 +215,15 @@ def _understood(parsed: Any, problem_type: str) -> Located | None:
         if time is None and start in named and end in named:
             time = [named[start], named[end]]
     if problem_type == "temporal grounding":
-        span = _times(parsed if time is None else time)
-        return Located(time=span) if span else None
+        return {"time": _times(parsed if time is None else time)}
     if problem_type == "spatial grounding":
         if isinstance(boxes, list) and len(boxes) == 1:
             boxes = boxes[0]
-        box = _numbers(_unquoted(parsed if boxes is None else boxes), 4)
-        return Located(box=box) if box else None
+        return {"boxes": _unquoted(parsed if boxes is None else boxes)}
     frames = boxes if isinstance(boxes, dict) else named
-    read = {_second(second): _numbers(_unquoted(box), 4) for second, box in frames.items()}
-    kept = {second: box for second, box in read.items() if second is not None and box is not None}
-    span = None if problem_type == "tracking" else _times(time)
-    if span is None and (problem_type != "tracking" or not kept):
-        return None
-    return Located(time=span, boxes=kept)
+    kept = {_second(second): _unquoted(box) for second, box in frames.items()}
+    kept = {second: box for second, box in kept.items() if second is not None and _numbers(box, 4)}
+    return {"time": _times(time), "boxes": kept if kept or problem_type != "tracking" else None}
 
 
 def _first(named: Mapping[str, Any], names: tuple[str, ...]) -> Any:
@@ -242,14 +234,11 @@ def _unquoted(value: Any) -> Any:
     return [_number(one) for one in value] if isinstance(value, list) else value
 
 
-def _times(value: Any) -> Span | None:
+def _times(value: Any) -> list[float | None] | None:
     """Parse two times, each a number or a text."""
     if isinstance(value, str):
         return _span_in_words(value, last=False)
-    if not isinstance(value, list) or len(value) != 2:
-        return None
-    start, end = (_second(one) for one in value)
-    return None if start is None or end is None else (start, end)
+    return [_second(one) for one in value] if isinstance(value, list) else None
 
 
 def _second(value: Any) -> float | None:
@@ -268,10 +257,9 @@ def _clock(text: str) -> float:
     return seconds
 
 
-def _span_in_words(text: str, last: bool) -> Span | None:
+def _span_in_words(text: str, last: bool) -> list[float | None] | None:
     """Find the first or last "3.2s to 5s" of a text, or else its two times if it has exactly two."""
     spans = [match.groups() for match in _SPAN.finditer(text)]
-    if not spans:
-        times = _TIMES.findall(text)
-        spans = [times] if len(times) == 2 else []
-    return _times(list(spans[-1 if last else 0])) if spans else None
+    if not spans and len(times := _TIMES.findall(text)) == 2:
+        spans = [times]
+    return [_second(one) for one in spans[-1 if last else 0]] if spans else None
