@@ -16,7 +16,7 @@ from tgrpo_trainers import first_step, make_trainer, policy_of
 from tiny_questions import read_lines, row
 
 from video_r1.data.manifests.records import load_manifest
-from video_r1.data.prompts import PromptBuilder, TextPrompts, blind_prompt, contrast_frames, contrast_prompt
+from video_r1.data.prompts import PromptBuilder, TextPrompts, blind_prompt, contrast_order, contrast_prompt
 from video_r1.data.rollouts import Rollout
 from video_r1.models.group_forward import group_logprobs
 from video_r1.models.loading import freeze_vision, load_model, load_processor
@@ -30,7 +30,7 @@ CONTRASTS = get_args(Contrast)
 
 
 def frames(contrast: Contrast, count: int, seed: int = 0) -> list[int] | None:
-    shown = contrast_frames(contrast, count, torch.Generator().manual_seed(seed))
+    shown = contrast_order(contrast, [count], torch.Generator().manual_seed(seed))
     return None if shown is None else shown.tolist()
 
 
@@ -63,7 +63,7 @@ def test_contrast_prompt(family: str, contrast: Contrast) -> None:
     ordered = builder.build(make_sample(), clip)
     prompt = contrast_prompt(make_sample(), clip, builder, contrast, torch.Generator().manual_seed(0))
     assert prompt is not None and prompt.order == contrast and ordered.order == "ordered"
-    shown = contrast_frames(contrast, 8, torch.Generator().manual_seed(0))
+    shown = contrast_order(contrast, [8], torch.Generator().manual_seed(0))
     assert shown is not None and prompt.permutation is not None
     assert torch.equal(prompt.permutation, shown)
     assert torch.equal(prompt.media[0].frames, clip.frames[shown])
@@ -85,7 +85,7 @@ def test_contrast_prompt(family: str, contrast: Contrast) -> None:
 
 def test_contrasts_of_temporal_patches() -> None:
     def shown(contrast: Contrast, count: int, seed: int = 0) -> list[int] | None:
-        found = contrast_frames(contrast, count, torch.Generator().manual_seed(seed), "patch")
+        found = contrast_order(contrast, [count], torch.Generator().manual_seed(seed), "patch")
         return None if found is None else found.tolist()
 
     assert shown("reversed", 8) == [6, 7, 4, 5, 2, 3, 0, 1]

@@ -15,6 +15,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass, replace
+from itertools import accumulate
 from pathlib import Path
 from typing import Any, Self
 
@@ -168,13 +169,8 @@ class TextPrompts:
         replace its mark in the user's text; without marks they precede the first question.
         """
         turns = sample.messages or ({"role": "user", "content": self.question(sample)},)
-        pieces = between_marks(sample, turns)
-        if pieces is None:
-            pieces = [[turn["content"]] for turn in turns]
-            first = next(place for place, turn in enumerate(turns) if turn["role"] == "user")
-            pieces[first] = [*[""] * len(visuals), *pieces[first]]
         waiting, chat = iter(visuals), []
-        for turn, (start, *others) in zip(turns, pieces, strict=True):
+        for turn, (start, *others) in zip(turns, _around_files(sample, turns), strict=True):
             behind = [part for piece in others for part in (*next(waiting), *_text(piece))]
             chat.append({**turn, "content": [*_text(start), *behind] or [{"type": "text", "text": ""}]})
         return chat
@@ -224,8 +220,8 @@ class TextPrompts:
         return Prompt(nothing, {}, media, order, [tools_turn(contents)], like.contrast, like.thinks)
 
 
-def between_marks(sample: Sample, turns: Sequence[Mapping[str, str]]) -> list[list[str]] | None:
-    """Split each turn's text at the marks where the sample's files go; None without marks.
+def _around_files(sample: Sample, turns: Sequence[Mapping[str, str]]) -> list[list[str]]:
+    """Split each turn's text where the sample's files go: at their marks, or else before the first question.
 
     Only marks in user turns count: templates of newer models drop visuals in other turns. Other numbers of
     marks than of files are plain text for one file, and raise PromptError for several.
@@ -239,7 +235,11 @@ def between_marks(sample: Sample, turns: Sequence[Mapping[str, str]]) -> list[li
             f"question {sample.problem_id!r}: its prompt has the mark {sample.mark} {marks} times for "
             f"{count} files; write it once for each, or nowhere, in the record and the template"
         )
-    return pieces if marks == count else None
+    if marks != count:
+        pieces = [[turn["content"]] for turn in turns]
+        first = next(place for place, turn in enumerate(turns) if turn["role"] == "user")
+        pieces[first][:0] = [""] * count
+    return pieces
 
 
 def _text(text: str) -> list[dict[str, str]]:
@@ -465,35 +465,26 @@ _CONTRASTS: dict[Contrast, Callable[[int, Generator], Tensor]] = {  # of a clip 
 }
 
 
-def contrast_frames(
-    contrast: Contrast, frames: int, generator: Generator, unit: ContrastUnit = "frame"
-) -> Tensor | None:
-    """Return [T'] int64, the frame numbers that the contrast shows of a clip; None if it is too short.
-
-    unit: what shuffled and reversed permute.
-    """
-    by_patch = unit == "patch" and contrast in ("shuffled", "reversed")
-    if frames < (2 * TEMPORAL_PATCH if by_patch or contrast == "dropped" else 2):
-        return None
-    if not by_patch:
-        return _CONTRASTS[contrast](frames, generator)
-    patches = torch.arange(frames).split(TEMPORAL_PATCH)
-    return torch.cat([patches[i] for i in _CONTRASTS[contrast](len(patches), generator)])
-
-
 def contrast_order(
     contrast: Contrast, clips: Sequence[int], generator: Generator, unit: ContrastUnit = "frame"
 ) -> Tensor | None:
-    """Return `contrast_frames` of several clips, numbered through all of them. clips: frames per clip.
+    """Return [T'] int64, the frame numbers that the contrast shows, counted through all clips.
 
-    A clip that is too short for the contrast keeps its order; None if all are.
+    clips: frames per clip. unit: what shuffled and reversed permute. A clip that is too short for the
+    contrast keeps its order; None if all are.
     """
-    found = [contrast_frames(contrast, frames, generator, unit) for frames in clips]
-    if all(order is None for order in found):
+    by_patch = unit == "patch" and contrast in ("shuffled", "reversed")
+    fewest = 2 * TEMPORAL_PATCH if by_patch or contrast == "dropped" else 2
+    if all(frames < fewest for frames in clips):
         return None
-    orders = [torch.arange(n) if order is None else order for order, n in zip(found, clips, strict=True)]
-    firsts = [sum(clips[:place]) for place in range(len(clips))]
-    return torch.cat([first + order for first, order in zip(firsts, orders, strict=True)])
+    orders = []
+    for first, frames in zip(accumulate(clips, initial=0), clips, strict=False):
+        order = torch.arange(first, first + frames)
+        if frames >= fewest:
+            units = order.split(TEMPORAL_PATCH if by_patch else 1)
+            order = torch.cat([order[:0], *(units[i] for i in _CONTRASTS[contrast](len(units), generator))])
+        orders.append(order)
+    return torch.cat(orders)
 
 
 def contrast_prompt(

@@ -1,16 +1,8 @@
 """Prompt templates (the user's text of a question) and chat templates (the assistant's turn).
 
-A prompt template is plain text with the placeholders `{question}`, `{options}`, `{hint}` and `{subtitles}`
-(`{{` and `}}` stand for single braces). A line that contains only `{options}` or `{subtitles}` is dropped
-when the question has none. A template file may also replace answer hints, one line per problem type:
-
-    {question}
-    {options}
-    Think first, then answer. {hint}
-    #hint multiple choice: Answer with one letter.
-    #hint OCR: Answer with the text that you read.
-
-Types without such a line keep the hint in `ANSWER_HINTS`.
+A prompt template is plain text with the placeholders {question}, {options}, {hint} and {subtitles}; `{{` and
+`}}` are braces. A line of {options} or {subtitles} alone is left out where the question has none. A line such
+as `#hint OCR: Give the text.` replaces the hint of a problem type in `ANSWER_HINTS`.
 
 Chat templates of models that think by default (Qwen3.5) begin the assistant's turn with `<think>`, or with an
 empty pair of the tags if thinking is off, which some control by the variable `enable_thinking`. Here a
