@@ -23,10 +23,11 @@ _ARTICLE = rf"(?:{_WHICH}|an?)"
 _N = r"\[[^]]+\]"
 _KNOWN = rf"\[(?:{_WHICH}_[^]]+|i|we|he|she|they)\]"  # a subject of which there is one
 _THERE = r"(?!\[the_(?:picture|image|screen))"  # what is in a picture need not move
+_DRAWN = r"(?!\[\w*_(?:map|flag|card|shirt|book|paper|newspaper|coin|circle|square|star|pattern)s?\])"
 _SUBJECT = rf"{_N}(?: (?:in|with|wearing|of) {_THERE}{_N})?"
 _CLAUSE = re.compile(rf"(?:({_SUBJECT}) )?(?:(am|is|are|was|were) )?(?:(being) )?([\w'-]+)(?: (.+))?")
 _WITH = rf" (?:with|using|by) {_N}"
-_PLACE = rf" ?\b(?:on|along|across|through|over|in|past|around|at) {_THERE}\[{_ARTICLE}_[^]]+\]"
+_PLACE = rf" ?\b(?:on|along|across|through|over|in|past|around|at) {_THERE}{_DRAWN}\[{_ARTICLE}_[^]]+\]"
 _BESIDE = re.compile(rf"{_WITH}|{_PLACE}")
 _FROM_TO = re.compile(
     r"(?:\[?colou?r\]? )?(from )?(?:the )?(.+?)(?: side)? (?:in)?to (?:the )?(.+?)(?: side)?"
@@ -37,12 +38,19 @@ _AFTER = re.compile(r"(?: ,)? after ")
 _EITHER = re.compile(
     rf"((?:is|are|was|were|do|does|did) {_SUBJECT}(?: [\w ]+(?= \S+ or)| (?=\S+ing or))) ?(\S+) or (\S+)"
 )
-_COUNT = re.compile(rf"how many (?:times (?:do|does|did) {_SUBJECT} ([\w'-]+)|{_N} are (?:there|visible))")
+_COUNT = re.compile(
+    rf"how many (?:times (?:do|does|did) {_SUBJECT} ([\w'-]+)|(?!\[(?:goal|shot)){_N} are (?:there|visible))"
+)
+_TRAIT = re.compile(rf"{_WITH}|\bfrom {_N} to {_N}")  # of a thing: "opens with a key"
 _SMALL = {
     *re.split(" ", "in on at of to with by for from and or that which who as then before after followed ,")
 }
-_DO = {"people", "animals", "flyers", "vehicles", "bodies"}
+_PRONOUNS = {"", "i", "we", "he", "she", "they"}
+_LIVING = {"people", "animals", "flyers"}
+_DO = _LIVING | {"vehicles", "bodies"}
 _MOVE = _DO | {"shapes", "things", "views", "measures"}
+_ABLE = {"camera": {"cameras"}, "legs": _LIVING, "spinning": _MOVE - {"vehicles"}}
+"""Kinds that the verbs of a list can move; a car that turns left does so backwards, too."""
 Turn = tuple[str, str]
 """Start and end of a change: moving left is (right, left)."""
 Form = tuple[str, str]
@@ -112,7 +120,7 @@ class Reversals:
             raise Unknown("the question has several sentences or a quotation")
         if problem_type in ("numerical", "regression"):
             count = _COUNT.fullmatch(asked)
-            if not count or (count[1] and not self._is("alike", count[1])):
+            if not count or (count[1] and not self._is("counted", count[1])):
                 raise Unknown("the number may change")
             return answer
         if problem_type != "multiple choice" or not options:
@@ -165,6 +173,12 @@ class Reversals:
                 raise Unknown("what lasts may last before and after")
             if any(event.verb in self.lists["lasting"] for event in events) or sum(map(_turning, story)) > 1:
                 raise Unknown("it may be so both ways")
+            if (
+                clauses
+                and not any(map(_turning, story))
+                and len({event.subject for event in events} - _PRONOUNS) > 1
+            ):
+                raise Unknown("one may do so before and after the other")
         elif "[it]" in asked or not re.fullmatch(rf"{_KNOWN}.*", named):
             raise Unknown("the question does not say which one")
         elif any(end.startswith("appear") for event in events for _, end in event.turns):
@@ -181,12 +195,14 @@ class Reversals:
         moving = {word for word in leftover if self._is("motion", word)}
         tells = moving | self.lists["tells"].intersection(leftover)
         strange = set(leftover) - self.lists["asks"] - tells - {","} | set(re.findall(r"\bto (\w+)", text))
-        if strange or not tells or sum(word in moving for word in leftover) > 1:
+        general = re.search(rf"\bdo (?!{_KNOWN})\[", text)  # "which way do clocks go?"
+        if strange or general or not tells or sum(word in moving for word in leftover) > 1:
             raise Unknown(f"the question has “{min(strange, default=text)}”")
         kinds = set[str]().union(*map(self._kinds, re.findall(_N, text)))
         moves = self.lists["movements"].intersection(leftover)
         way = "correct" not in leftover and (moves or (moving and self.lists["ways"].intersection(leftover)))
-        return kinds, bool(way) and (not kinds or bool(kinds & _MOVE))
+        verbs = [verb for word in moving for verb, _ in self.forms[word] if verb in self.lists["motion"]]
+        return kinds, bool(way) and all(self._can(verb, kinds) for verb in verbs or [""])
 
     def _story(self, text: str, kinds: set[str], way: bool, base: bool = False) -> Story:
         """Read a text. kinds: of the nouns asked about. way: read bare directions. base: as after "does"."""
@@ -207,7 +223,8 @@ class Reversals:
             passive = form == "done" and bool(being or (be and verb in self.lists["alike"]))
             active = form == "ing" if be else not being and (form != "done" or bool(subject or rest))
             state = form == "ing" and verb in self.lists["states"]
-            if (passive or active) and (form == "base" or not base) and not state:
+            trait = form in ("base", "s") and kinds and not kinds & _LIVING and _TRAIT.search(f" {rest}")
+            if (passive or active) and (form == "base" or not base) and not (state or trait):
                 for event in self._happens(verb, rest, kinds, passive):
                     yield event._replace(subject=_bare(subject))
 
@@ -222,23 +239,23 @@ class Reversals:
                 yield Event("", verb, found[0], (*found[1], _bare(thing[1]) if thing else ""))
         for how, particle, turn, of in self.turning.get(verb, ()):
             particle = f" {particle}" if particle else ""
-            tail = (
-                _BESIDE.pattern if kinds & {"people", "animals", "flyers"} else _WITH
-            )  # "grows on a wall" is a state
+            tail = _BESIDE.pattern if kinds & _LIVING else _WITH  # "grows on a wall" is a state
             alone = re.fullmatch(rf"{particle}((?:{tail})*)", f" {rest}".rstrip())
             thing = rf"(?:{particle}( {_N})|( {_N}){particle})((?:{_BESIDE.pattern})*)"
             if alone and how != ("itself" if passive else "done") and (not kinds or kinds & of):
                 yield Event("", "", frozenset({turn}), ("", _bare(alone[1])))
             does = how != "itself" and not passive and (not kinds or kinds & _DO)
-            if does and (to := re.fullmatch(thing, f" {rest}")) and self._kinds(to[1] or to[2]) & of:
+            if does and (to := re.fullmatch(thing, f" {rest}")) and self._thing(to[1] or to[2]) & of:
                 yield Event("", "", frozenset({turn}), (_bare(to[1] or to[2]), _bare(to[3])))
         if verb in self.lists["alike"] | self.lists["lasting"] and self._neutral(rest):
             yield Event("", verb, frozenset(), (_bare(rest),))
 
     def _turns(self, verb: str, text: str, kinds: set[str]) -> tuple[frozenset[Turn], tuple[str, ...]] | None:
         """Return what turns by the words after a verb, and what they name beside; None for other words."""
+        moves = not verb or (verb in self.lists["motion"] and self._can(verb, kinds))
+        if re.search(r"\b(?:up|down|away|off|out) (?:with|by)\b", text):  # "comes up with a plan"
+            return None
         beside, text = tuple(map(_bare, _BESIDE.findall(text))), _BESIDE.sub("", text).strip()
-        moves = not verb or (verb in self.lists["motion"] and (not kinds or bool(kinds & _MOVE)))
         if found := _FROM_TO.fullmatch(text):
             start, end = _bare(found[2]), _bare(found[3])
             sides = [self.ways.get(("bare", each), (("", ""),))[0] for each in (end, start)]
@@ -250,14 +267,24 @@ class Reversals:
             if found[1] and start != end and one_step and (places or changes):
                 return frozenset({(start, end)}), beside
         more = re.fullmatch(rf"(.+?)(?: (?:to|from) ({_N}))?", text) if verb in self.lists["become"] else None
-        if more and ("more", more[1]) in self.ways:
-            return frozenset({self.ways["more", more[1]][0]}), (*beside, _bare(more[2] or ""))
-        turns = {turn for part in text.split(" and ") if (turn := self._way(part, verb))}
+        if more and (way := self.ways.get(("more", more[1]))):
+            if kinds and not kinds & (way[1] or kinds - {"rooms", "slopes", "surfaces"}):
+                return None
+            return frozenset({way[0]}), (*beside, _bare(more[2] or ""))
+        turns = {turn for part in text.split(" and ") if (turn := self._way(part, verb, kinds))}
         one_way = len(set(map(frozenset, turns))) == 1 + text.count(" and ")
         return (frozenset(turns), beside) if moves and one_way else None
 
-    def _way(self, text: str, verb: str) -> Turn | None:
+    def _can(self, verb: str, kinds: set[str]) -> bool:
+        """Tell whether what is of these kinds (of any, if empty) can move as a verb of motion says."""
+        able = next((of for name, of in _ABLE.items() if verb in self.lists[name]), _MOVE)
+        return not kinds or (bool(kinds & able) and "lines" not in kinds)
+
+    def _way(self, text: str, verb: str, kinds: set[str]) -> Turn | None:
         """Return the direction that a text names; None if it names none in which the verb can go."""
+        vertical = text.split(" ")[0] in ("up", "down")
+        if vertical and (verb in self.lists["spinning"] or "switches" in kinds):  # "turns down the page"
+            return None
         if noun := re.fullmatch(rf"(.+) ({_N})", text):
             turn, kinds = self.ways.get(("to", noun[1]), (("", ""), set()))
             if self._kinds(noun[2]) & kinds:
@@ -293,7 +320,9 @@ class Reversals:
             known = self.stops | _SMALL if k > i else self.stops | _SMALL | self.lists["asks"] | {*self.forms}
             heads = range(k, min(k + (5 if k > i else 1 + 2 * bare), len(words)))
             head = next((j for j in heads if self._noun(words[j])), None)
-            if head is None or (head == i and words[i] in self.forms) or not known.isdisjoint(words[k:head]):
+            before = words[k:head]
+            is_verb = any(re.fullmatch(r"\w*[^s]s", word) for word in before) or words[i] in self.forms
+            if head is None or (k == i and is_verb) or not known.isdisjoint(before):
                 out.append(words[i])
             else:
                 while self._noun("".join(words[head + 1 : head + 2])) and words[head + 1] not in self.forms:
@@ -308,6 +337,12 @@ class Reversals:
         word = re.sub("'s?$", "", word)
         stems = [word, *(word.removesuffix(end) for end in ("s", "es") if len(word) > 3)]
         return next((self.nouns[stem] for stem in stems if stem in self.nouns), set())
+
+    def _thing(self, noun: str) -> set[str]:
+        """Return the kinds of what something is done to; none for idioms such as "lock eyes"."""
+        kinds = self._kinds(noun)
+        idiom = re.fullmatch(rf" ?\[(?!{_ARTICLE}_).+s\]", noun) and kinds & {"bodies", "openings"}
+        return kinds if not idiom or "clothes" in kinds else set()
 
     def _kinds(self, noun: str) -> set[str]:
         return self._noun(re.findall(r"[\w'-]+", noun)[0].split("_")[-1])
