@@ -173,11 +173,8 @@ class Reversals:
                 raise Unknown("what lasts may last before and after")
             if any(event.verb in self.lists["lasting"] for event in events) or sum(map(_turning, story)) > 1:
                 raise Unknown("it may be so both ways")
-            if (
-                clauses
-                and not any(map(_turning, story))
-                and len({event.subject for event in events} - _PRONOUNS) > 1
-            ):
+            subjects = {event.subject for event in events} - _PRONOUNS
+            if clauses and len(subjects) > 1 and not any(map(_turning, story)):
                 raise Unknown("one may do so before and after the other")
         elif "[it]" in asked or not re.fullmatch(rf"{_KNOWN}.*", named):
             raise Unknown("the question does not say which one")
