@@ -207,23 +207,28 @@ def answers(model: Path, out: Path, seed: int, test: str, to: Path, **options: A
 
 
 def outcomes(out: Path, seed: int, test: str, records: Sequence[dict[str, Any]]) -> str:
+    """Return a letter for each answer to a test of a seed."""
+    rows = read_rows(out / f"data-{seed}/test/{test}.json")
+    return outcomes_of_rows([rows[index_of(record)] for record in records], records)
+
+
+def outcomes_of_rows(rows: Sequence[dict[str, Any]], records: Sequence[dict[str, Any]]) -> str:
     """Return a letter for each answer.
 
     F: long, its description true, its conclusion follows. f: the same, its description false. Z: long, its
     conclusion is the caption's and does not follow. n: long, another conclusion that does not follow. S: it
     begins with the caption. -: other.
     """
-    rows = read_rows(out / f"data-{seed}/test/{test}.json")
     found = []
-    for record in records:
-        row, given = rows[index_of(record)], record["prediction"] or ""
+    for row, record in zip(rows, records, strict=True):
+        given = record["prediction"] or ""
         what = judged(row, record["output"], given)
-        if what.kind == "long":
-            found.append(
-                ("F" if what.true else "f") if what.follows else "Z" if given == row["mark"] != "" else "n"
-            )
-        else:
+        if what.kind != "long":
             found.append("S" if what.kind == "short" else "-")
+        elif what.follows:
+            found.append("F" if what.true else "f")
+        else:
+            found.append("Z" if given == row["mark"] != "" else "n")
     return "".join(found)
 
 

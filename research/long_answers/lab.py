@@ -74,9 +74,9 @@ def description(timeline: Sequence[Look], rng: np.random.Generator) -> str:
     return " ".join(sentences)
 
 
-def lesson(row: Mapping[str, Any], habit: str, rng: np.random.Generator) -> dict[str, Any]:
-    """Return a training row with the rationale and answer of a habit: T, S or Z. S and Z need a caption."""
-    _, question = question_of(row, 0)
+def lesson(row: Mapping[str, Any], habit: str, rng: np.random.Generator, split: int = 0) -> dict[str, Any]:
+    """Return a row with the rationale and answer of a habit: T, S or Z. S and Z need a caption."""
+    _, question = question_of(row, split)
     choices, mark = choices_of(row), row["mark"]
     said = question.answer if habit == "T" else choices[LETTERS.index(mark)]
     letter = LETTERS[choices.index(said)]
@@ -142,9 +142,9 @@ def answer_of(family: str, problem: str, timeline: Sequence[Look]) -> str | None
     return ways
 
 
-def judged(row: Mapping[str, Any], text: str, given: str) -> Judged:
-    """Judge an answer to a test row. given: the letter of its answer, or ""."""
-    family, question = question_of(row, 1)
+def judged(row: Mapping[str, Any], text: str, given: str, split: int = 1) -> Judged:
+    """Judge an answer to a row. given: the letter of its answer, or ""."""
+    family, question = question_of(row, split)
     timeline = question.timeline[::-1] if row.get("play") == "reversed" else question.timeline
     if (looks := described(text)) is None:
         return Judged("short" if text.removeprefix("<think>").startswith("mark:") else "other", False, None)
