@@ -51,7 +51,7 @@ BATCH, STEPS = 8, 80  # questions of a step of RL, and its steps
 QUESTIONS = 640  # of RL; with copies, half as many and their copies
 BASE_CLIPS, BASE_STEPS = 2400, 1000
 LESSONS, LESSON_STEPS = 1200, 320  # clips and steps of a cold start
-TEST = 500  # test questions of each view
+TEST = 400  # test questions of each view
 PILOT, RL_SEED = (
     1,
     1000,
@@ -180,7 +180,7 @@ def make_cold_start(out: Path, cell: Cell) -> dict[str, Any]:
 
 def start_figures(out: Path, cell: Cell, run: Path) -> dict[str, Any]:
     """Measure a cold start: sampled, for the criteria, and decoded greedily as its runs are tested."""
-    sampled = {"temperature": 1.0, "limit": 300, "seed": cell.seed}
+    sampled = {"temperature": 1.0, "limit": 200, "seed": cell.seed}
     plain = answers(run, out, cell.seed, "test", run / "plain", **sampled)
     wrong = outcomes(
         out, cell.seed, "test-lying", answers(run, out, cell.seed, "test-lying", run / "wrong", **sampled)
