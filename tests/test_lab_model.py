@@ -2,26 +2,20 @@
 
 from __future__ import annotations
 
+import re
+
 import numpy as np
 import pytest
 import torch
 
 from video_r1.data.decoding.decoders import read_media
-from video_r1.data.decoding.media import Media
 from video_r1.data.manifests.records import Sample
 from video_r1.data.prompts import Prompt, PromptBuilder
 from video_r1.data.scores import format_reward
 from video_r1.lab.clips import write_clip
-from video_r1.lab.model import (
-    FRAME_TIMES,
-    Conversations,
-    base_folder,
-    frame_side,
-    patches,
-)
+from video_r1.lab.model import IGNORE, Conversations, base_folder, frame_side
 from video_r1.lab.questions import first_colour
 from video_r1.lab.scenes import FPS, SECONDS, Look, listing, render
-from video_r1.models.families import FAMILIES as KNOWN
 from video_r1.models.group_forward import group_logprobs
 from video_r1.models.loading import load_model, load_processor, size_multiple
 from video_r1.rollout.engine import SamplingSettings
@@ -68,30 +62,15 @@ def asked(processor, tmp_path_factory: pytest.TempPathFactory) -> list[tuple[Pro
     return asked
 
 
-def test_pretraining_asks_as_the_processor_does(family: str, processor) -> None:
-    """The same pixels in the same layout, the same tokens: placeholders, and times where there are any."""
-    timestamps = KNOWN[family].timestamp_tokens > 0
-    conversations = Conversations(processor, timestamps, seed=0)
-    row = next(
-        row for row in map(conversations.row, map(np.random.default_rng, range(20))) if not row.is_image
-    )
-    timeline = first_colour(np.random.default_rng(0)).timeline
-    frames = render(timeline, FRAME_TIMES, np.random.default_rng(0))
-    small = torch.nn.functional.interpolate(
-        torch.from_numpy(frames).permute(0, 3, 1, 2),
-        size=2 * [frame_side(processor)],
-        mode="bicubic",
-        antialias=True,
-    )
-    media = Media(small, torch.tensor(FRAME_TIMES, dtype=torch.float64), SECONDS, "video")
-    sample = Sample(0, "?", "video", "multiple choice", "<answer>A</answer>", "clip.mp4")
-    prompt = PromptBuilder(processor).build(sample, media)
-    given = patches(frames, processor.image_processor)
-    torch.testing.assert_close(given, prompt.features["pixel_values_videos"], atol=1e-5, rtol=1e-5)
-
-    pad = processor.video_token_id
-    first, last = (int(ids.eq(pad).nonzero()[-1]) for ids in (row.input_ids, prompt.input_ids))
-    assert row.input_ids[: first + 1].tolist() == prompt.input_ids[: last + 1].tolist()
+def test_pretraining_trains_the_responses(processor) -> None:
+    """Labels are what the assistant says, each with its end: not requests, placeholders or padding."""
+    conversations = Conversations(processor, seed=0)
+    chats = [conversations.chat(np.random.default_rng(seed)) for seed in range(12)]
+    assert {len(frames) for _, frames in chats} == {1, 8}
+    batch = conversations.collate(chats)
+    for (text, _), labels in zip(chats, batch["labels"], strict=True):
+        said = re.findall(r"assistant\n(.*?<\|im_end\|>)", text, re.DOTALL)
+        assert len(said) >= 2 and processor.tokenizer.decode(labels[labels != IGNORE]) == "".join(said)
 
 
 def test_base_knows_what_came_when(model, processor, asked) -> None:

@@ -8,9 +8,8 @@ that ship with the package are ordinary checkpoint folders, made by `video-r1 la
 import copy
 import itertools
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
-from functools import partial
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,6 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import DataLoader, IterableDataset
 from transformers import (
     AutoConfig,
@@ -30,11 +28,11 @@ from transformers import (
 )
 
 from video_r1.data.answers import LETTERS, lettered
+from video_r1.data.decoding.media import resize
 from video_r1.data.templates import ANSWER_HINTS, INSTRUCTION
 from video_r1.files import claimed, follow_umask, replace_json
 from video_r1.lab.questions import ASKED_TYPES, any_question, read_mark
 from video_r1.lab.scenes import FPS, MARKS, MOMENTS, SECONDS, Look, listing, random_look, render
-from video_r1.models.families import FAMILIES
 from video_r1.settings.commands import BaseSettings
 from video_r1.settings.training_record import RECORD
 
@@ -78,21 +76,6 @@ LEARNING_RATE = 1e-3
 WARMUP = 200  # steps
 # Times of the frames that are sampled from a lab clip (2 a second, evenly spaced).
 FRAME_TIMES: list[float] = (np.round(np.linspace(0, SECONDS * FPS - 1, 8)) / FPS).tolist()
-STAMPS = [
-    f"<{(first + second) / 2:.1f} seconds>"
-    for first, second in zip(FRAME_TIMES[::2], FRAME_TIMES[1::2], strict=True)
-]
-"""Timestamps before each temporal patch of a clip, for processors that write them."""
-
-
-@dataclass(frozen=True, slots=True)
-class Row:
-    """A conversation about a clip or image. `pixels`: patches [N, 6 · patch²] float32, in model order."""
-
-    input_ids: Tensor  # [L]
-    labels: Tensor  # [L]
-    pixels: Tensor
-    is_image: bool
 
 
 def corpus(seed: int, rows: int = 4000) -> Iterator[str]:
@@ -135,34 +118,11 @@ def _timeline(rng: np.random.Generator) -> tuple[tuple[Look, ...], list[str]]:
     return timeline, kinds
 
 
-def patches(frames: np.ndarray, images: Any) -> Tensor:
-    """Resize and normalise frames as the image processor `images` does.
-
-    [T, 112, 112, 3] uint8 (T even, or 1) -> [T/2 · 16, 6 · patch²] float32.
-    """
-    if len(frames) == 1:
-        frames = frames.repeat(2, axis=0)
-    patch = images.patch_size
-    small = F.interpolate(
-        torch.from_numpy(frames).permute(0, 3, 1, 2),
-        size=(4 * patch, 4 * patch),
-        mode="bicubic",
-        antialias=True,
-    )
-    mean, std = (torch.tensor(values)[:, None, None] for values in (images.image_mean, images.image_std))
-    values = (small.float() / 255 - mean) / std
-    steps = len(frames) // 2
-    values = values.view(steps, 2, 3, 2, 2, patch, 2, 2, patch)
-    return values.permute(0, 3, 6, 4, 7, 2, 1, 5, 8).reshape(steps * 16, -1)
-
-
 class Conversations(IterableDataset):
     """Endless conversations of several turns, each with another request or random words."""
 
-    def __init__(self, processor: Any, timestamps: bool, seed: int) -> None:
-        self.vocabulary, self.seed = processor.tokenizer.get_vocab(), seed
-        self.images, self.timestamps = processor.image_processor, timestamps
-        self._encode = partial(processor.tokenizer.encode, add_special_tokens=False)
+    def __init__(self, processor: Any, seed: int) -> None:
+        self.processor, self.seed = processor, seed
         self.words = sorted({word for text in corpus(seed, 400) for word in text.split() if "<" not in word})
 
     def _request(self, rng: np.random.Generator) -> str:
@@ -174,7 +134,8 @@ class Conversations(IterableDataset):
         options = rng.permutation(list(question.choices)).tolist() if rng.random() < 0.5 else []
         return "\n".join([question.problem, *lettered(options), words])
 
-    def row(self, rng: np.random.Generator) -> Row:
+    def chat(self, rng: np.random.Generator) -> tuple[str, Tensor]:
+        """Draw a conversation. Return its text and frames [T, 3, side, side] uint8; an image has T = 1."""
         timeline, kinds = _timeline(rng)
         mark = _any_mark(rng)
         is_image = len(timeline) == 1
@@ -188,53 +149,54 @@ class Conversations(IterableDataset):
             if rng.random() < 0.3:
                 request = f"{request} {kind}?"
             turns.append((request, read_mark(mark) if kind == "mark" else f"{listing(timeline, kind)}."))
-        visual = self._visual(is_image)
-        ids: list[int] = []
-        labels: list[int] = []
+        visual = f"<|vision_start|><|{'image' if is_image else 'video'}_pad|><|vision_end|>"
+        text = ""
         for request, response in turns:
-            asked = self._encode(f"<|im_start|>user\n{visual}{request}<|im_end|>\n<|im_start|>assistant\n")
-            said = self._encode(f"{response}<|im_end|>")
-            end = self._encode("\n")
-            ids += asked + said + end
-            labels += [IGNORE] * len(asked) + said + [IGNORE] * len(end)
+            text += f"<|im_start|>user\n{visual}{request}<|im_end|>\n"
+            text += f"<|im_start|>assistant\n{response}<|im_end|>\n"
             visual = ""  # only in the first turn
-        return Row(torch.tensor(ids), torch.tensor(labels), patches(frames, self.images), is_image)
-
-    def _visual(self, is_image: bool) -> str:
-        """Return the placeholders as the family's processor writes them, four tokens a temporal patch."""
-        if is_image:
-            blocks = ["<|image_pad|>" * 4]
-        elif self.timestamps:
-            blocks = [f"{time}<|vision_start|>{'<|video_pad|>' * 4}<|vision_end|>" for time in STAMPS]
-        else:
-            blocks = ["<|video_pad|>" * 4] * len(STAMPS)
-        return f"<|vision_start|>{''.join(blocks)}<|vision_end|>"
+        side = frame_side(self.processor)
+        return text, resize(torch.from_numpy(frames).permute(0, 3, 1, 2), side, side)
 
     def __iter__(self) -> Iterator[dict[str, Tensor]]:
         torch.set_num_threads(1)
         for index in itertools.count():
             rng = np.random.default_rng((self.seed, index))
-            rows = sorted((self.row(rng) for _ in range(8 * BATCH)), key=lambda row: len(row.input_ids))
-            for at in rng.permutation(8):  # rows of similar length share a batch: less padding
-                yield self.collate(sorted(rows[at * BATCH : (at + 1) * BATCH], key=lambda row: row.is_image))
+            chats = sorted((self.chat(rng) for _ in range(8 * BATCH)), key=lambda chat: len(chat[0]))
+            for at in rng.permutation(8):  # chats of similar length share a batch: less padding
+                yield self.collate(chats[at * BATCH : (at + 1) * BATCH])
 
-    def collate(self, rows: list[Row]) -> dict[str, Tensor]:
-        """Batch rows. Padding is on the right, which causal attention does not see: no attention mask."""
-        names = ("endoftext", "image_pad", "video_pad")
-        pad, image, video = (self.vocabulary[f"<|{name}|>"] for name in names)
-        ids = pad_sequence([row.input_ids for row in rows], batch_first=True, padding_value=pad)
-        labels = pad_sequence([row.labels for row in rows], batch_first=True, padding_value=IGNORE)
-        types = ids.eq(image).int() + 2 * ids.eq(video).int()
-        batch = {"input_ids": ids, "labels": labels, "mm_token_type_ids": types}
-        images, videos = ([row for row in rows if row.is_image is wanted] for wanted in (True, False))
-        for suffix, kind, picked in (("", "image", images), ("_videos", "video", videos)):
-            if picked:
-                batch[f"pixel_values{suffix}"] = torch.cat([row.pixels for row in picked])
-                grids = [(len(row.pixels) // 16, 4, 4) for row in picked]
-                batch[f"{kind}_grid_thw"] = torch.tensor(grids)
-        if videos and not self.timestamps:
-            batch["second_per_grid_ts"] = torch.ones(len(videos))
-        return batch
+    def collate(self, chats: Sequence[tuple[str, Tensor]]) -> dict[str, Tensor]:
+        """Return the model's inputs, and `labels` [B, L]: the ids of responses with their ends, else IGNORE.
+
+        Padding is on the right, which causal attention does not see: no attention mask.
+        """
+        images = [frames for _, frames in chats if len(frames) == 1]
+        videos = [frames for _, frames in chats if len(frames) > 1]
+        about = {"fps": 1.0, "total_num_frames": SECONDS, "duration": SECONDS, "frames_indices": FRAME_TIMES}
+        settings = {"video_metadata": [about] * len(videos), "do_sample_frames": False} if videos else {}
+        if videos and hasattr(self.processor.video_processor, "cap_pixels_per_frame"):
+            settings["cap_pixels_per_frame"] = False  # for resizing only; warns if unset
+        inputs = self.processor(
+            text=[text for text, _ in chats],
+            images=[frame for frames in images for frame in frames] or None,
+            videos=videos or None,
+            do_resize=False,
+            padding=True,
+            padding_side="right",
+            return_tensors="pt",
+            **settings,
+        )
+        ids = inputs["input_ids"]
+        start, end = (
+            ids.eq(self.processor.tokenizer.convert_tokens_to_ids(f"<|im_{name}|>"))
+            for name in ("start", "end")
+        )
+        turn, ended = start.cumsum(1), end.cumsum(1)  # odd turns are the user's
+        header = start | start.roll(1, 1) | start.roll(2, 1)
+        is_said = (turn % 2 == 0) & ((ended < turn) | end) & ~header
+        batch = {name: value for name, value in inputs.items() if name != "attention_mask"}
+        return batch | {"labels": ids.where(is_said, IGNORE)}
 
 
 def pretrain_base(settings: BaseSettings) -> None:
@@ -247,7 +209,6 @@ def pretrain_base(settings: BaseSettings) -> None:
 def _pretrain(settings: BaseSettings, folder: Path) -> None:
     steps = settings.steps
     torch.set_num_threads(settings.threads)
-    timestamps = FAMILIES[settings.family].timestamp_tokens > 0
     model: Any = build_model(settings.seed, settings.family)
     processor: Any = AutoProcessor.from_pretrained(base_folder(settings.family))
     for name in ("is_local", "local_files_only"):  # how it was loaded is no part of the checkpoint
@@ -267,7 +228,7 @@ def _pretrain(settings: BaseSettings, folder: Path) -> None:
     rest = [p for p in model.parameters() if p.ndim <= 1]
     groups = [{"params": decay, "weight_decay": 0.05}, {"params": rest, "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.98), fused=True)
-    conversations = Conversations(processor, timestamps, settings.seed)
+    conversations = Conversations(processor, settings.seed)
     loader = DataLoader(conversations, batch_size=None, num_workers=1, prefetch_factor=4)
     start, total, count = time.perf_counter(), 0.0, 0
     for step, inputs in zip(range(1, steps + 1), loader, strict=False):
