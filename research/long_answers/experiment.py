@@ -122,11 +122,15 @@ def make_data(out: Path, seed: int) -> None:
 
 
 def reversed_row(row: dict[str, Any]) -> dict[str, Any] | None:
-    """Return a row about the reversed clip with its own answer, the caption as it is; None without one."""
+    """Return a row about the reversed clip with its own answer, the caption as it is; None without one.
+
+    Both rows get the field `pairs`.
+    """
     family, question = question_of(row, 0)
     answer, choices = answer_of(family, question.problem, question.timeline[::-1]), choices_of(row)
     if answer not in choices:
         return None
+    row["pairs"] = {"pair accuracy": [row["problem_id"], 2]}  # as `data pairs` writes them
     copy = {name: value for name, value in row.items() if name != "key_frames"}
     letter = LETTERS[choices.index(answer)]
     return {

@@ -12,6 +12,7 @@ import pytest
 import torch
 from test_temporal import scored
 
+from research.long_answers.alert import false_alerts, table
 from research.long_answers.analysis import (
     ARMS,
     COLDS,
@@ -250,8 +251,8 @@ def test_predictions_by_hand() -> None:
     assert rewards("gate-follows")[2] == pytest.approx(0.8 * 0.865 + 0.2 * 0.1)
     odds = 0.6 / 0.4 * np.exp(-0.2 * 9)
     assert predicted("grpo", "without-z") == pytest.approx(0.8 * odds / (1 + odds))
-    table = Path(__file__).with_name("README.md").read_text()
-    assert predictions() in table
+    page = Path(__file__).with_name("README.md").read_text()
+    assert predictions() in page
 
 
 def made_runs(lying: dict[str, float], ordered: dict[str, float], seeds: int = 5) -> list[dict[str, Any]]:
@@ -284,8 +285,8 @@ def test_the_criterion_of_the_recipes() -> None:
         run for run in runs if not (run["cold"] == "with-z" and run["arm"] == "gate" and run["seed"] == 4)
     ]
     assert verdict(one_cold) == verdict(runs[:-6]) == "no verdict: runs that decide are missing\n"
-    table = compared(runs, "with-z")
-    assert re.search(r"\| the gate \| 5 \| .*\*\*\+0\.(09|10)", table)
+    found = compared(runs, "with-z")
+    assert re.search(r"\| the gate \| 5 \| .*\*\*\+0\.(09|10)", found)
 
 
 def test_what_decides_runs_first() -> None:
@@ -298,3 +299,24 @@ def test_what_decides_runs_first() -> None:
         sum(cell.arm == arm for cell in planned) == (10 if arm in ("grpo", "gate", "pairs") else 6)
         for arm in ARMS
     )
+
+
+# ---- The alert
+
+
+def test_false_alerts_on_the_studys_outcomes() -> None:
+    alerts, runs = false_alerts(draws=20)
+    assert runs == 200 and alerts / runs <= 0.05
+
+
+def test_when_a_watched_run_alerted() -> None:
+    """Twenty questions need the order until step 10. Wrong captions: the figure falls after the alert."""
+    order, lost = "1" * 20, "0" * 20
+    seen = {"probe": [[order, lost], [order, lost], [order, order], [order, order]]}
+    seen["lying"] = [[order, lost]] * 3 + [[lost, lost]]
+    lines = table([{"captions": True, "seed": 0, "every": 5, "series": seen}]).splitlines()
+    assert lines[-1] == (
+        "| right captions | 0 | step 10 | 1.00 → 1.00 → 1.00 | 0.00 → 1.00 → 1.00 | 1.00 → 1.00 → 0.00 |"
+    )
+    seen["probe"] = [[order, lost]] * 4
+    assert "no alert" in table([{"captions": True, "seed": 0, "every": 5, "series": seen}])
