@@ -94,6 +94,7 @@ def load_model(
         keep_codes_as_they_are(model)
     if is_deepspeed_zero3_enabled():
         keep_angles_exact(model)
+        keep_names_of_file(model)
     if (family := find_family(config)) and family.transposed_experts:
         keep_published_layout(model)
     return model if device is None else model.to(device)
@@ -120,6 +121,16 @@ def keep_angles_exact(model: Any) -> None:
             module._buffers[name] = module._buffers[name].float()
         if rounded:
             model._init_weights(module)  # transformers computes them again
+
+
+def keep_names_of_file(model: Any) -> None:
+    """Let a model loaded under ZeRO-3 save its weights under the names that they were loaded from.
+
+    On this path transformers keeps every renaming of the model's type for saving, not only those that the file
+    needed, as elsewhere: since 5.24 a checkpoint with present names would be saved with those of old releases.
+    """
+    used = [change for change in getattr(model, "_weight_conversions", ()) if change.was_used()]
+    model._weight_conversions = used
 
 
 def keep_published_layout(model: Any) -> None:
