@@ -21,7 +21,7 @@ from measured_memory import (
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
 
-from video_r1.models.group_forward import group_logprobs
+from video_r1.models.group_forward import attending_in_rows, group_logprobs
 from video_r1.rollout.engine import SamplingSettings
 from video_r1.rollout.transformers import TransformersEngine
 from video_r1.training.objective import policy_loss
@@ -43,6 +43,7 @@ def measure(folder: Path, hidden: int, layers: int) -> None:
     model, optimizer = accelerator.prepare(plain, optimizer)
     prompt = question()
 
+    @attending_in_rows(model)
     def update() -> None:
         model.train()
         with accelerator.autocast():

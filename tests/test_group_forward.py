@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib import import_module
 from typing import Any
 
 import pytest
@@ -9,10 +10,13 @@ import torch
 from group_batches import VIDEO, build, expanded_logprobs, make_prompt, tokens_of
 from tiny_models import FAMILY_ROWS, HYBRID
 from torch import Tensor
+from torch.utils.checkpoint import CheckpointError
 
 from video_r1.data.prompts import Prompt
 from video_r1.errors import ConfigError, PromptError
-from video_r1.models.group_forward import encode_vision, group_logprobs, prompt_positions
+from video_r1.models import gated_delta
+from video_r1.models.families import FAMILIES
+from video_r1.models.group_forward import attending_in_rows, encode_vision, group_logprobs, prompt_positions
 from video_r1.models.loading import add_lora, freeze_vision
 
 torch.set_num_threads(1)
@@ -89,8 +93,11 @@ def test_gradient_checkpointing_changes_nothing(family: str) -> None:
     weights = torch.randn(30)
     plain = gradients(model, group_logprobs(model, prompts, completions).logprobs, weights)
     model.gradient_checkpointing_enable({"use_reentrant": False})
-    result = group_logprobs(model, prompts, completions).logprobs
-    assert_same_gradients(gradients(model, result, weights), plain, relative=1e-6)
+    with attending_in_rows(model):
+        result = group_logprobs(model, prompts, completions).logprobs
+        assert_same_gradients(gradients(model, result, weights), plain, relative=1e-6)
+    with pytest.raises(CheckpointError):  # layers that run again outside must not attend in another way
+        gradients(model, group_logprobs(model, prompts, completions).logprobs, weights)
     torch.testing.assert_close(result, expanded_batch(model, prompts, completions), atol=1e-5, rtol=0)
 
 
@@ -161,13 +168,23 @@ def test_positions_by_hand() -> None:
     assert after == 6
 
 
+def functions_of(family: str) -> list[Any]:
+    """The functions of transformers that a row replaces."""
+    module = FAMILIES[family].state_functions
+    names = (gated_delta.CONVOLUTION, gated_delta.RULE) if module else ()
+    return [getattr(import_module(str(module)), name) for name in names]
+
+
 @pytest.mark.parametrize("family", ["qwen2_5_vl", "qwen3_5"])
 def test_generation_between_updates_is_unchanged(family: str) -> None:
     model = build(family)
+    configs = model.config.text_config, model.config.vision_config
+    functions = functions_of(family)
     prompt = make_prompt(family, 3, VIDEO_A, 2)
     before = model.generate(prompt.input_ids[None], **prompt.features, max_new_tokens=5, do_sample=False)
     for _ in range(2):
         group_logprobs(model, [prompt], [tokens_of(4, 4)])
+    assert {part._attn_implementation for part in configs} == {"sdpa"} and functions_of(family) == functions
     after = model.generate(prompt.input_ids[None], **prompt.features, max_new_tokens=5, do_sample=False)
     assert torch.equal(before, after)
     assert "video_r1" not in model.config.to_json_string()  # nor in a checkpoint

@@ -32,7 +32,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from video_r1.cli import main
 from video_r1.errors import ConfigError
-from video_r1.models.group_forward import group_logprobs
+from video_r1.models.group_forward import attending_in_rows, group_logprobs
 from video_r1.models.loading import add_lora, load_model
 from video_r1.models.lora import is_four_bit
 from video_r1.plan.fake_trace import LiveBytes, gated_delta_rule
@@ -270,6 +270,7 @@ def test_the_plan_agrees_with_a_measured_update(
     prompt = question()
     assert len(prompt.input_ids) == plan.row.prompt
 
+    @attending_in_rows(policy)
     def update() -> None:
         result = group_logprobs(policy, [prompt], COMPLETIONS, with_entropy=True)
         with torch.no_grad(), starting_adapters(policy, adapters):

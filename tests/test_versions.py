@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -36,9 +37,6 @@ def newer(monkeypatch: Patch) -> None:
 
 def no_patched_functions(patch: Patch) -> None:
     patch.setattr(gated_delta, "RULE", "the_rule_by_its_new_name")
-    patch.setattr(group_forward, "fork_states", gated_delta.fork_states.__wrapped__)
-    module = gated_delta.import_module(str(families.QWEN3_5.state_functions))
-    patch.setattr(module, gated_delta.CONVOLUTION, getattr(module, gated_delta.CONVOLUTION))
 
 
 def unused_functions(patch: Patch) -> None:
@@ -47,7 +45,7 @@ def unused_functions(patch: Patch) -> None:
     for name in (gated_delta.CONVOLUTION, gated_delta.RULE):
         function = getattr(module, name)
         patch.setattr(module, name, lambda *args, group_layout=None, f=function, **kw: f(*args, **kw))
-    patch.setattr(group_forward, "fork_states", lambda module: None)
+    patch.setattr(group_forward, "forking_states", lambda module: nullcontext())
 
 
 def no_layout(patch: Patch) -> None:

@@ -11,6 +11,7 @@ modules look the implementation up by name; a call without a row's layout goes t
 
 import itertools
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
@@ -35,6 +36,17 @@ _flash_backward: Any = getattr(torch.ops.aten, "_scaled_dot_product_flash_attent
 
 sdpa_attention_forward: Any = AttentionInterface().get("sdpa")
 flex_attention_forward: Any = AttentionInterface().get("flex_attention")
+
+
+@contextmanager
+def replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
+    """Give an attribute another value inside."""
+    before = getattr(owner, name)
+    setattr(owner, name, value)
+    try:
+        yield
+    finally:
+        setattr(owner, name, before)
 
 
 class GroupSpan(NamedTuple):

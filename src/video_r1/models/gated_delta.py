@@ -4,13 +4,14 @@
     prompt ─► state [H, Dk, Dv] and the last K - 1 inputs of a convolution ┼─► …
                                                                            └─► completion G
 
-transformers' layers look up a convolution and a rule in their module by name. `fork_states` replaces both by
-functions that follow a row's layout. Calls without a layout go to the original function: the kernel that
-transformers has picked (`causal_conv1d`, `fla`), or torch's own.
+transformers' layers look up a convolution and a rule in their module by name. Inside `forking_states` both
+follow a row's layout. Calls without a layout go to the original function: the kernel that transformers has
+picked (`causal_conv1d`, `fla`), or torch's own.
 """
 
-from collections.abc import Callable
-from functools import cache, wraps
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import wraps
 from importlib import import_module
 from typing import Any
 
@@ -18,17 +19,21 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from video_r1.models.attention import ForkLayout, RowLayout
+from video_r1.models.attention import ForkLayout, RowLayout, replaced
 
 CONVOLUTION, RULE = "causal_conv1d_fn", "torch_chunk_gated_delta_rule"
 
 
-@cache
-def fork_states(module: str) -> None:
-    """Replace the two functions in transformers' module of this name, once a process."""
-    found = import_module(module)
-    setattr(found, CONVOLUTION, forked_convolution(getattr(found, CONVOLUTION)))
-    setattr(found, RULE, forked_rule(getattr(found, RULE)))
+@contextmanager
+def forking_states(name: str) -> Iterator[None]:
+    """Replace the two functions in transformers' module of this name inside."""
+    module = import_module(name)
+    convolution, rule = getattr(module, CONVOLUTION), getattr(module, RULE)
+    with (
+        replaced(module, CONVOLUTION, forked_convolution(convolution)),
+        replaced(module, RULE, forked_rule(rule)),
+    ):
+        yield
 
 
 def forked_convolution(convolve: Callable[..., Tensor]) -> Callable[..., Tensor]:

@@ -10,7 +10,8 @@ values and gradients equal those of the expanded batch.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple, TypeVar, cast
@@ -22,12 +23,12 @@ from torch.utils.checkpoint import checkpoint
 
 from video_r1.data.prompts import Prompt
 from video_r1.errors import ConfigError, PromptError
-from video_r1.models.attention import IMPLEMENTATION, RowLayout, row_layout
+from video_r1.models.attention import IMPLEMENTATION, RowLayout, replaced, row_layout
 from video_r1.models.checked import works
 from video_r1.models.families import check_kind, family_names, family_of, find_family, text_of, tower_of
-from video_r1.models.gated_delta import fork_states
+from video_r1.models.gated_delta import forking_states
 from video_r1.models.general_forward import Encoded, encode_prompts, general_scores
-from video_r1.models.vision import encode_visuals
+from video_r1.models.vision import attending_in_segments, encode_visuals
 from video_r1.processes import process_count
 
 Result = TypeVar("Result")
@@ -258,6 +259,24 @@ def piece_positions(model: Any, pieces: Pieces, start: int = 0) -> tuple[Tensor,
     return torch.cat(parts, 1), start
 
 
+@contextmanager
+def attending_in_rows(model: nn.Module) -> Iterator[None]:
+    """Let a model of a known family follow a row's layout inside; calls without a layout are as outside.
+
+    `group_logprobs` enters it by itself. A backward pass with activation checkpointing runs layers again, so
+    it has to be inside, too. model: also within PEFT, DDP or FSDP.
+    """
+    inner = vision_language_model(model)
+    family, config = find_family(inner), text_of(inner).config
+    with ExitStack() as changed:
+        if family is not None and config._attn_implementation != IMPLEMENTATION:
+            changed.enter_context(replaced(config, "_attn_implementation", IMPLEMENTATION))
+            changed.enter_context(attending_in_segments(tower_of(inner)))
+            if family.state_functions:
+                changed.enter_context(forking_states(family.state_functions))
+        yield
+
+
 class Row(NamedTuple):
     """Inputs of the text model for a row of groups, and where completions start and end [G of each group]."""
 
@@ -272,13 +291,13 @@ def row_of(
     answers: Sequence[Sequence[Pieces]],
     vision_features: Sequence[VisualFeatures | None] | None = None,
 ) -> Row:
-    """Build the row of groups: every completion continues where its prompt ends. Sets the attention of the
-    text model, which has to be full attention (ConfigError).
+    """Build the row of groups: every completion continues where its prompt ends.
+
+    Raises ConfigError for a text model with sliding-window attention.
     """
     text = text_of(model)
     if "sliding_attention" in (getattr(text.config, "layer_types", None) or ()):
         raise ConfigError("the text layers use sliding-window attention; one row needs full attention")
-    text.config._attn_implementation = IMPLEMENTATION
     device = model.get_input_embeddings().weight.device
     ids, given, positions, after = [], [], [], []
     for prompt, group in zip(prompts, answers, strict=True):
@@ -295,10 +314,7 @@ def row_of(
             given.append(torch.full((len(ids[-1]),), is_given))
     row_ids, in_prompt = torch.cat(ids)[None].to(device), torch.cat(given)[None].to(device)
     lengths = [[sum(map(_length, answer)) for answer in group] for group in answers]
-    kernel = None
-    if states := family_of(model).state_functions:
-        fork_states(states)
-        kernel = text.config.linear_conv_kernel_dim
+    kernel = text.config.linear_conv_kernel_dim if family_of(model).state_functions else None
     layout = row_layout([len(prompt.input_ids) for prompt in prompts], lengths, device, kernel)
     parts = all_parts(prompts, answers)
     features: Any = visual_features(model, parts) if vision_features is None else vision_features
@@ -321,8 +337,9 @@ def _predicting_states(
     inputs: list[list[Pieces]] = [
         [[*answer[:-1], cast(Tensor, answer[-1])[:-1]] for answer in group] for group in answers
     ]
-    row = row_of(model, prompts, inputs, vision_features)
-    hidden = text_of(model)(**row.inputs, use_cache=False).last_hidden_state[0]
+    with attending_in_rows(model):
+        row = row_of(model, prompts, inputs, vision_features)
+        hidden = text_of(model)(**row.inputs, use_cache=False).last_hidden_state[0]
     return hidden[_predicting_positions(row.layout, answers).to(hidden.device)]
 
 
@@ -421,16 +438,9 @@ def small_question(model: Any) -> tuple[Prompt, list[Tensor]]:
 
 
 def _by_row(model: Any) -> Tensor:
-    """Return the log-probs of `small_question`; leave the model as it was."""
+    """Return the log-probs of `small_question`."""
     prompt, answers = small_question(model)
-    config, visual = text_of(model).config, tower_of(model)
-    before = config._attn_implementation
-    try:
-        hidden = _predicting_states(model, [prompt], [[[tokens] for tokens in answers]], None)
-    finally:
-        config._attn_implementation = before
-        for block in visual.blocks:
-            block.attn.config = visual.config
+    hidden = _predicting_states(model, [prompt], [[[tokens] for tokens in answers]], None)
     return _of_tokens(model.get_output_embeddings()(hidden), torch.cat(answers))
 
 

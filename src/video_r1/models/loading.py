@@ -126,8 +126,8 @@ def keep_angles_exact(model: Any) -> None:
 def keep_names_of_file(model: Any) -> None:
     """Let a model loaded under ZeRO-3 save its weights under the names that they were loaded from.
 
-    On this path transformers keeps every renaming of the model's type for saving, not only those that the file
-    needed, as elsewhere: since 5.24 a checkpoint with present names would be saved with those of old releases.
+    On this path transformers keeps every renaming of the model's type for saving, not only those that the
+    file needed: since 5.24 a checkpoint with present names would be saved with those of old releases.
     """
     used = [change for change in getattr(model, "_weight_conversions", ()) if change.was_used()]
     model._weight_conversions = used

@@ -16,7 +16,6 @@ from torch.nn import functional
 
 from video_r1.models.checked import Checked
 from video_r1.models.families import text_of, tower_of
-from video_r1.models.vision import PatchProjection
 
 LEAST_PRODUCTS = 2**20  # multiplications; a call of oneDNN costs 10 µs more, too much for smaller products
 MOST_ARRANGED_BYTES = 2**30  # arranged weights are copies; a larger model's weights are not copied
@@ -61,7 +60,7 @@ def onednn_linears(model: Any, rows: int) -> Iterator[None]:
 
 def _plain(module: Any) -> bool:
     """Return whether it is a float32 linear layer on the CPU, or the tower's patch convolution."""
-    if type(module) not in (nn.Linear, nn.Conv3d, PatchProjection) or "forward" in vars(module):
+    if type(module) not in (nn.Linear, nn.Conv3d) or "forward" in vars(module):
         return False
     weight = module.weight
     return type(weight.data) is Tensor and weight.device.type == "cpu" and weight.dtype == torch.float32

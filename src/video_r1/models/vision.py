@@ -8,8 +8,8 @@ those of transformers.
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import AttentionInterface
 
+from video_r1.models.attention import replaced
 from video_r1.models.checked import Checked
 from video_r1.models.families import Family, family_of, tower_of
 
@@ -53,18 +54,10 @@ class Segments:
         return cls(starts.to(device), int(kinds.max()), buckets, order, back)
 
 
-class PatchProjection(nn.Conv3d):
-    """A Conv3d whose kernel covers its whole input, computed as a matrix product.
-
-    In bf16 Conv3d is many times slower on GPUs, and some GPUs have no kernel for it.
-    """
-
-    def forward(self, input: Tensor) -> Tensor:
-        """Embed patches [patches, channels, time, height, width] -> [patches, d, 1, 1, 1]."""
-        return patch_projection(input, self.weight, self.bias)
-
-
 def _as_product(patches: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """Embed patches [patches, channels, time, height, width] -> [patches, d, 1, 1, 1]: a Conv3d whose kernel
+    covers its whole input, as a matrix product.
+    """
     return F.linear(patches.flatten(1), weight.flatten(1), bias)[..., None, None, None]
 
 
@@ -79,17 +72,25 @@ def encode_visuals(model: Any, pixels: Tensor, grids: Tensor) -> Any:
     """
     visual = tower_of(model)
     projection = visual.patch_embed.proj
-    if type(projection) is nn.Conv3d:
-        projection.__class__ = PatchProjection
     device = projection.weight.device
     arguments: dict[str, Any] = {}
-    if visual.config._attn_implementation == "sdpa":  # the default
-        for block in visual.blocks:
-            if block.attn.config is visual.config:  # copied: others may build a model from this config
-                block.attn.config = copy.copy(visual.config)
-                block.attn.config._attn_implementation = IMPLEMENTATION
-        arguments = tower_arguments(family_of(model), visual, grids, device)
-    return model.model.get_image_features(pixels.to(device), grids, return_dict=True, **arguments)
+    with ExitStack() as changed:
+        changed.enter_context(attending_in_segments(visual))
+        if visual.config._attn_implementation == IMPLEMENTATION:
+            arguments = tower_arguments(family_of(model), visual, grids, device)
+        if type(projection) is nn.Conv3d and "forward" not in vars(projection):
+            # In bf16 Conv3d is many times slower on GPUs, and some GPUs have no kernel for it.
+            projection.forward = lambda input: patch_projection(input, projection.weight, projection.bias)
+            changed.callback(delattr, projection, "forward")
+        return model.model.get_image_features(pixels.to(device), grids, return_dict=True, **arguments)
+
+
+@contextmanager
+def attending_in_segments(visual: Any) -> Iterator[None]:
+    """Let a tower with the default attention use `vision_attention` inside; another attention stays."""
+    chosen = visual.config._attn_implementation
+    with replaced(visual.config, "_attn_implementation", IMPLEMENTATION if chosen == "sdpa" else chosen):
+        yield
 
 
 def tower_arguments(family: Family, visual: Any, grids: Tensor, device: torch.device) -> dict[str, Any]:

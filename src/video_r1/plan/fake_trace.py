@@ -21,12 +21,12 @@ from torch.utils._pytree import tree_leaves
 from transformers import AttentionInterface, AutoModelForImageTextToText, PreTrainedConfig
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
+from video_r1.models.attention import replaced
 from video_r1.models.families import find_family, text_of, tower_of, vision_parameters
 from video_r1.models.gated_delta import RULE
 from video_r1.models.group_forward import vision_language_model
 from video_r1.models.loading import with_trained_parts
 from video_r1.models.lora import IN_FULL, adapted_linears
-from video_r1.rollout.engine import replaced
 from video_r1.settings.shared import ModelSettings
 from video_r1.settings.training import SFTSettings, TGRPOSettings
 

@@ -170,17 +170,6 @@ def stop_token_ids(generation: GenerationConfig, tokenizer: Any) -> list[int]:
 
 
 @contextmanager
-def replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
-    """Give an attribute another value inside."""
-    before = getattr(owner, name)
-    setattr(owner, name, value)
-    try:
-        yield
-    finally:
-        setattr(owner, name, before)
-
-
-@contextmanager
 def eval_mode(model: nn.Module) -> Iterator[None]:
     """Put every module into eval mode, and back into its own mode afterwards."""
     training = [module for module in model.modules() if module.training]

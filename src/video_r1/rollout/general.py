@@ -13,6 +13,7 @@ from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
 from video_r1.data.prompts import Prompt
 from video_r1.data.rollouts import Rollout
+from video_r1.models.attention import replaced
 from video_r1.models.general_forward import encode_prompts, prompt_inputs, without_placeholders
 from video_r1.models.lora import merged_adapters
 from video_r1.rollout.engine import (
@@ -22,7 +23,6 @@ from video_r1.rollout.engine import (
     as_rollouts,
     draw,
     eval_mode,
-    replaced,
     uniform_numbers,
     useful_threads,
     wanted_counts,

@@ -18,9 +18,11 @@ from transformers import DynamicCache
 from video_r1.data.prompts import Prompt
 from video_r1.data.rollouts import Rollout
 from video_r1.errors import ConfigError
+from video_r1.models.attention import replaced
 from video_r1.models.checked import works
 from video_r1.models.families import text_of, with_cache
 from video_r1.models.group_forward import (
+    attending_in_rows,
     embedded,
     group_logprobs,
     prompt_positions,
@@ -37,7 +39,6 @@ from video_r1.rollout.engine import (
     as_rollouts,
     draw,
     eval_mode,
-    replaced,
     uniform_numbers,
     useful_threads,
     wanted_counts,
@@ -203,7 +204,7 @@ class TransformersEngine(InProcessEngine):
                 groups.append((prompt.parts[0][1], []))
             groups[-1][1].append(prompt)
         firsts = [first for first, _ in groups]
-        with replaced(self._text_config, "_attn_implementation", self._text_config._attn_implementation):
+        with attending_in_rows(self.model):
             row = row_of(self.model, firsts, [[answer.pieces[1:] for answer in group] for _, group in groups])
             cache: Any = DynamicCache(config=self._text_config)
             hidden = self._text(**row.inputs, **with_cache(self._text, cache)).last_hidden_state[0]

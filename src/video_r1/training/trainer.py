@@ -8,7 +8,7 @@ from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
@@ -39,7 +39,7 @@ from video_r1.data.tools import Toolbox
 from video_r1.errors import ConfigError, VideoR1Error
 from video_r1.files import follow_umask, is_finished
 from video_r1.models.checked import NEWEST_TESTED
-from video_r1.models.group_forward import in_one_row, vision_language_model
+from video_r1.models.group_forward import attending_in_rows, in_one_row, vision_language_model
 from video_r1.models.loading import load_model, size_multiple
 from video_r1.models.lora import record_four_bits
 from video_r1.processes import (
@@ -411,7 +411,9 @@ class QuestionTrainer(Trainer, ABC):
                 quarantine.unlink(missing_ok=True)  # of an earlier start
             return checkpoint, finished, known, [line["problem_id"] for line in keep_until(quarantine, 0)]
 
-        with naming_lost_processes(self.folder), claimed_by_first(self.folder):
+        model: Any = self.model
+        rows = attending_in_rows(model) if in_one_row(vision_language_model(model)) else nullcontext()
+        with naming_lost_processes(self.folder), claimed_by_first(self.folder), rows:
             checkpoint, finished, self.contents, self.listed = decided_by_first(begin)
             if checkpoint is not None:
                 state = checkpoints.read_state(checkpoint)
