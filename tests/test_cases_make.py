@@ -142,6 +142,8 @@ REFUSED: list[tuple[dict[str, Any], str, str]] = [
     ({"conversations": asked("q"), "videos": [[SIGN, SIGN]]}, "frames", "a list of 2 files"),
     ({"conversations": asked("q", {"from": "function_call", "value": "x"})}, "message", "'function_call'"),
     ({"conversations": [SAID, *asked("q")]}, "several questions", "assistant, user, assistant"),
+    ({"conversations": [], "videos": [CUP]}, "no question", "it has no messages"),
+    ({"conversations": [{"from": "system", "value": "q"}], "videos": [CUP]}, "no question", "no messages"),
     ({"conversations": asked("q"), "history": [["a", "b"]]}, "several questions", "1 earlier"),
     ({"conversations": [{"from": "human", "value": [{"type": "audio", "audio": "x"}]}, SAID]}, "message",
      "'audio'"),
