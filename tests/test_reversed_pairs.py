@@ -52,7 +52,7 @@ def answered(problem: str, options: list[str], answer: str) -> str | None:
         ("The answer changes: 100 questions.", 93),
         ("No answer follows: 100 questions.", 0),
         ("Written after the rules", 34),
-        ("Ten further sets, each written with its answers before it was first tried", 120),
+        ("Twelve further sets, each written with its answers before it was first tried", 150),
     ],
 )
 def test_no_answer_is_false_on_general_english(section: str, least: int) -> None:
