@@ -109,7 +109,7 @@ def test_the_command(
 
 def test_what_the_general_path_refuses() -> None:
     for setting, named in (
-        ({"use_vllm": True}, "use_vllm"),
+        ({"use_vllm": True}, "engine vllm"),
         ({"load_in_4bit": True, "use_peft": True}, "load_in"),
     ):
         with pytest.raises(ConfigError, match=f"smolvlm takes the general path, .* not work with {named}"):

@@ -129,7 +129,9 @@ def test_what_the_general_path_refuses(checkpoints: dict[str, Path], tmp_path: P
     processor = load_processor(source)
     with pytest.raises(ConfigError, match=r"4-bit weights are for Qwen2\.5-VL.* not for smolvlm; remove"):
         load_model(source, load_in_4bit=True)
-    with pytest.raises(ConfigError, match=r"vLLM samples for Qwen2.* not known for smolvlm; remove use_vllm"):
+    with pytest.raises(
+        ConfigError, match=r"vLLM samples for Qwen2.* not known for smolvlm; set engine transformers"
+    ):
         make_trainer(source, str(manifest), tmp_path, use_vllm=True)
     for engine in ("vllm", "http://127.0.0.1:9"):
         settings = EvalSettings(model=str(source), manifest="m.json", engine=engine)

@@ -275,7 +275,7 @@ def test_adapters_train(kind: str, lab: Path, tmp_path: Path, figures: Figures) 
 @pytest.mark.vllm
 def test_vllm_in_the_process_sleeps(lab: Path, tmp_path: Path, figures: Figures) -> None:
     """Three steps with vLLM, which frees its memory during updates."""
-    words = [*rl_words(lab, base_folder()), "--use_vllm", "true", "--vllm_enable_sleep_mode", "true"]
+    words = [*rl_words(lab, base_folder()), "--engine", "vllm", "--vllm_enable_sleep_mode", "true"]
     folder = run(tmp_path / "vllm", *words)
     figures["logprob_difference"] = series(folder, "sampler/logprob_difference")
     assert len(figures["logprob_difference"]) == 3 and max(figures["logprob_difference"]) < 0.05
@@ -288,7 +288,7 @@ def test_vllm_in_the_process_samples_videos(family: str, figures: Figures) -> No
     processor = tiny_processor(family)
     model: Any = tiny_model(family, processor.tokenizer, for_vllm=True).bfloat16()
     model, prompts = model.to(DEVICE), clip_prompts(processor)
-    settings = VLLMSettings(vllm_gpu_memory_utilization=0.2)
+    settings = VLLMSettings(gpu_memory_utilization=0.2)
     engine = VLLMEngine(model, processor, max_model_len=1024, settings=settings)
     engine.update_weights(model)
     groups = engine.sample(prompts, SamplingSettings(n=4, max_tokens=16, seed=0))

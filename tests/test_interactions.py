@@ -91,7 +91,7 @@ ELSEWHERE = {
     "chooses the contrast clip": "temporal_contrast contrast_unit",
     "a bound of a part": "epsilon sapo_temperature_pos sapo_temperature_neg correct_threshold teacher_frames "
     "teacher_pixels reward_funcs",
-    "logs or checks": "self_reflection_phrases log_rollouts preflight_questions",
+    "logs or checks": "log_rollouts preflight_questions",
     "the judge's requests": "judge",
 }
 SENTENCES = {
@@ -250,7 +250,7 @@ def package_loss(world: World) -> tuple[float, Tensor, list[bool]]:
         batch.ref_logprobs = of(batch, "ref") if settings.beta else None
         batch.sampler_weights = of(batch, "sampler") if about.get("sampler") else None
         batch.teacher_credits = (
-            settings.teacher_weight * of(batch, "teacher") if about.get("teacher") else None
+            settings.teacher.weight * of(batch, "teacher") if about.get("teacher") else None
         )
 
     clip = ClipRange(settings.epsilon, settings.epsilon_high or settings.epsilon, settings.delta)

@@ -48,7 +48,7 @@ from video_r1.rollout.vllm.engine import VLLMEngine
 from video_r1.settings.decoding import EvalSettings
 from video_r1.settings.frames import FrameBudget
 from video_r1.settings.shared import PromptSettings
-from video_r1.settings.tools import ToolSettings
+from video_r1.settings.tools import LookSettings, ToolSettings
 from video_r1.settings.training import TGRPOSettings
 from video_r1.training.recording import record_group
 
@@ -470,7 +470,11 @@ class Looker(Scripted):
 
 def test_the_look_gap(clip: Path, tmp_path: Path) -> None:
     settings = EvalSettings(
-        model="m", manifest="x.json", tools="look", order=["ordered", "elsewhere"], look_frames=4
+        model="m",
+        manifest="x.json",
+        tools="look",
+        order=["ordered", "elsewhere"],
+        look=LookSettings(frames=4),
     )
     builder = PromptBuilder(tiny_processor("qwen2_5_vl"))
     box = builder.toolbox = toolbox(look_frames=4)

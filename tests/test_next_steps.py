@@ -60,10 +60,10 @@ LAUNCHED = f"accelerate launch --config_file {RECIPES}/accelerate"
             ],
         ),
         (
-            "plan video-r1-7b-tgrpo-lora --load_in_4bit --use_vllm false --gpu_memory 24GB "
+            "plan video-r1-7b-tgrpo-lora --load_in_4bit --engine transformers --gpu_memory 24GB "
             "--length_range 1 2 --warmup_steps 9 --keep 'blind < 0.5'",
             [
-                "video-r1 rl video-r1-7b-tgrpo-lora --load_in_4bit --use_vllm false --length_range 1 2 "
+                "video-r1 rl video-r1-7b-tgrpo-lora --load_in_4bit --engine transformers --length_range 1 2 "
                 "--warmup_steps 9 --keep 'blind < 0.5'"
             ],
         ),

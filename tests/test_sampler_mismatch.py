@@ -33,7 +33,7 @@ def group(*completions: list[float]) -> Any:
 def test_weights_and_series() -> None:
     meter = Meter()
     weights = sampler_weights(
-        TRAINER, [group(*SAMPLED)], VLLMSettings(vllm_importance_sampling_clip_max=1.2), meter
+        TRAINER, [group(*SAMPLED)], VLLMSettings(importance_sampling_clip_max=1.2), meter
     )
     assert weights is not None
     # exp(0.5) = 1.649 is capped, exp(-1) = 0.368 and exp(0) = 1 are not
@@ -58,8 +58,8 @@ def test_weights_and_series() -> None:
 def test_modes_by_hand(mode: Any, bounds: tuple[float | None, float | None], expected: list[float]) -> None:
     low, high = bounds
     settings = VLLMSettings(
-        vllm_importance_sampling_mode=mode, vllm_importance_sampling_clip_min=low,
-        vllm_importance_sampling_clip_max=high,
+        importance_sampling_mode=mode, importance_sampling_clip_min=low,
+        importance_sampling_clip_max=high,
     )  # fmt: skip
     weights = sampler_weights(TRAINER, [group(*SAMPLED)], settings, Meter())
     torch.testing.assert_close(weights, torch.tensor(expected))
@@ -84,7 +84,7 @@ def test_weights_that_do_not_arrive_are_said(
     settings = {"num_generations": 2, "max_completion_length": 6, "length_reward": 0.0, "max_steps": 2}
     arguments = training_arguments(tmp_path, **settings, preflight_questions=0, save_strategy="no")
     trainer = TGRPOTrainer(
-        policy, many_tokens, TGRPOConfig(**arguments, use_vllm=True), str(write_manifest(tmp_path)),
+        policy, many_tokens, TGRPOConfig(**arguments, engine="vllm"), str(write_manifest(tmp_path)),
         processing_class=processor, engine=engine or TransformersEngine(policy, processor),
     )  # fmt: skip
     with caplog.at_level(logging.WARNING):

@@ -312,7 +312,7 @@ def test_drops_and_gradient_of_a_scored_rule(checkpoint: Path, manifest: Path, t
     groups = [each for batch in batches for each in batch["batch"].groups]
     assert {each.sample.data_type for each in groups} == {"video", "image"}
     shift = 0.2 * (torch.arange(10) % 3)
-    trainer.settings.use_vllm = True  # after sampling
+    trainer.settings.engine = "vllm"  # after sampling
     for each in groups:
         each.ordered = [replace(r, logprobs=r.logprobs - shift[: len(r.logprobs)]) for r in each.ordered]
     model = copy.deepcopy(policy_of(trainer)).double()

@@ -315,7 +315,7 @@ def test_settings_of_the_objective_reach_it(
         ),
         ({"rewards": []}, "reward_funcs is empty"),
         ({"num_iterations": 3, "save_steps": 4}, "save_steps"),
-        ({"use_vllm": True, "vllm_mode": "server"}, "vllm_server_base_url"),
+        ({"use_vllm": True, "vllm_mode": "server"}, "vllm_mode is server; name its address"),
     ],
 )
 def test_contradicting_settings(

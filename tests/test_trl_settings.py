@@ -10,11 +10,13 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 
 from video_r1 import SFTConfig, TGRPOConfig, TGRPOTrainer
 from video_r1.errors import ConfigError
 from video_r1.recipe import load_recipe
 from video_r1.rewards.scoring import reward_terms
+from video_r1.settings.base import flat_types, own_field_types
 from video_r1.settings.training import TGRPOSettings
 from video_r1.settings.trl import DEFAULTS, REFUSED, translated
 from video_r1.training.tgrpo import what_counts
@@ -42,8 +44,11 @@ DONE = (
     "log_unique_prompts",
     "use_bias_correction_kl",
 )  # their other value is what is done
-ONLY_WITH = {"vllm_mode": {"use_vllm": True}, "vllm_server_host": {"vllm_mode": "server"},
-             "vllm_server_port": {"vllm_mode": "server"}}  # fmt: skip
+ONLY_WITH: dict[str, dict[str, Any]] = {
+    "vllm_mode": {"use_vllm": True},
+    "vllm_server_host": {"vllm_mode": "server", "vllm_server_port": 1},
+    "vllm_server_port": {"vllm_mode": "server", "vllm_server_host": "host"},
+}
 CPU: dict[str, Any] = {"output_dir": "run", "use_cpu": True}
 
 
@@ -77,7 +82,7 @@ def test_no_field_of_trl_is_dropped(name: str) -> None:
     try:
         changed = values_of(**more, **{name: value})
     except ConfigError as error:
-        assert str(error).startswith(f"{name} ") or name == "vllm_mode", error
+        assert str(error).startswith(f"{name} "), error
         return
     assert changed != values_of(**more) or value == getattr(plain, name, None), f"{name} is dropped"
 
@@ -85,9 +90,43 @@ def test_no_field_of_trl_is_dropped(name: str) -> None:
 def test_every_field_is_known() -> None:
     """A new version of TRL: put what is new into settings/trl.py, or make it a setting."""
     assert len(trl.GRPOConfig.__annotations__) >= 79
-    known, (_, refused) = {field.name for field in fields(TGRPOConfig)}, translated({})
+    known = {field.name for field in fields(TGRPOConfig)} | flat_types(own_field_types(TGRPOConfig)).keys()
+    _, refused = translated({})
     settings, _ = translated(dict.fromkeys(own_fields()))
     assert not refused and settings.keys() <= known
+
+
+SERVER = "http://host:8000"
+
+
+@pytest.mark.parametrize(("recipe", "given", "engine"), [
+    ({}, {"use_vllm": "true"}, "vllm"),
+    ({}, {"use_vllm": "true", "vllm_mode": "server", "vllm_server_base_url": SERVER}, SERVER),
+    ({}, {"vllm_mode": "server", "vllm_server_host": "host"}, SERVER),
+    ({}, {"use_vllm": "false", "vllm_server_base_url": SERVER}, "transformers"),
+    ({}, {"use_vllm": "true", "vllm_mode": "colocate", "vllm_server_base_url": SERVER}, "vllm"),
+    ({"engine": "vllm"}, {"use_vllm": "false"}, "transformers"),
+    ({"engine": "vllm"}, {"vllm_mode": "server", "vllm_server_base_url": SERVER}, SERVER),
+    ({"engine": SERVER}, {"vllm_mode": "colocate"}, "vllm"),
+    ({"use_vllm": True, "vllm_mode": "server"}, {"vllm_server_base_url": SERVER}, SERVER),
+    ({"use_vllm": True}, {"engine": "transformers"}, "transformers"),
+    ({"engine": "transformers", "use_vllm": True}, {}, "engine is transformers, while .* mean vllm"),
+    ({}, {"vllm_mode": "server"}, "vllm_mode is server; name its address"),
+    ({}, {"use_vllm": "my.yaml"}, "use_vllm is 'my.yaml'; it must be true or false"),
+    ({}, {"engine": "vlm"}, "engine .* is 'vlm'; it must be transformers, vllm or"),
+    ({}, {"engine": f"{SERVER}/v1"}, "engine .* give its address, http://host:8000"),
+])  # fmt: skip
+def test_one_word_for_the_engine(
+    recipe: dict[str, Any], given: dict[str, str], engine: str, tmp_path: Path
+) -> None:
+    """TRL's words are translated; an option decides over a recipe, whichever words the two use."""
+    (tmp_path / "my.yaml").write_text(yaml.safe_dump(recipe))
+    try:
+        found = load_recipe("plan", tmp_path / "my.yaml", given).values()["engine"]
+    except ConfigError as error:
+        assert re.search(engine, str(error)), error
+    else:
+        assert found == engine
 
 
 @pytest.mark.parametrize(

@@ -29,7 +29,7 @@ from video_r1.rollout.vllm.requests import prompt_requests
 from video_r1.rollout.vllm.server import ServerEngine
 from video_r1.rollout.vllm.weight_sync import checkpoint_weights
 from video_r1.settings.frames import FrameBudget
-from video_r1.settings.vllm import MAX_BATCHED_TOKENS, VLLMSettings
+from video_r1.settings.vllm import MAX_BATCHED_TOKENS, EngineSettings
 from video_r1.training.tgrpo import TGRPOTrainer
 
 
@@ -195,7 +195,7 @@ def test_what_vllm_reserves_on_a_gpu(
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     processor = tiny_processor("qwen2_5_vl")
     model, budget = tiny_model("qwen2_5_vl", processor.tokenizer), FrameBudget()
-    settings = VLLMSettings(use_vllm=True)
+    settings = EngineSettings(engine="vllm")
     training_engine(model, processor, settings, longest=512, sequences=12, frames=budget)
     assert (told[0]["max_num_seqs"], told[0]["max_num_batched_tokens"]) == (12, MAX_BATCHED_TOKENS)
     assert "vLLM starts" in capsys.readouterr().err

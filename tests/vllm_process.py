@@ -22,7 +22,7 @@ def main(folder: Path, size: int) -> None:
     distributed.init_process_group("gloo")
     rank = distributed.get_rank()
     model, processor = load_model(base_folder(), "float32"), load_processor(base_folder())
-    settings = VLLMSettings(vllm_tensor_parallel_size=size)
+    settings = VLLMSettings(tensor_parallel_size=size)
     engine = VLLMEngine(model, processor, max_model_len=512, max_sequences=16, settings=settings)
     engine.update_weights(model)
     prompts = clip_prompts(processor)[rank:]  # the ranks ask for different things, and for different amounts

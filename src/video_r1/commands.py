@@ -33,7 +33,7 @@ from video_r1.settings.decoding import (
 from video_r1.settings.shared import DataSettings, ModelSettings, PromptSettings
 from video_r1.settings.tools import TrainingToolSettings
 from video_r1.settings.training import SFTSettings, TGRPOSettings
-from video_r1.settings.vllm import ServeSettings, VLLMSettings
+from video_r1.settings.vllm import EngineSettings, ServeSettings
 
 
 @dataclass(frozen=True)
@@ -108,14 +108,14 @@ COMMANDS: dict[str, Command] = {
         ("sft lab-sft", "sft qwen3-vl-4b-sft-lora --train_manifest cot.json --media_root /data")),
     "rl": Command(
         "T-GRPO or GRPO", "training.tgrpo:run_rl", "recipe",
-        (TGRPOSettings, DataSettings, ModelSettings, PromptSettings, TrainingToolSettings, VLLMSettings), (),
-        _TRAINING,
+        (TGRPOSettings, DataSettings, ModelSettings, PromptSettings, TrainingToolSettings, EngineSettings),
+        (), _TRAINING,
         ("rl qwen3-vl-4b-tgrpo-lora --model_name_or_path Qwen/Qwen3-VL-4B-Instruct --train_manifest my.json",
          "rl my.yaml --temporal_rule off --num_generations 16")),
     "plan": Command(
         "tokens, GPU memory and hours that a recipe of sft or rl needs", "plan.cached:run_plan", "recipe",
         (PlanSettings, TGRPOSettings, DataSettings, ModelSettings, PromptSettings, TrainingToolSettings,
-         VLLMSettings), (), (),
+         EngineSettings), (), (),
         ("plan video-r1-7b-tgrpo", "plan my.yaml --gpus 4 --gpu_memory 24GB --sharding none --use_peft",
          "plan my.yaml --model_config Qwen/Qwen2.5-VL-32B-Instruct --gpus 16 --gpu h200 --sharding zero3")),
     "recipes": Command(

@@ -62,7 +62,7 @@ def after_plan(recipe: Recipe) -> list[str]:
         return []
     words = [command, recipe.source]
     for name, value in recipe.overrides.items():
-        if name in COMMANDS[command].types() or name in recipe.training:
+        if name in COMMANDS[command].types() or name not in COMMANDS["plan"].types():
             several = value if isinstance(value, list) else [value]
             words += [f"--{name}", *([] if value is True else several)]
     sharding = values["sharding"] or (recipe.made_for.sharding if gpus > 1 else "none")

@@ -24,16 +24,16 @@ from video_r1.recipe_files import MadeFor, counterpart, model_folder, read_recip
 from video_r1.settings.base import (
     Problem,
     Settings,
+    flat,
     flat_types,
     grouped,
-    is_group,
     own_field_types,
     raise_problems,
 )
 from video_r1.settings.decoding import PROTOCOLS
 from video_r1.settings.training_arguments import training_argument_types
 from video_r1.settings.training_record import adopted
-from video_r1.settings.trl import translated
+from video_r1.settings.trl import overridden, translated
 from video_r1.settings.types import parse
 
 S = TypeVar("S", bound=Settings)
@@ -82,7 +82,8 @@ def load_recipe(
     (settings/training_record.py). Raises ConfigError with every problem and the origin of each setting, and
     RequestError when the recipe cannot be read.
     """
-    values, origins = read_recipe(source) if source is not None else ({}, {})
+    types, trains = COMMANDS[command].types(), COMMANDS[command].plans_training
+    values, origins = read_recipe(source, types) if source is not None else ({}, {})
     made_for = take_facts(values, origins)
     if source is not None:
         own = {each: COMMANDS[each].types().keys() & values.keys() for each in TRAINS}
@@ -91,13 +92,12 @@ def load_recipe(
         made_for = dataclasses.replace(made_for, command=made_for.command or stage)
         check_command(command, str(source), made_for, values.get("model_name_or_path"))
     overrides = {name.replace("-", "_"): value for name, value in (overrides or {}).items()}
-    values |= overrides
-    origins |= {name: f"option --{name}" for name in overrides}
-    types = COMMANDS[command].types()
-    trains = COMMANDS[command].plans_training
+    values = overridden(values, flat(overrides, types))
+    origins |= {name: f"option --{name}" for name in flat(overrides, types)}
     values, refused = translated(values) if trains else (values, [])
-    imported = training_argument_types() if trains and values.keys() - types.keys() else {}
-    settings, found = parse_values(command, grouped(values, types), {**imported, **types})
+    known = flat_types(types)
+    imported = training_argument_types() if trains and values.keys() - known.keys() else {}
+    settings, found = parse_values(command, values, {**imported, **known})
     found += refused
     for name in ("model_name_or_path", "model", "model_config", "teacher", "teacher_model_name_or_path"):
         if name in settings:
@@ -105,7 +105,7 @@ def load_recipe(
     settings = PROTOCOLS.get(str(settings.get("protocol")), {}) | settings
     checkpoint = settings.get("model_name_or_path") or settings.get("model") or settings.get("teacher")
     carried = types.keys() - ({"dtype"} if trains else set())  # training keeps the file's number format
-    settings |= adopted(checkpoint, settings, carried)
+    settings = grouped(settings | adopted(checkpoint, settings, carried), types)
     sections = []
     for kind in COMMANDS[command].sections:
         names = own_field_types(kind)
@@ -138,9 +138,9 @@ def check_machine(recipe: Recipe) -> None:
     for processes that cannot be divided among vLLMs.
     """
     values, needed = recipe.values(), recipe.made_for
-    size, processes = values.get("vllm_tensor_parallel_size", 1), int(os.environ.get("WORLD_SIZE", 1))
-    in_process = recipe.command == "rl" and values["use_vllm"] and values["vllm_mode"] == "colocate"
-    if in_process and processes % size:
+    in_process = recipe.command == "rl" and values["engine"] == "vllm"
+    size, processes = in_process and values["vllm"]["tensor_parallel_size"], os.environ.get("WORLD_SIZE", 1)
+    if size and int(processes) % size:
         raise RequestError(
             f"vllm_tensor_parallel_size is {size}, which must divide the number of processes ({processes}): "
             "set it to 1, or start a process on each GPU"
@@ -162,10 +162,6 @@ def parse_values(
         if name not in types:
             found.append((name, unknown_setting(command, name, types)))
             continue
-        if is_group(types[name]):
-            settings[name], inner = parse_values(command, value, own_field_types(types[name]))
-            found += [(f"{name}_{entry}", text) for entry, text in inner]
-            continue
         try:
             settings[name] = parse(value, types[name])
         except ValueError as error:
@@ -178,14 +174,19 @@ USUAL_NAMES = {
     "epochs": ["num_train_epochs"],
     "batch_size": ["per_device_train_batch_size"],
     "model": ["model_name_or_path", "teacher", "adapter"],
-    "endpoint": ["teacher", "engine", "judge_endpoint"],
-    "url": ["teacher", "engine", "vllm_server_base_url"],
-    "address": ["teacher", "engine", "vllm_server_base_url"],
+    "endpoint": ["engine", "teacher"],
+    "url": ["engine", "teacher"],
+    "address": ["engine", "teacher"],
 }
 """Settings that a common name can mean, by that name."""
 
 
+REMOVED = {"self_reflection_phrases": "the phrases that are counted are fixed: remove it"}
+
+
 def unknown_setting(command: str, name: str, known: Collection[str]) -> str:
+    if name in REMOVED:
+        return f"is no setting any more; {REMOVED[name]}"
     others = [other for other, each in COMMANDS.items() if name in flat_types(each.types())]
     usual = [meant for meant in USUAL_NAMES.get(name, ()) if meant in known]
     close = usual or difflib.get_close_matches(name, known, n=1, cutoff=0.6)

@@ -13,13 +13,16 @@ from dataclasses import dataclass
 from functools import cache
 from importlib import resources
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import yaml
 
 from video_r1.console import table
 from video_r1.errors import RequestError, first_line
+from video_r1.settings.base import flat
 from video_r1.settings.commands import GPUSharding, parse_bytes
+from video_r1.settings.trl import overridden
 from video_r1.settings.types import parse
 
 PACKAGE = Path(str(resources.files("video_r1")))
@@ -78,9 +81,11 @@ def find_recipe(source: str | Path) -> Path | None:
     return path if path.is_file() else None
 
 
-def read_recipe(source: str | Path) -> tuple[dict[str, Any], dict[str, str]]:
+def read_recipe(
+    source: str | Path, types: Mapping[str, Any] = MappingProxyType({})
+) -> tuple[dict[str, Any], dict[str, str]]:
     """Read a recipe and its bases: settings with `about` and `made_for`, and the origin of each (`recipe
-    a.yaml, line 3`). Raises RequestError.
+    a.yaml, line 3`). types: of the command's settings, whose groups become flat. Raises RequestError.
     """
     path = find_recipe(source)
     if path is None:
@@ -88,7 +93,7 @@ def read_recipe(source: str | Path) -> tuple[dict[str, Any], dict[str, str]]:
         hint = f"did you mean {close[0]}? " if close else ""
         names = ", ".join(packaged_recipes())
         raise RequestError(f"{source}: no such recipe; {hint}give a YAML file or one of these names: {names}")
-    values, origins = read_one_recipe(path)
+    values, origins = read_one_recipe(path, types)
     seen = [path.resolve()]
     while (base := values.pop("base", None)) is not None:
         origin = origins.pop("base")
@@ -101,15 +106,15 @@ def read_recipe(source: str | Path) -> tuple[dict[str, Any], dict[str, str]]:
         if path.resolve() in seen:
             raise RequestError(f"{origin}: base leads back to {path.name}; remove one of the lines")
         seen.append(path.resolve())
-        below, below_origins = read_one_recipe(path)
+        below, below_origins = read_one_recipe(path, types)
         machines = [part["made_for"] for part in (below, values) if isinstance(part.get("made_for"), dict)]
-        values, origins = below | values, below_origins | origins
+        values, origins = overridden(below, values), below_origins | origins
         if len(machines) == 2:
             values["made_for"] = machines[0] | machines[1]
     return values, origins
 
 
-def read_one_recipe(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
+def read_one_recipe(path: Path, types: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, str]]:
     try:
         loader = LOADER(path.read_text(encoding="utf-8"))
         node = loader.get_single_node()
@@ -122,12 +127,14 @@ def read_one_recipe(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
     if not isinstance(node, yaml.MappingNode) or not all(isinstance(name, str) for name in values):
         raise RequestError(f"{path}: a recipe is a YAML mapping with lines such as 'learning_rate: 1e-6'")
     origins: dict[str, str] = {}
+    settings: dict[str, Any] = {}
     for key, _ in node.value:
-        name, line = key.value.replace("-", "_"), key.start_mark.line + 1
-        if name in origins:
-            raise RequestError(f"{path}, line {line}: {name} stands there a second time; keep one")
-        origins[name] = f"recipe {path.name}, line {line}"
-    return {name.replace("-", "_"): value for name, value in values.items()}, origins
+        line = key.start_mark.line + 1
+        for name, value in flat({key.value.replace("-", "_"): values[key.value]}, types).items():
+            if name in origins:
+                raise RequestError(f"{path}, line {line}: {name} stands there a second time; keep one")
+            origins[name], settings[name] = f"recipe {path.name}, line {line}", value
+    return settings, origins
 
 
 def take_facts(values: dict[str, Any], origins: Mapping[str, str]) -> MadeFor:

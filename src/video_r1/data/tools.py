@@ -137,10 +137,10 @@ class Toolbox:
         self.settings = settings
         self.budget = replace(
             budget,
-            fps=settings.look_fps,
+            fps=settings.look.fps,
             min_frames=TEMPORAL_PATCH,
-            max_frames=settings.look_frames,
-            frame_pixels=settings.look_pixels or budget.frame_pixels,
+            max_frames=settings.look.frames,
+            frame_pixels=settings.look.pixels or budget.frame_pixels,
         )
         offered = [look] if settings.tools == "look" else []
         self.functions = {function.__name__: function for function in (*offered, *functions)}

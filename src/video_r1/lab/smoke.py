@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from video_r1 import availability
+from video_r1.commands import COMMANDS
 from video_r1.data.manifests.records import placed_rows
 from video_r1.data.manifests.tables import Unreadable
 from video_r1.data.sources.media_paths import media_root_of
@@ -23,6 +24,7 @@ from video_r1.lab.clips import write_lab
 from video_r1.lab.model import base_folder
 from video_r1.recipe import Recipe, load_recipe
 from video_r1.report.page import build_report
+from video_r1.settings.base import flat
 from video_r1.settings.commands import LabSettings
 
 STEPS = 2
@@ -38,7 +40,7 @@ def smoke_recipe(recipe: Recipe, lab: Path, output_dir: Path) -> tuple[Recipe, d
     recipe: of `sft` or `rl`. lab: a folder of `write_lab`, used if the recipe's manifests are not on this
     machine. Raises ConfigError as `load_recipe`, and ManifestError if a manifest cannot be read.
     """
-    values = recipe.values()
+    values = flat(recipe.values(), COMMANDS[recipe.command].types())
     changes: dict[str, Any] = {
         "model_name_or_path": str(base_folder()),
         **smoke_manifests(recipe, lab, output_dir.parent),
@@ -59,8 +61,7 @@ def smoke_recipe(recipe: Recipe, lab: Path, output_dir: Path) -> tuple[Recipe, d
             "max_completion_length": min(values["max_completion_length"], MOST_TOKENS),
             "length_range": None,  # as long as completions may be
             "preflight_questions": 0,  # it would complain that no reward is reachable without a cold start
-            "use_vllm": False,
-            "vllm_mode": "colocate",
+            "engine": "transformers",
             "async_rollouts": 0,
         }
         if values["teacher_model_name_or_path"] is not None:

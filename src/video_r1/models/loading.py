@@ -281,8 +281,8 @@ def with_trained_parts(model: PreTrainedModel, settings: ModelSettings) -> Any:
         freeze_vision(model)
     if not settings.use_peft:
         return model
-    rank, alpha, dropout = settings.lora_r, settings.lora_alpha, settings.lora_dropout
-    return add_lora(model, rank, alpha, dropout, settings.lora_target_modules, settings.lora_vision_tower)
+    lora = settings.lora
+    return add_lora(model, lora.r, lora.alpha, lora.dropout, lora.target_modules, lora.vision_tower)
 
 
 def checked_source(path: str | Path, with_weights: bool = True) -> str:

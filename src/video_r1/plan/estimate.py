@@ -17,7 +17,7 @@ from video_r1.rewards.temporal import rule_of
 from video_r1.settings.commands import GPUS
 from video_r1.settings.shared import ModelSettings
 from video_r1.settings.training import SFTSettings, TGRPOSettings
-from video_r1.settings.vllm import VLLMSettings
+from video_r1.settings.vllm import EngineSettings
 
 MATRIX_SHARE = 0.5  # share of the peak rate that large matrix products reach in practice
 BANDWIDTH_SHARE = 0.8
@@ -94,9 +94,9 @@ def step_seconds(config: Any, plan: MemoryPlan, gpu: str) -> dict[str, float]:
 def _rollout_seconds(
     config: Any, plan: MemoryPlan, part: Any, groups: int, length: float
 ) -> dict[str, float]:
-    training, ours = plan.recipe.section(TGRPOSettings), plan.recipe.section(VLLMSettings)
+    training, ours = plan.recipe.section(TGRPOSettings), plan.recipe.section(EngineSettings)
     row, text = plan.row, config.get_text_config()
-    shared = ours.vllm_tensor_parallel_size if plan.vllm is not None else 1
+    shared = ours.vllm.tensor_parallel_size if plan.vllm is not None else 1
     orders = 2 if training.shuffled_generations else 1
     prompts = groups * orders
     sequences = groups * (training.num_generations + training.shuffled_generations)
@@ -118,7 +118,7 @@ def _rollout_seconds(
     parts = {"prefill": part(prefill), "decoding": row.completion * token}
     if ours.use_vllm:
         parts["weight sync"] = SYNC_SECONDS
-    if plan.vllm is not None and ours.vllm_enable_sleep_mode:
+    if plan.vllm is not None and ours.vllm.enable_sleep_mode:
         parts["sleeping"] = SLEEP_SECONDS
     return parts
 

@@ -30,7 +30,7 @@ from video_r1.settings.decoding import SCHEMES
 from video_r1.settings.shared import ModelSettings, PromptSettings
 from video_r1.settings.tools import TrainingToolSettings
 from video_r1.settings.training import SFTSettings, TGRPOSettings
-from video_r1.settings.vllm import MAX_BATCHED_TOKENS, VLLMSettings
+from video_r1.settings.vllm import MAX_BATCHED_TOKENS, EngineSettings, VLLMSettings
 
 FLOAT32 = ("fp32", "float32", "float")  # as DeepSpeed reads it
 BYTES = 2  # bf16
@@ -113,7 +113,7 @@ class VLLMShare:
 def vllm_share(
     config: Any, parameters: int, row: Row, training: TGRPOSettings, settings: VLLMSettings, gpu_memory: int
 ) -> VLLMShare:
-    text, vision, parts = config.get_text_config(), config.vision_config, settings.vllm_tensor_parallel_size
+    text, vision, parts = config.get_text_config(), config.vision_config, settings.tensor_parallel_size
     heads = math.ceil(text.num_key_value_heads / parts)
     of_a_token = 2 * BYTES * text.num_hidden_layers * heads * head_size(text)
     orders = 2 if training.shuffled_generations else 1
@@ -124,7 +124,7 @@ def vllm_share(
     )
     layer = MAX_BATCHED_TOKENS * (4 * text.hidden_size + 2 * text.intermediate_size // parts)
     profile = LIVE_COPIES * BYTES * max(tower, layer)
-    share = int(settings.vllm_gpu_memory_utilization * gpu_memory)
+    share = int(settings.gpu_memory_utilization * gpu_memory)
     return VLLMShare(share, BYTES * parameters // parts, profile, tokens * of_a_token)
 
 
@@ -163,7 +163,7 @@ class MemoryPlan:
     @property
     def fits_awake(self) -> bool:
         """Whether a vLLM that sleeps during updates would fit beside them."""
-        sleeps = self.vllm is not None and self.recipe.section(VLLMSettings).vllm_enable_sleep_mode
+        sleeps = self.vllm is not None and self.recipe.section(EngineSettings).vllm.enable_sleep_mode
         others = max(self.phases["update"], self.phases["optimizer step"])
         return bool(sleeps and self.fits and others + self.parts["vLLM"] <= (self.gpu_memory or 0))
 
@@ -192,7 +192,7 @@ def memory_plan(
     frames, tools = recipe.section(PromptSettings), recipe.section(TrainingToolSettings)
     row = longest_row(config, frames, training, text_tokens, processor, tools)
     policy = _policy(config, recipe.section(ModelSettings), training, sharding, device_type)
-    vllm = recipe.section(VLLMSettings) if rl and recipe.section(VLLMSettings).use_vllm else None
+    vllm = recipe.section(EngineSettings) if rl and recipe.section(EngineSettings).use_vllm else None
     questions = training.per_device_train_batch_size * training.gradient_accumulation_steps
     sampled = prompts = sequences = 0
     if rl and not known:  # one question at a time, the prompt repeated for each completion
@@ -208,13 +208,12 @@ def memory_plan(
     optimizer = _optimizer_bytes(str(recipe.values().get("optim", "")), traced, policy.stored, sharding)
     update, left, whole = _gathered(traced, sharding, policy)
     beside = None
-    if vllm is not None and vllm.vllm_mode == "colocate":
-        if sharding.processes % vllm.vllm_tensor_parallel_size:
-            size = vllm.vllm_tensor_parallel_size
+    if vllm is not None and vllm.server is None:
+        if sharding.processes % (size := vllm.vllm.tensor_parallel_size):
             raise ConfigError(
                 f"vllm_tensor_parallel_size is {size}; it must divide {sharding.processes} GPUs"
             )
-        beside = vllm_share(config, traced.parameters, row, training, vllm, gpu_memory or 0)
+        beside = vllm_share(config, traced.parameters, row, training, vllm.vllm, gpu_memory or 0)
     cache = decoding = 0
     if sampled:
         vocabulary, first = config.get_text_config().vocab_size, first_capacity(device_type)
@@ -237,7 +236,7 @@ def memory_plan(
         always += traced.gradients  # the second copy that DistributedDataParallel keeps
     # The teacher reads while the policy's activations wait for their backward pass.
     scoring = 0 if teacher is None else traced.activations + teacher.peak
-    awake = 0 if vllm is None or vllm.vllm_enable_sleep_mode else parts["vLLM"]
+    awake = 0 if vllm is None or vllm.vllm.enable_sleep_mode else parts["vLLM"]
     phases = {
         "update": always + max(traced.update_peak, scoring) + update + awake,
         "optimizer step": always + parts["gradients"] + left + awake,
@@ -265,7 +264,7 @@ def _teacher(
     config: PreTrainedConfig, recipe: Recipe, policy: Policy, text_tokens: int, processor: Any
 ) -> TeacherPlan | None:
     training, tools = recipe.section(TGRPOSettings), recipe.section(TrainingToolSettings)
-    name = training.teacher_model_name_or_path
+    name = training.teacher.model_name_or_path
     if name is None or name.startswith(SCHEMES):
         return None
     if name != "self":
@@ -273,8 +272,8 @@ def _teacher(
     frames = recipe.section(PromptSettings)
     frames = replace(
         frames,
-        max_frames=training.teacher_frames or frames.max_frames,
-        frame_pixels=training.teacher_pixels or frames.frame_pixels,
+        max_frames=training.teacher.frames or frames.max_frames,
+        frame_pixels=training.teacher.pixels or frames.frame_pixels,
         max_prompt_length=1 << 30,
     )
     row = longest_row(config, frames, training, text_tokens, processor, tools)
@@ -372,7 +371,7 @@ def _gathered(traced: Traced, sharding: Sharding, policy: Policy) -> tuple[int, 
 def check_general(config: Any, recipe: Recipe, sharding: Sharding) -> None:
     """Raise ConfigError for settings that the general path does not support: see docs/models.md."""
     refused = {
-        "use_vllm": bool(recipe.values().get("use_vllm")),
+        "engine vllm": recipe.values().get("engine", "transformers") != "transformers",
         "load_in_4bit": recipe.section(ModelSettings).load_in_4bit,
         f"sharded weights ({sharding.name})": sharding.weights,
     }

@@ -175,13 +175,13 @@ def changes(plan: MemoryPlan) -> Iterator[tuple[dict[str, Any], int]]:
     if alone and "8bit" not in str(values.get("optim")):
         yield {"optim": "adamw_8bit"}, 0
     if plan.vllm is not None:
-        yield {"use_vllm": False}, 0
+        yield {"engine": "transformers"}, 0
     elif batch * passes > 1 and "rollout" in plan.phases:
         yield {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 1}, 0
     if not plan.row.repeated:
-        shared = values["vllm_tensor_parallel_size"] if plan.vllm is not None else 1
+        shared = values["vllm"]["tensor_parallel_size"] if plan.vllm is not None else 1
         yield from (({}, gpus) for gpus in MORE_GPUS if gpus > sharding.processes and gpus % shared == 0)
-    no_vllm = {"use_vllm": False} if plan.vllm is not None and not plan.vllm.questions else {}
+    no_vllm = {"engine": "transformers"} if plan.vllm is not None and not plan.vllm.questions else {}
     if not values["use_peft"]:
         yield LORA | no_vllm, 0
     if not values["load_in_4bit"] and not plan.row.repeated:
@@ -190,7 +190,7 @@ def changes(plan: MemoryPlan) -> Iterator[tuple[dict[str, Any], int]]:
     for part in smaller(plan.recipe):
         yield part, 0
         several |= part
-    yield several | ({"use_vllm": False} if plan.vllm is not None else {}), 0
+    yield several | ({"engine": "transformers"} if plan.vllm is not None else {}), 0
 
 
 def smaller(recipe: Recipe) -> Iterator[dict[str, Any]]:

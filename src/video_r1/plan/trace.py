@@ -98,8 +98,8 @@ def longest_row(
     row = Row(questions, grid, visual, prompt, *completions, patches, repeated=family is None)
     if family is None or not tools.tools:
         return row
-    look = max(1, tools.look_frames // vision.temporal_patch_size)
-    square = (tools.look_pixels or frames.frame_pixels) // side**2
+    look = max(1, tools.look.frames // vision.temporal_patch_size)
+    square = (tools.look.pixels or frames.frame_pixels) // side**2
     one = look * (square + timestamps) + TURN_TOKENS
     returned, looks = tools.max_tool_tokens, min(tools.max_looks, math.ceil(tools.max_tool_tokens / one))
     returned = min(tools.max_looks * one, returned) + NOTICE_TOKENS

@@ -38,7 +38,8 @@ KEY_SETTINGS = {
     "manifest": "data",
     "temporal_rule": "temporal rule",
     "temporal_contrast": "contrast",
-    "teacher_model_name_or_path": "teacher",
+    "teacher.model_name_or_path": "teacher",
+    "teacher_model_name_or_path": "teacher",  # of older runs
     "num_generations": "G",
     "learning_rate": "learning rate",
     "beta": "β",

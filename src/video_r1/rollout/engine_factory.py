@@ -40,7 +40,7 @@ from video_r1.settings.decoding import (
 )
 from video_r1.settings.frames import FrameBudget
 from video_r1.settings.training_record import RECORD, read_record
-from video_r1.settings.vllm import VLLMSettings
+from video_r1.settings.vllm import EngineSettings, VLLMSettings
 
 logger = logging.getLogger(__name__)
 
@@ -108,7 +108,7 @@ def _engine(settings: DecodingSettings, processor: Any) -> RolloutEngine:
             processor,
             dtype=settings.dtype,
             max_model_len=settings.max_prompt_length + settings.max_new_tokens + tool_tokens(settings),
-            settings=VLLMSettings(vllm_gpu_memory_utilization=0.9),
+            settings=VLLMSettings(gpu_memory_utilization=0.9),
             frames=largest_frames(replace(budget, max_frames=max(counts)), settings),
         )
     dtype, remote = inference_dtype(settings, settings.model), settings.trust_remote_code
@@ -144,7 +144,7 @@ def check_vllm_supports(model: Any) -> None:
     if find_family(model) is None:
         raise ConfigError(
             f"vLLM samples for {family_names()} only: whether it has the trainer's prompts is not known for "
-            f"{getattr(model, 'config', model).model_type}; remove use_vllm (engine: transformers)"
+            f"{getattr(model, 'config', model).model_type}; set engine transformers"
         )
 
 
@@ -188,7 +188,7 @@ def is_endpoint(engine: str) -> bool:
 def training_engine(
     model: Any,
     processor: Any,
-    settings: VLLMSettings,
+    settings: EngineSettings,
     *,
     longest: int,
     sequences: int,
@@ -205,19 +205,17 @@ def training_engine(
     if not settings.use_vllm:
         return in_process_engine(model, processor)
     check_vllm_supports(vision_language_model(model))
-    if settings.vllm_mode == "server":
-        assert settings.vllm_server_base_url is not None  # settings without it are refused
-        url, wait = settings.vllm_server_base_url, settings.vllm_server_timeout
-        timeout = max(600.0, longest / 10)  # ten tokens a second
+    if settings.server is not None:
+        wait, timeout = settings.vllm.server_timeout, max(600.0, longest / 10)  # ten tokens a second
         return ServerEngine(
-            url, processor, model.generation_config, folder=folder, wait=wait, timeout=timeout
+            settings.server, processor, model.generation_config, folder=folder, wait=wait, timeout=timeout
         )
     return VLLMEngine(
         model,
         processor,
         dtype=dtype,
         max_model_len=longest,
-        max_sequences=min(MAX_SEQUENCES, sequences * settings.vllm_tensor_parallel_size),
-        settings=settings,
+        max_sequences=min(MAX_SEQUENCES, sequences * settings.vllm.tensor_parallel_size),
+        settings=settings.vllm,
         frames=frames,
     )

@@ -51,7 +51,7 @@ def tool_tokens(settings: ToolSettings, own_tools: bool = False) -> int:
 
 def largest_frames(budget: FrameBudget, settings: ToolSettings) -> FrameBudget:
     """Return the budget of the largest visuals: the overview's or a look's."""
-    frames, pixels = max(budget.max_frames, settings.look_frames), settings.look_pixels or 0
+    frames, pixels = max(budget.max_frames, settings.look.frames), settings.look.pixels or 0
     largest = replace(budget, max_frames=frames, frame_pixels=max(budget.frame_pixels, pixels))
     return largest if settings.tools else budget
 

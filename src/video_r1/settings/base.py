@@ -50,7 +50,8 @@ class Settings(metaclass=_Translating):
     @classmethod
     def understood(cls, values: dict[str, Any]) -> dict[str, Any]:
         """Return keyword arguments by the fields' names. Subclasses translate other names."""
-        return grouped(values, own_field_types(cls))
+        types = own_field_types(cls)
+        return grouped(flat(values, types), types)
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Self:
         made = super().__new__(cls)
@@ -73,10 +74,8 @@ class Settings(metaclass=_Translating):
         for name, hint in own_field_types(type(self)).items():
             value = getattr(self, name)
             if is_group(hint) and isinstance(value, Mapping):
-                unknown = value.keys() - own_field_types(hint).keys()
-                found += [(f"{name}_{entry}", "is no setting") for entry in unknown]
                 try:
-                    setattr(self, name, hint(**{k: v for k, v in value.items() if k not in unknown}))
+                    setattr(self, name, hint(**value))
                 except ConfigError as error:
                     found += [(f"{name}_{entry}", text) for entry, text in error.problems]
             elif not matches(value, hint):
@@ -132,34 +131,34 @@ def flat_types(types: Mapping[str, Any]) -> dict[str, Any]:
     return {**types, **{name: own_field_types(types[group])[entry] for name, (group, entry) in entries}}
 
 
-def grouped(values: Mapping[str, Any], types: Mapping[str, Any]) -> dict[str, Any]:
-    """Return values with the entries of groups in mappings: {"judge": "http://host", "judge_wait": 9} gives
-    {"judge": {"endpoint": "http://host", "wait": 9}}. Other values of a group are its first entry.
+def flat(values: Mapping[str, Any], types: Mapping[str, Any]) -> dict[str, Any]:
+    """Return values with the entries of groups under their flat names: {"judge": {"endpoint": "http://host"}}
+    gives {"judge_endpoint": "http://host"}. A value of a group that is no mapping is its first entry.
     """
-    places, found = entries_of(types), {}
+    found: dict[str, Any] = {}
     for name, value in values.items():
-        group, entry = places.get(name, (name, ""))
-        if not is_group(types.get(group)):
+        if not is_group(types.get(name)):
             found[name] = value
             continue
-        known = own_field_types(types[group])
-        if isinstance(value, types[group]):
-            value = {each: getattr(value, each) for each in known}
-        elif not entry and not isinstance(value, Mapping):
+        known = own_field_types(types[name])
+        if isinstance(value, types[name]):
+            value = {entry: getattr(value, entry) for entry in known}
+        elif not isinstance(value, Mapping):
             pairs = pairs_of(value)
             value = pairs if pairs.keys() & known.keys() else {next(iter(known)): value}
-        found[group] = {**found.get(group, {}), **({entry: value} if entry else value)}
+        found |= {f"{name}_{entry}": one for entry, one in value.items()}
     return found
 
 
-def flat(values: Mapping[str, Any], types: Mapping[str, Any]) -> dict[str, Any]:
-    """Return values with the entries of groups under their flat names: the inverse of `grouped`."""
-    places, found = {place: name for name, place in entries_of(types).items()}, {}
+def grouped(values: Mapping[str, Any], types: Mapping[str, Any]) -> dict[str, Any]:
+    """Return flat values with the entries of groups in mappings: the inverse of `flat`."""
+    places, found = entries_of(types), {}
     for name, value in values.items():
-        if is_group(types.get(name)):
-            found |= {places[name, entry]: one for entry, one in value.items()}
-        else:
+        group, entry = places.get(name, (name, None))
+        if entry is None:
             found[name] = value
+        else:
+            found.setdefault(group, {})[entry] = value
     return found
 
 

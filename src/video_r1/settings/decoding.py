@@ -110,8 +110,8 @@ class EvalSettings(DecodingSettings, ManifestSettings):
 
     def frames_without_looks(self, frames: int) -> int:
         """Return the frames of an overview that has as many visual tokens as `frames` and all looks."""
-        size = (self.look_pixels or self.frame_pixels) / self.frame_pixels
-        return TEMPORAL_PATCH * round((frames + self.max_looks * self.look_frames * size) / TEMPORAL_PATCH)
+        size = (self.look.pixels or self.frame_pixels) / self.frame_pixels
+        return TEMPORAL_PATCH * round((frames + self.max_looks * self.look.frames * size) / TEMPORAL_PATCH)
 
     @property
     def folder(self) -> Path:

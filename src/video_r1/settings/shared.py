@@ -31,6 +31,16 @@ class RemoteSettings(Settings):
 
 
 @dataclass(kw_only=True)
+class MediaSettings(Settings):
+    """Limits of decoding a file"""
+
+    seconds: float = setting(
+        120.0, "seconds to decode a file before it counts as unusable; 0: no limits, no workers", at_least=0
+    )
+    memory_mb: int = setting(4096, "MB that decoding a file may take, else it is unusable", at_least=64)
+
+
+@dataclass(kw_only=True)
 class PromptSettings(RemoteSettings):
     """Frames and prompts"""
 
@@ -42,10 +52,7 @@ class PromptSettings(RemoteSettings):
     max_prompt_length: int = setting(16384, "longest prompt in tokens; longer ones are skipped", above=0)
     prompt_template: str | None = setting(None, "file with the text template (default: the built-in one)")
     subtitles: bool = setting(False, "put a row's subtitles before the question, where it has some")
-    media_seconds: float = setting(
-        120.0, "seconds to decode a file before it counts as unusable; 0: no limits, no workers", at_least=0
-    )
-    media_memory_mb: int = setting(4096, "MB that decoding a file may take, else it is unusable", at_least=64)
+    media: MediaSettings = setting(MediaSettings, "limits of decoding a file")
     frame_cache: str | None = setting(None, "folder for resized frames, shared by all stages and later runs")
     frame_cache_gb: float = setting(100.0, "size limit of that folder; oldest files are removed", above=0)
 
@@ -58,7 +65,7 @@ class PromptSettings(RemoteSettings):
         """Return the frame budget; frame sides are multiples of `size_multiple` (patch × merge)."""
         names = ("fps", "min_frames", "max_frames", "frame_pixels", "image_pixels")
         budget = {name: getattr(self, name) for name in names}
-        limits = {"seconds": self.media_seconds, "memory": self.media_memory_mb << 20}
+        limits = {"seconds": self.media.seconds, "memory": self.media.memory_mb << 20}
         return FrameBudget(**budget, **limits, **self.remote_files(), size_multiple=size_multiple)
 
 
@@ -74,30 +81,42 @@ class LoadingSettings(Settings):
 
 
 @dataclass(kw_only=True)
+class LoraSettings(Settings):
+    """LoRA"""
+
+    r: int = setting(64, "rank of the adapters", above=0)
+    alpha: int = setting(128, "their output is multiplied by lora_alpha / lora_r", above=0)
+    dropout: float = setting(0.0, "dropout before the adapters", at_least=0, below=1)
+    target_modules: list[str] | None = setting(
+        None, "modules to adapt (default: linear layers of the text model)"
+    )
+    vision_tower: bool = setting(False, "adapt the linear layers of the vision tower too")
+
+    def problems(self) -> Iterator[Problem]:
+        yield from super().problems()
+        if self.vision_tower and self.target_modules:
+            yield "vision_tower", "is true while lora_target_modules names modules; name its own there"
+
+
+@dataclass(kw_only=True)
 class ModelSettings(LoadingSettings):
     """Model"""
 
     model_name_or_path: str | None = setting(None, "checkpoint folder or Hugging Face model id")
     freeze_vision_tower: bool = setting(False, "leave the vision tower's weights as they are")
     use_peft: bool = setting(False, "train LoRA adapters instead of all weights (needs the extra 'lora')")
-    lora_r: int = setting(64, "rank of the adapters", above=0)
-    lora_alpha: int = setting(128, "their output is multiplied by lora_alpha / lora_r", above=0)
-    lora_dropout: float = setting(0.0, "dropout before the adapters", at_least=0, below=1)
-    lora_target_modules: list[str] | None = setting(
-        None, "modules to adapt (default: linear layers of the text model)"
-    )
-    lora_vision_tower: bool = setting(False, "adapt the linear layers of the vision tower too")
+    lora: LoraSettings = setting(LoraSettings, "size and place of the adapters")
     load_in_4bit: bool = setting(False, "QLoRA: the frozen weights in 4 bits (needs the extra 'qlora')")
 
     def problems(self) -> Iterator[Problem]:
         yield from super().problems()
-        if self.lora_target_modules and not self.use_peft:
+        if self.use_peft:
+            return
+        if self.lora.target_modules:
             yield "lora_target_modules", "is set while use_peft is false; set use_peft to true or remove it"
-        for name in ("lora_vision_tower", "load_in_4bit"):
-            if getattr(self, name) and not self.use_peft:
+        for name, asked in ("lora_vision_tower", self.lora.vision_tower), ("load_in_4bit", self.load_in_4bit):
+            if asked:
                 yield name, "is true while use_peft is false: 4-bit weights and a frozen tower need adapters"
-        if self.lora_vision_tower and self.lora_target_modules:
-            yield "lora_vision_tower", "is true while lora_target_modules names modules; name its own there"
 
 
 @dataclass(kw_only=True)

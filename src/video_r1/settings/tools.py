@@ -4,7 +4,16 @@ from collections.abc import Iterator
 from dataclasses import dataclass, fields
 from typing import Any, Literal
 
-from video_r1.settings.base import Problem, Settings, setting
+from video_r1.settings.base import Problem, Settings, flat, own_field_types, setting
+
+
+@dataclass(kw_only=True)
+class LookSettings(Settings):
+    """The tool look"""
+
+    frames: int = setting(16, "most frames of a look", at_least=2)
+    pixels: int | None = setting(None, "area of one of its frames (default: frame_pixels)", above=0)
+    fps: float = setting(4.0, "frames per second of a look whose call names none", above=0)
 
 
 @dataclass(kw_only=True)
@@ -15,16 +24,15 @@ class ToolSettings(Settings):
         None, "look: the model may ask for a stretch of the clip and gets its frames (docs/look.md)"
     )
     max_looks: int = setting(2, "calls of tools in one answer; then it has to end", above=0)
-    look_frames: int = setting(16, "most frames of a look", at_least=2)
-    look_pixels: int | None = setting(None, "area of one of its frames (default: frame_pixels)", above=0)
-    look_fps: float = setting(4.0, "frames per second of a look whose call names none", above=0)
+    look: LookSettings = setting(LookSettings, "frames that the tool look returns")
     max_tool_tokens: int = setting(
         8192, "tokens that tools may return to one answer, visual ones included; then it has to end", above=0
     )
 
     def tool_values(self) -> dict[str, Any]:
         """Return the values that answers depend on; {} without tools."""
-        return {f.name: getattr(self, f.name) for f in fields(ToolSettings)} if self.tools else {}
+        values = {f.name: getattr(self, f.name) for f in fields(ToolSettings)} if self.tools else {}
+        return flat(values, own_field_types(ToolSettings))
 
 
 @dataclass(kw_only=True)

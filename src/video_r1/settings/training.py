@@ -26,6 +26,7 @@ SELF_REFLECTION_PHRASES = (
     "wait", "hold on", "let me check", "let me re-check", "let me think again", "let me look again",
     "on second thought", "re-examine", "reconsider", "double-check", "verify", "actually,",
 )  # fmt: skip
+"""Texts whose share of completions is logged."""
 
 
 @dataclass(kw_only=True)
@@ -109,6 +110,34 @@ class JudgeSettings(Settings):
 
 
 @dataclass(kw_only=True)
+class SapoSettings(Settings):
+    """Soft gates of SAPO"""
+
+    temperature_pos: float = setting(1.0, "temperature of the gate for advantages above 0", above=0)
+    temperature_neg: float = setting(1.05, "the same for the others", above=0)
+
+
+@dataclass(kw_only=True)
+class DistillationSettings(Settings):
+    """Distillation"""
+
+    model_name_or_path: str | None = setting(
+        None,
+        "distillation: a checkpoint of the same tokenizer, self (the policy with the teacher's frames), or "
+        "addresses of `video-r1 serve`",
+    )
+    frames: int | None = setting(None, "most frames that the teacher sees (default: max_frames)", at_least=2)
+    pixels: int | None = setting(None, "area of its frames (default: frame_pixels)", above=0)
+    weight: float = setting(1.0, "lambda: weight of log π_teacher − log π in each token's advantage", above=0)
+
+    def problems(self) -> Iterator[Problem]:
+        yield from super().problems()
+        for name in ("frames", "pixels"):
+            if self.model_name_or_path is None and getattr(self, name) is not None:
+                yield name, "is set while teacher_model_name_or_path is not; name a teacher"
+
+
+@dataclass(kw_only=True)
 class TGRPOSettings(TrainingSettings):
     """GRPO and T-GRPO"""
 
@@ -131,8 +160,7 @@ class TGRPOSettings(TrainingSettings):
     )
     delta: float | None = setting(None, "upper bound of an unclipped ratio (two-sided clipping)", above=0)
     loss_type: str = setting("grpo", "grpo, bnpo, dapo, dr_grpo, cispo, sapo, or your own as module:function")
-    sapo_temperature_pos: float = setting(1.0, "temperature of sapo's gate for advantages above 0", above=0)
-    sapo_temperature_neg: float = setting(1.05, "the same for the others", above=0)
+    sapo: SapoSettings = setting(SapoSettings, "gates of loss_type sapo")
     importance_sampling_level: Literal["token", "sequence"] = setting(
         "token", "policy ratio per token, or (GSPO) sequence"
     )
@@ -182,21 +210,7 @@ class TGRPOSettings(TrainingSettings):
     shuffle_options: bool = setting(
         False, "draw the order of a question's options each time it is asked, with the solution's letter"
     )
-    self_reflection_phrases: list[str] = setting(
-        list(SELF_REFLECTION_PHRASES), "their share of completions is logged"
-    )
-    teacher_model_name_or_path: str | None = setting(
-        None,
-        "distillation: a checkpoint of the same tokenizer, self (the policy with the teacher's frames), or "
-        "addresses of `video-r1 serve`",
-    )
-    teacher_frames: int | None = setting(
-        None, "most frames that the teacher sees (default: max_frames)", at_least=2
-    )
-    teacher_pixels: int | None = setting(None, "area of its frames (default: frame_pixels)", above=0)
-    teacher_weight: float = setting(
-        1.0, "lambda: weight of log π_teacher − log π in each token's advantage", above=0
-    )
+    teacher: DistillationSettings = setting(DistillationSettings, "a model whose log-probs the policy learns")
     log_rollouts: int = setting(2, "groups recorded in rollouts.jsonl at each logging step", at_least=0)
     preflight_questions: int = setting(4, "questions tried first: stops if no reward is in reach", at_least=0)
 
@@ -235,19 +249,15 @@ class TGRPOSettings(TrainingSettings):
             yield "judge_endpoint", "is missing while reward_funcs names judge; give the judge's address"
 
     def teacher_problems(self) -> Iterator[Problem]:
-        teacher, frames = self.teacher_model_name_or_path, getattr(self, "max_frames", 0)
-        more = self.teacher_pixels or getattr(self, "overview_frames", None)
-        servers = getattr(self, "vllm_server_base_url", None) if getattr(self, "use_vllm", False) else None
+        teacher, frames = self.teacher.model_name_or_path, getattr(self, "max_frames", 0)
+        more = self.teacher.pixels or getattr(self, "overview_frames", None)
         if teacher is None:
-            for name in ("teacher_frames", "teacher_pixels"):
-                if getattr(self, name) is not None:
-                    yield name, "is set while teacher_model_name_or_path is not; name a teacher"
             if self.reward_funcs == "none":
                 yield "reward_funcs", "is none, so nothing is learnt; set teacher_model_name_or_path"
-        elif teacher == "self" and not more and (self.teacher_frames or 0) <= frames:
+        elif teacher == "self" and not more and (self.teacher.frames or 0) <= frames:
             said = "is self, which sees no more than the policy; raise teacher_frames or teacher_pixels"
             yield "teacher_model_name_or_path", said
-        elif set(addresses(teacher)) & set(addresses(servers or "")):
+        elif set(addresses(teacher)) & {getattr(self, "server", None)}:
             said = "samples for the policy, whose weights it gets; start another server for the teacher"
             yield "teacher_model_name_or_path", said
         elif teacher.startswith(SCHEMES) and self.temperature != 1:

@@ -51,7 +51,7 @@ MAY_CHANGE = frozenset(
     logging_steps save_steps save_strategy save_total_limit eval_steps eval_strategy
     media_threads media_cache_mb media_seconds media_memory_mb remote_cache remote_cache_gb
     judge_endpoint judge_key_variable judge_down judge_wait judge_timeout judge_concurrency
-    vllm_server_base_url vllm_server_timeout vllm_gpu_memory_utilization vllm_enable_sleep_mode
+    engine vllm_server_timeout vllm_gpu_memory_utilization vllm_enable_sleep_mode
     """.split()
 )
 """Settings that may differ when a run is resumed. (`check_processes` keeps the questions of a step.)"""

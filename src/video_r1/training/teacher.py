@@ -56,14 +56,14 @@ class Teacher:
     def __init__(
         self, settings: Any, builder: PromptBuilder, reader: Reader, policy: Any, accelerator: Accelerator
     ) -> None:
-        name, processor = settings.teacher_model_name_or_path, builder.processor
+        name, processor = settings.teacher.model_name_or_path, builder.processor
         self.settings, self.accelerator = settings, accelerator
         # max_prompt_length is the policy's; what a teacher here reads is bounded by its frames
         longest = ANY_LENGTH
         self.server: ServerEngine | None = None
         self.model: nn.Module | None = None  # None: the policy
         if name.startswith(SCHEMES):
-            urls, wait = addresses(name), settings.vllm_server_timeout
+            urls, wait = addresses(name), settings.vllm.server_timeout
             self.server = ServerEngine(urls, processor, policy.generation_config, wait=wait)
             self._check_server(self.server, type(vision_language_model(policy)).__name__, builder.tokenizer)
             answer = settings.max_completion_length + tool_tokens(settings, builder.toolbox is not None)
@@ -79,8 +79,8 @@ class Teacher:
         self.builder.toolbox = builder.toolbox
         budget = replace(
             reader.budget,
-            max_frames=settings.teacher_frames or reader.budget.max_frames,
-            frame_pixels=settings.teacher_pixels or reader.budget.frame_pixels,
+            max_frames=settings.teacher.frames or reader.budget.max_frames,
+            frame_pixels=settings.teacher.pixels or reader.budget.frame_pixels,
             size_multiple=size_multiple(processor),
         )
         self.reader = Reader(budget, reader.frame_cache)

@@ -77,9 +77,9 @@ from video_r1.rollout.engine_factory import training_engine
 from video_r1.rollout.episodes import ToolEngine, largest_frames, tool_tokens
 from video_r1.settings.base import settings_docs
 from video_r1.settings.tools import TrainingToolSettings
-from video_r1.settings.training import TGRPOSettings
+from video_r1.settings.training import SELF_REFLECTION_PHRASES, TGRPOSettings
 from video_r1.settings.trl import DEFAULTS
-from video_r1.settings.vllm import VLLMSettings
+from video_r1.settings.vllm import EngineSettings, VLLMSettings
 from video_r1.training.advantages import TaskMoments, group_advantages, without_variance
 from video_r1.training.ledger import Ledger
 from video_r1.training.logprob_contrast import logprob_drops, samples_as_it_scores
@@ -119,7 +119,7 @@ RewardFunctions = str | Callable[..., Any] | Sequence[str | Callable[..., Any]]
 
 @settings_docs
 @dataclass
-class TGRPOConfig(TGRPOSettings, VLLMSettings, TrainingToolSettings, RunArguments):
+class TGRPOConfig(TGRPOSettings, EngineSettings, TrainingToolSettings, RunArguments):
     """All settings of a run: this project's own, TRL's by TRL's names, every field of `TrainingArguments`.
 
     `per_device_train_batch_size` counts questions. Fields of TRL's `GRPOConfig` that are none here are
@@ -269,13 +269,13 @@ class TGRPOTrainer(QuestionTrainer):
         warn_of_cancelled_bonus(terms.names, terms.weights, args)
         judged = ["judge"] if "judge" in terms.names else []
         total = {"reward": "reward/total"} if terms.names else {}  # without rewards it is always 0
-        taught = {"KL to the teacher": "teacher/kl"} if args.teacher_model_name_or_path else {}
+        taught = {"KL to the teacher": "teacher/kl"} if args.teacher.model_name_or_path else {}
         self.progress_series = {
             **total, **taught, "format": "reward/format", "gap": "temporal/gap",
             **{name: f"reward/{name}" for name in (*terms.custom, *judged, "accuracy")},
             "loss": "loss",
         }  # fmt: skip
-        soft = args.sapo_temperature_pos, args.sapo_temperature_neg
+        soft = args.sapo.temperature_pos, args.sapo.temperature_neg
         self.clip = ClipRange(args.epsilon, args.epsilon_high or args.epsilon, args.delta, soft)
         self.step = Step([], 1.0, 1.0, is_recorded=True)  # nothing sampled yet
         callbacks = list(callbacks or [])
@@ -295,7 +295,7 @@ class TGRPOTrainer(QuestionTrainer):
         policy = cast(PreTrainedModel, self.model)
         self.reference = Reference(policy, self.accelerator) if args.beta != 0 else None
         self.teacher: Teacher | None = None
-        if args.teacher_model_name_or_path is not None:
+        if args.teacher.model_name_or_path is not None:
             self.teacher = Teacher(args, self.builder, self.reader, policy, self.accelerator)
         self.vision_is_frozen = not any(
             weight.requires_grad for weight in vision_parameters(vision_language_model(policy))
@@ -351,7 +351,7 @@ class TGRPOTrainer(QuestionTrainer):
         entries = credit(groups, args, self.callback_of(TaskMoments), self.ledger)
         self.record_selection(selected)
         tools = isinstance(self.engine, ToolEngine)
-        describe_groups(self.meter, groups, args.self_reflection_phrases, tools)
+        describe_groups(self.meter, groups, SELF_REFLECTION_PHRASES, tools)
         for name, value in entries.items():
             self.meter.add(name, value)
 
@@ -518,14 +518,14 @@ class TGRPOTrainer(QuestionTrainer):
         """Set what all updates on the batch share. logprobs: [N], of the policy before the first update."""
         batch.old_logprobs = logprobs
         if self.settings.use_vllm:
-            batch.sampler_weights = sampler_weights(logprobs, batch.trained, self.settings, self.meter)
+            batch.sampler_weights = sampler_weights(logprobs, batch.trained, self.settings.vllm, self.meter)
         if self.reference is not None:
             with self.reference.in_place_of(model, self.accelerator) as reference:
                 batch.ref_logprobs = self.logprobs(reference, batch).logprobs
         if self.teacher is not None:
             with self.meter.seconds("teacher"):
                 scores = self.teacher.scores(model, batch.trained)
-            batch.teacher_credits = teacher_credits(scores, logprobs, self.settings.teacher_weight)
+            batch.teacher_credits = teacher_credits(scores, logprobs, self.settings.teacher.weight)
             note_teacher(self.meter, batch.trained, scores, logprobs)
 
     # ---- Questions
@@ -696,7 +696,7 @@ def flat_groups_count(settings: TGRPOSettings) -> bool:
     """Whether groups of equal rewards matter although their advantages are 0: for a KL or entropy term, a
     teacher, the mean over a micro-batch (bnpo), or where entropies are ranked.
     """
-    own_terms = settings.beta != 0 or settings.entropy_coef != 0 or settings.teacher_model_name_or_path
+    own_terms = settings.beta != 0 or settings.entropy_coef != 0 or settings.teacher.model_name_or_path
     averaged = objective_of(settings.loss_type).average == "micro_batch"
     return bool(own_terms) or averaged or settings.top_entropy_quantile < 1
 
@@ -725,13 +725,13 @@ def sampler_weights(
     sampled = torch.cat([rollout.logprobs for rollout in rollouts]).to(trainer_logprobs)
     lengths = torch.tensor([len(rollout.token_ids) for rollout in rollouts], device=sampled.device)
     difference = trainer_logprobs - sampled  # [N]
-    mode, bounds = settings.vllm_importance_sampling_mode, settings.importance_bounds
+    mode, bounds = settings.importance_sampling_mode, settings.importance_bounds
     weights, tokens = importance_weights(difference, lengths, mode, bounds), len(sampled)
     meter.add("sampler/logprob_difference", float(difference.abs().sum()), tokens)
     meter.peak("sampler/logprob_difference_max", float(difference.abs().max()))
     unbounded = importance_weights(difference, lengths, mode, (0.0, math.inf))
     meter.add("sampler/share_capped", float((weights != unbounded).sum()), tokens)
-    return weights if settings.vllm_importance_sampling_correction else None
+    return weights if settings.importance_sampling_correction else None
 
 
 def what_counts(args: TGRPOConfig, rewards: Sequence[str]) -> str:

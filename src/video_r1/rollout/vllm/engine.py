@@ -95,9 +95,9 @@ class VLLMEngine(ContinuingEngine):
         self.processor = processor
         self.tokenizer = getattr(processor, "tokenizer", processor)
         self._folder: tempfile.TemporaryDirectory | None = None
-        self._sleep = settings.vllm_enable_sleep_mode and torch.cuda.is_available()
+        self._sleep = settings.enable_sleep_mode and torch.cuda.is_available()
         self._asleep = False
-        self._neighbours = neighbours(settings.vllm_tensor_parallel_size)
+        self._neighbours = neighbours(settings.tensor_parallel_size)
         in_memory = not isinstance(model, (str, Path))
         source = self._describe(model) if in_memory else str(model)
         if in_memory and dtype == "auto":
@@ -112,13 +112,13 @@ class VLLMEngine(ContinuingEngine):
             "limit_mm_per_prompt": {"image": 1, "video": 1} if frames is None else largest_visuals(frames),
             "mm_processor_kwargs": {"do_sample_frames": False, "do_resize": False},
             "max_model_len": min(longest, max_model_len or longest),
-            "tensor_parallel_size": settings.vllm_tensor_parallel_size,
+            "tensor_parallel_size": settings.tensor_parallel_size,
             # One worker in each process that the launcher has started.
             **({"distributed_executor_backend": "external_launcher"} if process_count() > 1 else {}),
             **OPTIONS,
         }
         if torch.cuda.is_available():
-            arguments["gpu_memory_utilization"] = settings.vllm_gpu_memory_utilization
+            arguments["gpu_memory_utilization"] = settings.gpu_memory_utilization
             arguments["enable_sleep_mode"] = self._sleep
             arguments["max_num_batched_tokens"] = MAX_BATCHED_TOKENS
         else:
