@@ -6,6 +6,7 @@ import json
 import shutil
 import subprocess
 import sys
+from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -146,6 +147,23 @@ def test_the_published_format_becomes_our_manifest(name: str, root: Path, tmp_pa
     benchmark = BENCHMARKS[name]
     assert questions.coverage == (len(CASES[name]), benchmark.questions, ())
     assert str(questions.coverage) == f"{len(CASES[name])} of {benchmark.questions:,} questions"
+
+
+def test_a_declaration_of_ones_own(root: Path, tmp_path: Path) -> None:
+    """A TOML file anywhere declares a benchmark; one of the package needs no name in code either."""
+    copy = tmp_path / "own.toml"
+    declared = Path(str(files("video_r1")), "evaluation/benchmarks/timeblind.toml").read_text()
+    copy.write_text(declared.replace('title = "TimeBlind"', 'title = "Ours"'))
+    shutil.copytree(root / "timeblind", tmp_path / "media/own")
+    found = load_questions(str(copy), tmp_path / "media", tmp_path / "out", allow_missing=True)
+    assert (found.name, found.title) == ("own", "Ours")
+    assert [sample.problem_id for sample in found.samples] == [
+        str(case[0]).replace("timeblind", "own") for case in CASES["timeblind"]
+    ]
+    for wrong, said in {"titel": "titel", "read = 'os'": "os", "title = 1 2": "line 1"}.items():
+        copy.write_text(wrong if "=" in wrong else f"{declared}\n{wrong} = 1")
+        with pytest.raises(RequestError, match=f"own.toml declares no benchmark: .*{said}"):
+            load_questions(str(copy), tmp_path, tmp_path / "out")
 
 
 def test_texts_and_prompts(root: Path, tmp_path: Path) -> None:
@@ -292,7 +310,7 @@ def test_a_manifest_of_ones_own(tmp_path: Path) -> None:
     questions = load_questions(str(manifest), None, tmp_path / "out", allow_missing=True)
     assert [sample.problem_id for sample in questions.samples] == [1, 3]
     assert (questions.name, str(questions.coverage)) == ("mine", "2 of 3 questions, 1 media files missing")
-    with pytest.raises(RequestError, match="benchmarks: vsibench"):
+    with pytest.raises(RequestError, match="benchmarks: charades_sta, .*, vsibench"):
         load_questions("vsi-bench", None, tmp_path / "out")
 
 

@@ -114,10 +114,10 @@ def check_sources(recipe: Recipe) -> None:
                 "eval needs a manifest or benchmarks (--bench vsibench,mvbench), one of the two"
             )
         if values["bench"]:
-            from video_r1.evaluation.benchmarks.loading import check_benchmark
+            from video_r1.evaluation.benchmarks.loading import find_benchmark
 
             for name in values["bench"]:
-                check_benchmark(name)
+                find_benchmark(name)
     if command == "merge":
         check_adapters(Path(values["adapter"]))
     sources = ("table", "manifest", "train_manifest", "eval_manifest")

@@ -149,7 +149,7 @@ class BenchmarkSettings(Settings):
     """Benchmarks"""
 
     bench: list[str] | None = setting(
-        None, "benchmarks by name (vsibench, mvbench, ...) or manifest files", distinct=True
+        None, "benchmarks: names (vsibench, mvbench, ...), TOML declarations or manifest files", distinct=True
     )
     annotation: Literal["published", "reference"] | None = setting(
         None, "the benchmark's own annotation or Video-R1's eval_<name>.json (default: whichever exists)"

@@ -14,7 +14,7 @@ from typing import Literal, NamedTuple
 from video_r1.data.manifests.records import Sample, check_manifest, load_manifest
 from video_r1.data.sources.remote import local_file
 from video_r1.errors import RequestError
-from video_r1.evaluation.benchmarks import BENCHMARKS
+from video_r1.evaluation.benchmarks import BENCHMARKS, read_declaration
 from video_r1.evaluation.benchmarks.spec import Benchmark, annotation_files, manifest_rows, reference_rows
 from video_r1.evaluation.metrics import answer_score
 from video_r1.files import replace_json
@@ -53,11 +53,14 @@ class Questions(NamedTuple):
     benchmark: Benchmark | None
 
 
-def check_benchmark(name: str) -> None:
-    """Raise RequestError for the name of neither a benchmark nor a manifest file."""
-    if name not in BENCHMARKS and not Path(name).is_file():
+def find_benchmark(name: str) -> Benchmark | None:
+    """Return the benchmark of a name or of a declaration's path; None for a manifest. Raises RequestError."""
+    if name in BENCHMARKS:
+        return BENCHMARKS[name]
+    if not Path(name).is_file():
         known = ", ".join(BENCHMARKS)
         raise RequestError(f"bench: {name!r} is neither a benchmark nor a manifest file; benchmarks: {known}")
+    return read_declaration(Path(name)) if name.endswith(".toml") else None
 
 
 def load_questions(
@@ -70,17 +73,16 @@ def load_questions(
 ) -> Questions:
     """Read, convert and check one benchmark, or a user's manifest.
 
-    name: a benchmark's name, or the path of a manifest. media_root: by default `BENCHMARK_ROOT`, for a
+    name: a benchmark's name, or the path of its declaration or of a manifest. media_root: by default `BENCHMARK_ROOT`, for a
     manifest its folder. annotation: the kind to read if both exist, by default the published one. The
     converted manifest is written to `manifest_folder`/manifest.json. Raises ManifestError for rows that are
     no questions, RequestError when there is no annotation, and, unless `allow_missing`, when media are
     missing or the number of questions or options is not the published one.
     """
-    benchmark, problems = BENCHMARKS.get(name), []
+    benchmark, problems = find_benchmark(name), []
     if benchmark is None:
-        check_benchmark(name)
         samples, source = load_manifest(name, media_root, bad_rows=None, score=answer_score), ""
-        name = title = Path(name).stem
+        title = Path(name).stem
         kind, whole = None, len(samples)
     else:
         root, title, whole = Path(media_root or BENCHMARK_ROOT), benchmark.title, benchmark.questions
@@ -99,7 +101,7 @@ def load_questions(
     if problems and not (present and allow_missing):
         rest = ". Pass --allow_missing to evaluate the rest" if present else ""
         raise RequestError(f"{title}: {'; '.join(problems)}{rest}")
-    return Questions(name, title, by_clip(present), Coverage(len(present), whole, missing), kind, benchmark)
+    return Questions(Path(name).stem, title, by_clip(present), Coverage(len(present), whole, missing), kind, benchmark)
 
 
 def where_to_get(benchmark: Benchmark, root: Path | str = "DIR") -> str:

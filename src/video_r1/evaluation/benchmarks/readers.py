@@ -12,7 +12,6 @@ import json
 import re
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
-from typing import Any
 
 from video_r1.data.answers import LETTERS, answer_of, options_of, parse_options, split_options
 from video_r1.errors import ManifestError
@@ -178,18 +177,3 @@ def read_charades_sta(path: Path) -> Iterator[Row]:
     for row in json_or_parquet(path):
         span = [round(float(second), 1) for second in row["timestamp"]]
         yield {**row, "answer": json.dumps({"time": span})}
-
-
-SPECIAL: dict[str, dict[str, Any]] = {
-    "videommmu": {"find_places": videommmu_places, "find_task": videommmu_task},
-    "mmvu": {"find_places": mmvu_places, "find_task": mmvu_task},
-    "mvbench": {"find_places": mvbench_places, "find_task": mvbench_task},
-    "tempcompass": {"read": read_tempcompass},
-    "tomato": {"read": read_tomato},
-    "longvideobench": {"read": read_longvideobench},
-    "vinoground": {"read": read_vinoground},
-    "mvp": {"read": read_mvp},
-    "mvp_mini": {"read": read_mvp},
-    "timeblind": {"read": read_timeblind},
-    "charades_sta": {"read": read_charades_sta},
-}
