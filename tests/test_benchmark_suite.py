@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 import shlex
 from pathlib import Path
 from typing import Any
@@ -13,12 +12,12 @@ from benchmark_fixtures import lab_clips, write_benchmarks
 
 from video_r1.cli import main
 from video_r1.data.decoding.decoders import read_media_at
-from video_r1.evaluation.figures import gap_page
 from video_r1.evaluation.paper import (
     compare_with_paper,
     comparison_table,
     setup_differences,
 )
+from video_r1.report.page import page_data
 from video_r1.settings.decoding import EvalSettings
 from video_r1.settings.frames import CONTROLS
 
@@ -62,8 +61,8 @@ def test_all_controls_in_one_run(root: Path, tmp_path: Path, monkeypatch: pytest
         assert {order: figures[order]["questions"] for order in CONTROLS} == dict.fromkeys(CONTROLS, number)
         assert set(figures["temporal_gaps"]) == set(CONTROLS) - {"ordered", "shuffled"}
     assert len(decoded) <= 9  # neighbouring questions share a clip
-    page = (tmp_path / "temporal-gap.html").read_text()
-    assert all(f">{contrast}<" in page for contrast in CONTROLS[1:])
+    for row in page_data(tmp_path)["scores"]:
+        assert set(row["orders"]) == set(CONTROLS) and set(row["gaps"]) == set(CONTROLS) - {"ordered"}
 
 
 def test_direct_and_reasoned_answers_in_one_run(
@@ -78,7 +77,7 @@ def test_direct_and_reasoned_answers_in_one_run(
     assert main(command(root, tmp_path, *wanted)) == 0
     before, printed = predictions(tmp_path), capsys.readouterr().out
     assert "VSI-Bench, mean over task types (part)" in printed and "direct answers" not in printed
-    assert "VSI-Bench: 6 of 5,130 questions." in (tmp_path / "temporal-gap.html").read_text()
+    assert "VSI-Bench: 6 of 5,130 questions" in page_data(tmp_path)["notes"]
     assert main(command(root, tmp_path, *wanted, "--answer", "direct,reasoned")) == 0
     assert predictions(tmp_path) == before
     printed = capsys.readouterr().out
@@ -137,44 +136,3 @@ def test_what_differs_from_the_papers_setup() -> None:
     *numbers, direct = setup_differences(settings)
     assert "temperature is 1 here and 0.1 there" in numbers and "answers are direct" in direct
     assert "frame_pixels is 3136 here and 200704 there" in numbers
-
-
-def gap(mean: float, low: float, high: float, contrast: str = "shuffled") -> dict[str, Any]:
-    means = {"gap": mean, "ordered": 0.6, contrast: 0.6 - mean}
-    figure = {**means, "interval95": [low, high], "questions": 200}
-    return {"temporal_gap": figure} if contrast == "shuffled" else {"temporal_gaps": {contrast: figure}}
-
-
-BY_TASK = {
-    "first_frames": {**gap(0.02, -0.03, 0.07), **gap(0.4, 0.37, 0.43, "blind")},
-    "action_order": gap(0.21, 0.12, 0.30),
-    "object_<shuffle>": gap(-0.04, -0.12, 0.04),
-}
-FRAMES = {"16": {**gap(0.05, 0.01, 0.09), "by_task": BY_TASK}}
-RESULTS: dict[str, Any] = {
-    "a": {"title": "MVBench", "coverage": "6 of 40 questions", "complete": False, "frames": FRAMES},
-    "b": {
-        "title": "Video-MME",
-        "coverage": "all 9 questions",
-        "complete": True,
-        "frames": {"8": gap(0, 0, 0)},
-    },
-}
-
-
-def test_figures() -> None:
-    """Rows are sorted by the gap of shuffled frames; every text is escaped."""
-
-    def rows(page: str) -> list[str]:
-        texts = re.findall(r">([^<>]*)</text>", page)
-        return [
-            text for text in texts if re.fullmatch(r"MVBench|Video-MME|[a-z]+ (frames|order|&lt;.*)", text)
-        ]
-
-    page = gap_page(RESULTS, "runs/rl & more")
-    assert page == gap_page(RESULTS, "runs/rl & more")  # byte for byte
-    assert rows(page) == ["MVBench", "action order", "first frames", "object &lt;shuffle&gt;", "Video-MME"]
-    assert "<shuffle>" not in page and "runs/rl &amp; more" in page and ">blind<" in page
-    assert "MVBench: 6 of 40 questions." in page and "all 9" not in page
-    assert "16 frames: 60.0 − 55.0 = +5.0 [+1.0, +9.0]  (200)" in page and "60.0 − 20.0 = +40.0" in page
-    assert "No question was asked both ways" in gap_page({}, "m")

@@ -161,7 +161,7 @@ def test_a_declaration_of_ones_own(root: Path, tmp_path: Path) -> None:
         str(case[0]).replace("timeblind", "own") for case in CASES["timeblind"]
     ]
     for wrong, said in {"titel": "titel", "read = 'os'": "os", "title = 1 2": "line 1"}.items():
-        copy.write_text(wrong if "=" in wrong else f"{declared}\n{wrong} = 1")
+        copy.write_text(wrong if "=" in wrong else f"{wrong} = 1\n{declared}")
         with pytest.raises(RequestError, match=f"own.toml declares no benchmark: .*{said}"):
             load_questions(str(copy), tmp_path, tmp_path / "out")
 
@@ -310,7 +310,7 @@ def test_a_manifest_of_ones_own(tmp_path: Path) -> None:
     questions = load_questions(str(manifest), None, tmp_path / "out", allow_missing=True)
     assert [sample.problem_id for sample in questions.samples] == [1, 3]
     assert (questions.name, str(questions.coverage)) == ("mine", "2 of 3 questions, 1 media files missing")
-    with pytest.raises(RequestError, match="benchmarks: charades_sta, .*, vsibench"):
+    with pytest.raises(RequestError, match=r"benchmarks: charades_sta, .*, vsibench"):
         load_questions("vsi-bench", None, tmp_path / "out")
 
 

@@ -49,8 +49,11 @@ LAUNCHED = f"accelerate launch --config_file {RECIPES}/accelerate"
                 "video-r1 report runs/lab-tgrpo",
             ],
         ),
-        ("eval run lab/test.json", ["video-r1 studio runs/eval/run-test"]),
-        ("eval a/b/c --bench mvbench --out e", ["video-r1 studio e"]),
+        (
+            "eval run lab/test.json --order ordered,frozen",
+            ["video-r1 studio runs/eval/run-test", "video-r1 report runs/eval/run-test"],
+        ),
+        ("eval a/b/c --bench mvbench --controls --out e", ["video-r1 studio e", "video-r1 report e"]),
         (
             "plan video-r1-7b-sft-lora --gpus 4 --sharding zero3 --gradient_accumulation_steps 4",
             [

@@ -31,6 +31,7 @@ from video_r1.evaluation.summary import summarise
 from video_r1.files import append_line, claimed, replace_text
 from video_r1.report.page import build_report, duration, embed, page_data
 from video_r1.report.run_data import read_groups, read_run
+from video_r1.settings.frames import CONTROLS
 from video_r1.training.recording import save_strip
 
 
@@ -123,9 +124,11 @@ def test_scores_are_over_the_videos_where_there_are_images_too(tmp_path: Path) -
     summary = write_evaluation(tmp_path / "eval-rl", 0.7, 0.3)
     videos = summary["frames"]["8"]["by_modality"]["video"]
     (row,) = page_data(tmp_path / "eval-rl")["scores"]
-    assert (row["name"], row["about"], row["ordered"]["n"]) == ("rl", "videos", 200)
-    assert row["ordered"]["mean"] == videos["ordered"]["accuracy"]
-    assert [row["gap"]["low"], row["gap"]["high"]] == videos["temporal_gap"]["interval95"]
+    assert (row["name"], row["about"], row["orders"]["ordered"]["n"]) == ("rl", "videos", 200)
+    assert row["orders"]["ordered"]["mean"] == videos["ordered"]["accuracy"]
+    assert [row["gaps"]["shuffled"]["low"], row["gaps"]["shuffled"]["high"]] == videos["temporal_gap"][
+        "interval95"
+    ]
     assert {part["name"] for part in row["by"]["by_modality"]} == {"video", "image"}
 
 
@@ -145,7 +148,7 @@ def test_scores_of_an_unfinished_evaluation(tmp_path: Path) -> None:
     with (tmp_path / "predictions-8.jsonl").open("a") as file:
         file.write('{"problem_id": 1, "order": "ord')
     data = page_data(tmp_path)
-    assert data["scores"][0]["ordered"]["mean"] == finished["ordered"]["accuracy"]
+    assert data["scores"][0]["orders"]["ordered"]["mean"] == finished["ordered"]["accuracy"]
     assert any("not finished" in note for note in data["notes"])
 
 
@@ -156,12 +159,15 @@ def test_the_look_gap_stands_beside_the_temporal_gap(tmp_path: Path) -> None:
     low, high = gap["interval95"]
     for name in ("summary.json", None):
         (row,) = page_data(tmp_path)["scores"]
-        assert row["look"] == {"mean": gap["gap"], "low": low, "high": high, "n": 120} and low < high
-        assert row["gap"] is row["shuffled"] is None
+        assert (
+            row["gaps"] == {"elsewhere": {"mean": gap["gap"], "low": low, "high": high, "n": 120}}
+            and low < high
+        )
+        assert set(row["orders"]) == {"ordered", "elsewhere"}
         if name:
             (tmp_path / name).unlink()
     write_evaluation(tmp_path / "eval-rl", 0.7, 0.3)
-    assert page_data(tmp_path / "eval-rl")["scores"][0]["look"] is None
+    assert page_data(tmp_path / "eval-rl")["scores"][0]["gaps"].keys() == {"shuffled"}
 
 
 def test_scores_of_several_frame_counts(tmp_path: Path) -> None:
@@ -171,8 +177,8 @@ def test_scores_of_several_frame_counts(tmp_path: Path) -> None:
     name = tmp_path.name
     first, second = page_data(tmp_path)["scores"]
     assert (first["name"], second["name"]) == (f"{name}, 16 frames", f"{name}, 32 frames")
-    assert first["ordered"] == {"mean": 0.5, "low": 0.4, "high": 0.6, "n": 9}
-    assert first["format"] == 1.0 and first["shuffled"] is first["gap"] is None
+    assert first["orders"] == {"ordered": {"mean": 0.5, "low": 0.4, "high": 0.6, "n": 9}}
+    assert first["format"] == 1.0 and first["gaps"] == {}
 
 
 @pytest.mark.parametrize("finished", [False, True])
@@ -189,8 +195,9 @@ def test_direct_answers_have_a_row(tmp_path: Path, finished: bool) -> None:
         (tmp_path / "x" / "summary.json").write_text(json.dumps(summary))
     rows = {row["name"]: row for row in page_data(tmp_path)["scores"]}
     assert list(rows) == ["alone", "x", "x, direct"]
-    assert rows["alone"]["ordered"] == rows["x, direct"]["ordered"]
-    assert rows["x"]["ordered"]["mean"] - rows["x, direct"]["ordered"]["mean"] > 0.2
+    assert rows["alone"]["orders"] == rows["x, direct"]["orders"]
+    assert rows["x"]["orders"]["ordered"]["mean"] - rows["x, direct"]["orders"]["ordered"]["mean"] > 0.2
+    assert list(rows["x"]["orders"]) == [*CONTROLS] and rows["x"]["gaps"].keys() == {*CONTROLS[1:]}
 
 
 def test_header_of_a_run(tmp_path: Path) -> None:

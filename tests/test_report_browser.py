@@ -233,7 +233,7 @@ def test_demo_page(page: Page, demo_page: Path, width: int, dark: bool) -> None:
     fits(page)
     assert len(texts(page, "dialog code")) == 1
     gaps = page.evaluate(
-        "[...document.querySelectorAll('#evaluation .scores tbody tr')].map(r => r.cells[4]).filter(Boolean)"
+        "[...document.querySelectorAll('#evaluation .scores tbody .gap')]"
         ".map(c => c.getBoundingClientRect().right)"
     )
     assert len(gaps) > 9 and all(right <= width for right in gaps)  # seen without scrolling
@@ -293,15 +293,22 @@ def test_words_have_the_teachers_colours_and_a_legend(page: Page, tmp_path: Path
 
 
 def test_gaps_have_intervals(page: Page, tmp_path: Path) -> None:
-    """The look gap is a column of the scores; bounds of a validation's gap are lines of its chart."""
+    """A contrast's gap is below its mean; bounds of a validation's gap are lines of its chart."""
     names = ("eval_temporal_gap", "eval_temporal_gap_low", "eval_temporal_gap_high")
     lines = [{"step": s} | {name: 0.1 * n for n, name in enumerate(names)} for s in range(1, 9)]
     write_lines(tmp_path / "rl" / "metrics.jsonl", lines)
     write_looks(tmp_path / "eval-rl", 0.8, 0.5, 0.6)
     show(page, build_report(tmp_path))
     fits(page)
-    assert texts(page, ".scores thead th")[-4:] == ["temporal gap", "look gap", "format", "questions"]
-    assert re.match(r"[+−].* to ", texts(page, ".scores tbody td")[4])
+    assert texts(page, ".scores thead th")[-5:] == [
+        "in order",
+        "shuffled",
+        "elsewhere",
+        "format",
+        "questions",
+    ]
+    gaps = texts(page, ".scores tbody .gap")
+    assert re.match(r"temporal gap [+−].* to ", gaps[0]) and re.match(r"look gap [+−].* to ", gaps[1])
     assert texts(page, ".title") == ["temporal gap"]
     assert sorted(texts(page, ".headline .label")) == ["all 0.00", "high 0.20", "low 0.10"]
 

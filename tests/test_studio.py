@@ -18,8 +18,8 @@ pytest.importorskip("starlette", reason="the extra studio is not installed")
 from starlette.testclient import TestClient
 
 from video_r1.cli import main
+from video_r1.report import reader as tail_module
 from video_r1.report.curves import Curves
-from video_r1.studio import tail as tail_module
 from video_r1.studio.requests import POLICY, token_of
 
 OWN = {"X-Video-R1": "1"}

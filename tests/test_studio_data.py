@@ -15,7 +15,8 @@ pytest.importorskip("starlette", reason="the extra studio is not installed")
 from studio_server import get as got
 from studio_server import studio_client
 
-from video_r1.studio import folders, tail
+from video_r1.report import reader as tail
+from video_r1.studio import folders
 from video_r1.studio.folders import Library
 from video_r1.studio.manifests import ManifestIndex
 

@@ -13,10 +13,11 @@ from report_runs import HOSTILE, write_demo, write_hostile_run, write_lines, wri
 from video_r1.errors import VideoR1Error
 from video_r1.files import Claim, claimed, parse_claim
 from video_r1.lab.demo import MARK
+from video_r1.report.reader import Found, Refused, last_lines
+from video_r1.report.run_data import read_settings
 from video_r1.studio.alerts import alert_of_silence, alerts_of
-from video_r1.studio.folders import Found, Library, Refused, read_settings
+from video_r1.studio.folders import Library
 from video_r1.studio.overview import DEMO_MARK, Progress, listing, overview, progress_of, state_of
-from video_r1.studio.tail import last_lines
 
 
 def found_in(folder: Path) -> Found:

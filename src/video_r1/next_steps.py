@@ -27,7 +27,8 @@ def next_steps(recipe: Recipe) -> list[str]:
         start = then("sft", "qwen3-vl-4b-sft-lora", "--train_manifest", values["out"], *media)
         return [start, "(for one GPU of 24 GB; see video-r1 recipes for other machines)"]
     if command == "eval":
-        return [then("studio", recipe.section(EvalSettings).folder)]  # every order and question
+        folder = recipe.section(EvalSettings).folder  # both pages show every order; the studio also questions
+        return [then("studio", folder), then("report", folder)]
     if command in TRAINS:
         return after_training(recipe)
     return after_plan(recipe) if command == "plan" else []

@@ -1,7 +1,7 @@
 """`video-r1 eval`: a checkpoint asked every question with every frame count in every frame order, and scored.
 
 questions ─► predictions.py ─► <out>/<benchmark>/predictions-<frames>.jsonl, summary.json, …
-                               <out>/summary.json, temporal-gap.html
+                               <out>/summary.json
 
 torch and the model's code are imported when the questions are read, so that wrong requests fail at once.
 """
@@ -18,10 +18,9 @@ from video_r1.data.manifests.records import load_manifest
 from video_r1.errors import RequestError, writing_to
 from video_r1.evaluation import paper
 from video_r1.evaluation.benchmarks.loading import Questions, load_questions
-from video_r1.evaluation.figures import gap_page
 from video_r1.evaluation.metrics import answer_score
 from video_r1.evaluation.summary import ORDERS, cell, summary_table
-from video_r1.files import replace_json, replace_text
+from video_r1.files import replace_json
 from video_r1.processes import claimed_by_first, decided_by_first, process_group, process_index
 from video_r1.settings.decoding import BenchmarkSettings, EvalSettings
 from video_r1.settings.frames import CONTROLS
@@ -78,7 +77,7 @@ def _load_benchmarks(settings: EvalSettings, bench: BenchmarkSettings, folder: P
 def _run(
     asked: Sequence[Any], settings: EvalSettings, bench: BenchmarkSettings, folder: Path
 ) -> dict[str, Any]:
-    """Evaluate on `Sample`s, or with benchmarks on their `Questions`; print the tables, draw the figures."""
+    """Evaluate on `Sample`s, or with benchmarks on their `Questions`; print the tables."""
     from video_r1.evaluation.predictions import evaluate
     from video_r1.rollout.engine_factory import open_engine, open_prompts
 
@@ -93,14 +92,8 @@ def _run(
             if process_index() == 0:
                 replace_json(folder / "summary.json", summary)
         else:
-            title = Path(str(settings.manifest)).stem
             summary = ask(asked, folder=folder)
-            results = {title: {"title": title, "frames": summary["frames"]}}
             print(summary_table(summary))
-        if bench.temporal_gap or bench.controls:
-            if process_index() == 0:
-                replace_text(folder / "temporal-gap.html", gap_page(results, str(settings.model)))
-            print(f"\nby task type: {folder / 'temporal-gap.html'}")
     return summary
 
 

@@ -163,6 +163,13 @@ def _figures(records: Iterable[Record], direct: Iterable[Record]) -> dict[str, A
     return figures
 
 
+def gaps_of(figures: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the gaps of figures by contrast, wherever `summarise` has put them."""
+    named = {"temporal_gap": "shuffled"} | LOOK_GAPS
+    gaps = {order: figures[name] for name, order in named.items() if name in figures}
+    return gaps | dict(figures.get("temporal_gaps") or {})
+
+
 def _difference(name: str, field: str, sides: Mapping[str, Sequence[Record]]) -> dict[str, Any]:
     """Return the paired difference of a field as `name`, with both sides' means; {} without pairs."""
     one, other = ({record["problem_id"]: record for record in records} for records in sides.values())
@@ -290,8 +297,7 @@ def _order_table(figures: Mapping[str, Any]) -> str:
     """Return a table of the frame orders, reasoned and direct: accuracy, its gap to ordered, and rates."""
     rows = []
     for way, own in (("", figures), (", direct", figures.get("direct", {}))):
-        gaps = {"shuffled": own.get("temporal_gap"), **own.get("temporal_gaps", {})}
-        gaps |= {order: own.get(name) for name, order in LOOK_GAPS.items()}
+        gaps = gaps_of(own)
         for order in get_args(Order):
             if figure := own.get(order):
                 names = ("strict_accuracy", "format_rate", "unparsable_rate", "truncated_rate")

@@ -63,41 +63,44 @@ function comparison() {
 
 // Evaluation -----------------------------------------------------------------------------------------------------
 
-/** Ordered (filled) and shuffled (hollow) means on a line from 0 to 1, with their intervals. */
-function dotPlot(row) {
-  const [width, height, edge] = [260, 26, 5];
+// Every order in which questions were asked, in the order of the columns.
+const measured = ["ordered", ...Object.keys(CONTRASTS), "elsewhere", "no-look"].filter((order) => data.scores.some((row) => row.orders[order]));
+const tintOf = (order) => (order === "ordered" ? "ordered" : "shuffled");
+const gapName = (order) => ({ shuffled: "temporal gap", elsewhere: "look gap" })[order] || "gap";
+
+/** Means in order (filled) and with each contrast (hollow) on a line from 0 to 1, with their intervals. */
+function dotPlot({ orders }) {
+  const [width, edge, lane] = [260, 5, 9];
+  const height = 8 + lane * measured.length;
   const x = (value) => edge + Math.max(0, Math.min(1, value)) * (width - 2 * edge);
   const marks = [0, 0.25, 0.5, 0.75, 1].map((v) => draw("line", { class: "grid", x1: x(v), x2: x(v), y1: 0, y2: height }));
-  for (const [order, y] of [["shuffled", 17], ["ordered", 9]]) {
-    const score = row[order];
-    if (!score) continue;
-    const paint = `var(--${order})`;
+  measured.forEach((order, i) => {
+    const score = orders[order];
+    if (!score) return;
+    const [y, paint] = [8 + lane * i, `var(--${tintOf(order)})`];
     if (score.low !== null && score.high !== null) marks.push(draw("line", { class: "bar", stroke: paint, x1: x(score.low), x2: x(score.high), y1: y, y2: y }));
     marks.push(draw("circle", { cx: x(score.mean), cy: y, r: 3.6, stroke: paint, "stroke-width": 1.6, fill: order === "ordered" ? paint : "var(--paper)" }));
-  }
+  });
   return draw("svg", { class: "dotplot", viewBox: `0 0 ${width} ${height}`, "aria-hidden": "true" }, ...marks);
 }
 
-const withLooks = data.scores.some((row) => row.look);
+const rangeOf = ({ low, high }) => (low === null ? "" : ` ${show(low, 2)} to ${show(high, 2)}`);
 
-function scoreCell(score, isGap) {
-  if (!score) return make("td", {}, "–");
-  const range = score.low === null ? "" : make("small", {}, ` ${show(score.low, 2)} to ${show(score.high, 2)}`);
-  return make("td", {}, make("b", {}, isGap ? signed(score.mean) : show(score.mean, 2)), range);
+function scoreCells({ orders, gaps }) {
+  return [make("td", { class: "picture" }, dotPlot({ orders })), ...measured.map((order) => (!orders[order] ? make("td", {}, "–")
+    : make("td", {}, make("b", {}, show(orders[order].mean, 2)), make("small", {}, rangeOf(orders[order])),
+      gaps[order] ? make("div", { class: "gap" }, make("small", {}, `${gapName(order)} `), signed(gaps[order].mean), make("small", {}, rangeOf(gaps[order]))) : "")))];
 }
 
-const scoreCells = (row) => [
-  make("td", { class: "picture" }, dotPlot(row)), scoreCell(row.ordered), scoreCell(row.shuffled), scoreCell(row.gap, true), withLooks ? scoreCell(row.look, true) : "",
-];
+const askedOf = ({ orders }) => make("td", {}, show((orders.ordered || Object.values(orders)[0] || {}).n));
 
-function scoreTable(caption, first, bodies, withFormat) {
-  const heads = ["ordered", "shuffled"].map((order) => make("th", { scope: "col", class: order }, order === "ordered" ? "in order" : order));
+function scoreTable(caption, bodies, withFormat) {
+  const heads = measured.map((order) => make("th", { scope: "col", class: tintOf(order) }, order === "ordered" ? "in order" : order));
   return make("div", { class: "scroll", tabindex: 0, role: "region", "aria-label": caption }, headed(make("table", { class: "scores" },
     make("caption", {}, caption),
-    make("thead", {}, make("tr", {}, make("th", { scope: "col" }, first),
+    make("thead", {}, make("tr", {}, make("th", { scope: "col" }, "checkpoint"),
       make("th", { scope: "col", class: "picture" }, make("span", { class: "ends" }, make("span", {}, "0"), make("span", {}, "0.5"), make("span", {}, "1"))),
-      heads, make("th", { scope: "col" }, "temporal gap"), withLooks ? make("th", { scope: "col" }, "look gap") : "",
-      withFormat ? make("th", { scope: "col" }, "format") : "", make("th", { scope: "col" }, "questions"))),
+      heads, withFormat ? make("th", { scope: "col" }, "format") : "", make("th", { scope: "col" }, "questions"))),
     bodies)));
 }
 
@@ -105,25 +108,28 @@ function evaluation() {
   if (!data.scores.length) return null;
   const about = [...new Set(data.scores.map((row) => row.about))].filter(Boolean).join(", ");
   const rows = data.scores.map((row) => make("tr", {}, make("th", { scope: "row", dir: "auto" }, row.name), scoreCells(row),
-    make("td", {}, row.format === null ? "–" : show(row.format, 2)), make("td", {}, show((row.ordered || row.shuffled || {}).n))));
-  const parts = [["by_modality", "By modality"], ["by_type", "By problem type"], ["by_task", "By task"], ["by_source", "By source"]].map(([field, title]) => {
-    const names = [...new Set(data.scores.flatMap((row) => ((row.by || {})[field] || []).map((part) => part.name)))];
-    if (names.length < 2) return "";
+    make("td", {}, row.format === null ? "–" : show(row.format, 2)), askedOf(row)));
+  const titles = { by_modality: "By modality", by_type: "By problem type", by_task: "By task, largest gap first", by_pairs: "Pairs that are right as a whole", by_source: "By source" };
+  const parts = Object.entries(titles).map(([field, title]) => {
+    const all = data.scores.flatMap((row) => row.by[field]);
+    const names = [...new Set(all.map((part) => part.name))];
+    if (names.length < (field === "by_pairs" ? 1 : 2)) return "";
+    const largest = (name) => Object.values(all.findLast((part) => part.name === name).gaps)[0]?.mean ?? -Infinity;
+    if (field === "by_task") names.sort((a, b) => largest(b) - largest(a));
     const bodies = names.map((name) => make("tbody", {},
-      make("tr", { class: "part" }, make("th", { scope: "rowgroup", colspan: withLooks ? 7 : 6, dir: "auto" }, name)),
+      make("tr", { class: "part" }, make("th", { scope: "rowgroup", colspan: measured.length + 3, dir: "auto" }, name)),
       data.scores.map((row) => {
-        const part = ((row.by || {})[field] || []).find((item) => item.name === name);
-        return part ? make("tr", {}, make("th", { scope: "row", dir: "auto" }, row.name), scoreCells(part),
-          make("td", {}, show((part.ordered || part.shuffled || {}).n))) : "";
+        const part = row.by[field].find((item) => item.name === name);
+        return part ? make("tr", {}, make("th", { scope: "row", dir: "auto" }, row.name), scoreCells(part), askedOf(part)) : "";
       })));
-    return make("details", {}, make("summary", {}, title), scoreTable(title, "checkpoint", bodies, false));
+    return make("details", {}, make("summary", {}, title), scoreTable(title, bodies, false));
   });
+  const contrasts = measured.filter((order) => order !== "ordered");
   return section("evaluation", "Evaluation",
-    make("p", { class: "lead" }, "Mean scores with the frames ",
-      make("span", { class: "ordered" }, "● in order"), " and ", make("span", { class: "shuffled" }, "○ shuffled"),
-      ", from 0 to 1, with 95 % intervals. The temporal gap is the difference of the two on the same questions.",
-      withLooks ? " The look gap is accuracy in order minus that with looks elsewhere in the clip." : ""),
-    scoreTable(`Scores of each checkpoint${about ? ` on ${about}` : ""}`, "checkpoint", make("tbody", {}, rows), true), overlapTable(data.scores), parts);
+    make("p", { class: "lead" }, "Mean scores with the frames ", make("span", { class: "ordered" }, "● in order"),
+      contrasts.length ? [" and ", make("span", { class: "shuffled" }, `○ ${contrasts.join(", ")}`)] : "", ", from 0 to 1, with 95 % intervals.",
+      contrasts.length ? " A gap is the score in order minus that of the column, on the same questions. If its interval contains 0, these questions do not show that the model uses the order." : ""),
+    scoreTable(`Scores of each checkpoint${about ? ` on ${about}` : ""}`, make("tbody", {}, rows), true), overlapTable(data.scores), parts);
 }
 
 // The page itself ----------------------------------------------------------------------------

@@ -21,14 +21,17 @@ from typing import Any
 
 from video_r1.errors import RequestError, writing_to
 from video_r1.files import replace_text
-from video_r1.report.run_data import Run, find_run_folders, read_groups, read_object, read_run
+from video_r1.report.reader import Found
+from video_r1.report.run_data import Run, find_run_folders, read_groups, read_run
 from video_r1.report.scores import in_order_of_stages, read_scores, test_of
-from video_r1.report.values import as_table
+from video_r1.report.values import as_table, text
 
 ROLLOUT_BYTES = 20_000_000  # of recorded groups and their frames in a page
 SCRIPTS = ("charts.js", "curves.js", "places.js", "frames.js", "rollouts.js", "page.js")
 OWN_SETTINGS = ("output_dir", "run_name", "logging_dir")  # every run has its own
 END_SHARE = 0.1  # a key figure is a mean over this share of the logged steps at either end
+
+GAP_NAMES = {"shuffled": "temporal gap", "elsewhere": "look gap"}
 
 # Main settings, in the order of the header.
 KEY_SETTINGS = {
@@ -93,7 +96,12 @@ def page_data(*folders: Path) -> dict[str, Any]:
     scores: list[dict[str, Any]] = []
     summary: dict[str, Any] = {}
     for folder, name in zip(folders, folder_names(folders), strict=True):
-        summary = read_object(folder / "summary.json", notes)
+        summary = Found(name, folder, Path(os.path.realpath(folder))).table("summary.json", notes)
+        notes += [
+            f"{text(each.get('title') or name)}: {text(each.get('coverage') or 'a part of its questions')}"
+            for name, each in as_table(summary.get("benchmarks")).items()
+            if as_table(each).get("complete") is False
+        ]
         found = [read_run(each, folder) for each in find_run_folders(folder)]
         rows = in_order_of_stages([row for run in found for row in read_scores(run)])
         if not found:
@@ -106,7 +114,7 @@ def page_data(*folders: Path) -> dict[str, Any]:
         runs, scores = runs + found, scores + rows
     overlay = len(folders) > 1
     runs.sort(key=lambda run: ("rl", "sft", "evaluation", "data").index(run.kind))
-    recorded = [run for run in runs if (run.folder / "rollouts.jsonl").is_file()]
+    recorded = [run for run in runs if (run.found.folder / "rollouts.jsonl").is_file()]
     trained = {run.name: run.config for run in runs if run.points["series"] and run.config}
     groups = {run.name: read_groups(run, ROLLOUT_BYTES // len(recorded)) for run in recorded}
     return {
@@ -138,7 +146,7 @@ def _name_by_folder(folder: Path, name: str, runs: list[Run], rows: list[dict[st
     """Put the folder's name into the names of its runs and scores."""
     own = folder.resolve().name.removeprefix("eval-")
     for run in runs:
-        run.name = name if run.folder == folder else f"{name}/{run.name}"
+        run.name = name if run.found.folder == folder else f"{name}/{run.name}"
     for row in rows:
         rest = row["name"].removeprefix(own)
         row["name"] = f"{name} {rest}" if rest == row["name"] else name + rest
@@ -250,18 +258,18 @@ def _demo_figures(scores: list[dict[str, Any]]) -> list[dict[str, str]]:
     """Return the main figures of a folder with evaluated stages, for each test: the last stage beside the one
     before.
     """
-    captions = {
-        "ordered": "accuracy, in order", "shuffled": "accuracy, shuffled", "gap": "temporal gap",
-        "look": "look gap",
-    }  # fmt: skip
     figures = []
-    for _, group in groupby((row for row in scores if row["ordered"]), key=test_of):
+    for _, group in groupby((row for row in scores if "ordered" in row["orders"]), key=test_of):
         *earlier, last = group
-        before = earlier[-1] if earlier else None
-        for key, caption in captions.items():
-            if last[key]:
-                note = f"{before['name']} {before[key]['mean']:z.2f}" if before and before[key] else ""
-                value = f"{last[key]['mean']:z.2f}"
-                about = f", {last['about']}" if last["about"] else ""
-                figures.append({"caption": f"{last['name']} {caption}{about}", "value": value, "note": note})
+        before = earlier[-1] if earlier else {"name": "", "orders": {}, "gaps": {}}
+        about = f", {last['about']}" if last["about"] else ""
+        for field, caption in (("orders", "accuracy, {}"), ("gaps", "gap, in order − {}")):
+            for order, score in last[field].items():
+                shown = GAP_NAMES.get(order) if field == "gaps" else None
+                name = shown or caption.format("in order" if order == "ordered" else order)
+                note = (
+                    f"{before['name']} {before[field][order]['mean']:z.2f}" if order in before[field] else ""
+                )
+                value = f"{score['mean']:z.2f}"
+                figures.append({"caption": f"{last['name']} {name}{about}", "value": value, "note": note})
     return figures

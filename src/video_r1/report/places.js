@@ -59,9 +59,10 @@ function overlapTable(scores) {
   if (!rows.length) return "";
   const caption = "Overlap with the truth: the mean, and the shares of questions with at least so much";
   const shares = Object.keys(rows[0].shares);
+  const cell = (score) => make("td", {}, score ? [make("b", {}, show(score.mean, 2)), make("small", {}, rangeOf(score))] : "–");
   return make("div", { class: "scroll", tabindex: 0, role: "region", "aria-label": caption }, headed(make("table", { class: "scores" },
     make("caption", {}, caption),
     make("thead", {}, make("tr", {}, ["checkpoint", "overlap", "mean", ...shares].map((head) => make("th", { scope: "col" }, head)))),
     make("tbody", {}, rows.map((row) => make("tr", {}, make("th", { scope: "row", dir: "auto" }, row.checkpoint),
-      make("td", { class: row.order }, `${row.name}, ${row.order}`), scoreCell(row.mean), shares.map((share) => scoreCell(row.shares[share]))))))));
+      make("td", { class: row.order }, `${row.name}, ${row.order}`), cell(row.mean), shares.map((share) => cell(row.shares[share]))))))));
 }

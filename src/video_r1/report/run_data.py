@@ -6,7 +6,7 @@ import json
 import os
 from bisect import bisect
 from collections import deque
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args
@@ -14,13 +14,12 @@ from typing import Any, get_args
 from video_r1.data.answers import read_answer
 from video_r1.data.grounding import GROUNDING_FORMS
 from video_r1.report.curves import Curves
+from video_r1.report.reader import Found, read_whole
 from video_r1.report.values import (
     as_list,
     as_table,
     finite,
     flat,
-    parse,
-    parse_object,
     short_path,
     text,
     whole,
@@ -39,10 +38,10 @@ ANSWERS = {"reasoned": "predictions", "direct": "direct"}  # beginnings of the f
 
 @dataclass(slots=True)
 class Run:
-    """A folder with results: training, evaluation or both. `name` is relative to the reported folder."""
+    """A folder with results: training, evaluation or both. name: its path below the reported folder."""
 
+    found: Found
     name: str
-    folder: Path
     config: dict[str, str]
     points: dict[str, Any]  # of all series (`Curves.points`)
     quarantine: dict[str, Any]  # read_rows: questions that could not be used, with the reason
@@ -52,7 +51,7 @@ class Run:
 
     @property
     def kind(self) -> str:
-        return kind_of(self.folder, self.points["series"], self.config)
+        return kind_of(self.found.folder, self.points["series"], self.config)
 
     def values(self, name: str) -> list[float]:
         """Return the known points of a series, [] if there are none."""
@@ -93,59 +92,53 @@ def find_run_folders(root: Path, depth: int = 2) -> list[Path]:
 
 
 def read_run(folder: Path, root: Path) -> Run:
-    """Read a run folder. Raises OSError when one of its files cannot be opened."""
+    """Read a run folder below `root`."""
     notes: list[str] = []
+    found = Found(
+        folder.relative_to(root).as_posix() if folder != root else folder.resolve().name,
+        folder,
+        Path(os.path.realpath(root)),
+    )
     curves = Curves()
-    for _, _, record in json_lines(folder / "metrics.jsonl", notes):
-        curves.add(record)
+    read_whole(found, "metrics.jsonl", lambda place, size, record: curves.add(record), notes)
     points = curves.points()
     notes += [
         f"metrics.jsonl: {name} was never finite"
         for name, values in points["series"].items()
         if not any(value is not None for value in values)
     ]
-    settings = read_object(folder / "config.yaml", notes) or read_object(folder / "evaluation.json", notes)
     return Run(
-        name=folder.relative_to(root).as_posix() if folder != root else folder.resolve().name,
-        folder=folder,
-        config=dict(flat(settings)),
+        found=found,
+        name=found.name,
+        config=read_settings(found, notes),
         points=points,
-        quarantine=read_rows(folder / "quarantine.jsonl", notes),
-        skipped_updates=read_rows(folder / "skipped_updates.jsonl", notes),
-        left_out=read_rows(folder / "left_out.jsonl", notes, LEFT_OUT_COLUMNS),
+        quarantine=read_rows(found, "quarantine.jsonl", notes),
+        skipped_updates=read_rows(found, "skipped_updates.jsonl", notes),
+        left_out=read_rows(found, "left_out.jsonl", notes, LEFT_OUT_COLUMNS),
         notes=notes,
     )
 
 
-def json_lines(path: Path, notes: list[str] | None = None) -> Iterator[tuple[int, int, dict[str, Any]]]:
-    """Yield each readable object of a JSON lines file with its offset and length in bytes.
-
-    Unreadable lines, such as the last one of a killed run, are skipped; their number is appended to `notes`.
-    """
-    skipped = offset = 0
-    if path.is_file():
-        with path.open("rb") as file:
-            for line in file:
-                if (record := parse(line)) is not None:
-                    yield offset, len(line), record
-                elif line.strip():
-                    skipped += 1
-                offset += len(line)
-    if skipped and notes is not None:
-        notes.append(f"{path.name}: {skipped} unreadable line{'s' if skipped > 1 else ''} skipped")
+def read_settings(found: Found, notes: list[str] | None = None) -> dict[str, str]:
+    """Return the settings of a run or an evaluation, nested names joined by dots, without secrets."""
+    return dict(flat(found.table("config.yaml", notes) or found.table("evaluation.json", notes)))
 
 
-def read_rows(path: Path, notes: list[str], columns: Collection[str] = ()) -> dict[str, Any]:
+def read_rows(found: Found, name: str, notes: list[str], columns: Collection[str] = ()) -> dict[str, Any]:
     """Return the last rows of a JSON lines file for a table (`shown`), and their number (`total`).
 
     columns: of the table; () for all.
     """
-    kept: deque[dict[str, Any]] = deque(maxlen=MAX_ROWS)
+    kept: deque[dict[str, str]] = deque(maxlen=MAX_ROWS)
     total = 0
-    for _, _, record in json_lines(path, notes):
-        kept.append(record)
+
+    def take(place: int, size: int, record: dict[str, Any]) -> None:
+        nonlocal total
         total += 1
-    return {"shown": [table_row(record, columns) for record in kept], "total": total}
+        kept.append(table_row(record, columns))
+
+    read_whole(found, name, take, notes)
+    return {"shown": list(kept), "total": total}
 
 
 def table_row(record: dict[str, Any], columns: Collection[str] = ()) -> dict[str, str]:
@@ -157,38 +150,27 @@ def table_row(record: dict[str, Any], columns: Collection[str] = ()) -> dict[str
     return cells | ({"path": short_path(cells["path"])} if "path" in cells else {})
 
 
-def read_object(path: Path, notes: list[str]) -> dict[str, Any]:
-    """Return the object in a YAML or JSON file, {} if there is none."""
-    if not path.is_file():
-        return {}
-    try:
-        return parse_object(path.read_text("utf-8"))
-    except ValueError as error:  # UnicodeError is one
-        notes.append(f"{path.name} cannot be read: {str(error).splitlines()[0]}")
-        return {}
-
-
 def read_groups(run: Run, budget: int) -> tuple[list[dict[str, Any]], int]:
     """Return the groups of a run that fit into `budget` bytes of the page, by step, and their total number.
 
     If not all fit, the kept ones are spread evenly over the run, first and last included.
     """
-    path = run.folder / "rollouts.jsonl"
-    index: dict[tuple[int, str], tuple[int, int, int]] = {}
-    for offset, length, record in json_lines(path, run.notes):
+    folder = run.found.folder
+    index: dict[tuple[int, str], tuple[int, int, int, int]] = {}
+
+    def take(place: int, size: int, record: dict[str, Any]) -> None:
         turns = [t for order in ORDERS for item in as_list(record.get(order)) for t in turns_of(item)]
-        strips = [strip for part in (record, *turns) if (strip := strip_of(run.folder, part))]
-        cost = length + sum(strip.stat().st_size * 4 // 3 for strip in strips)  # base64
+        strips = [strip for part in (record, *turns) if (strip := strip_of(folder, part))]
+        cost = size + sum(strip.stat().st_size * 4 // 3 for strip in strips)  # base64
         step = whole(record.get("step"))
         # A group that a resumed run recorded again replaces the earlier one.
-        index[step, str(record.get("problem_id"))] = (step, offset, cost)
+        index[step, str(record.get("problem_id"))] = (step, place, size, cost)
+
+    tail = read_whole(run.found, "rollouts.jsonl", take, run.notes)
     entries = sorted(index.values())
-    wanted = {entries[i][1] for i in choose_evenly([cost for _, _, cost in entries], budget)}
-    groups = []
-    for offset, _, record in json_lines(path):
-        if offset in wanted:
-            groups.append(group_of(record, picture_of(run.folder, record), run.folder))
-    return sorted(groups, key=lambda group: group["step"]), len(entries)
+    chosen = [entries[i] for i in choose_evenly([entry[-1] for entry in entries], budget)]
+    records = [record for _, place, size, _ in chosen if (record := tail.at(place, size))]
+    return [group_of(record, picture_of(folder, record), folder) for record in records], len(entries)
 
 
 def choose_evenly(costs: list[int], budget: int) -> list[int]:

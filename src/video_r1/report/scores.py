@@ -1,29 +1,31 @@
 """Evaluation scores for the report: one row for each checkpoint and number of frames, from summary.json."""
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, get_args
 
 from video_r1.evaluation.metrics import OVERLAP_SHARES
-from video_r1.evaluation.summary import LOOK_GAPS, NEEDED, ORDERS, summarise
-from video_r1.report.run_data import ANSWERS, Run, json_lines, prediction_files, read_object
+from video_r1.evaluation.summary import NEEDED, gaps_of, summarise
+from video_r1.report.reader import read_whole
+from video_r1.report.run_data import ANSWERS, Run, prediction_files
 from video_r1.report.values import as_list, as_table, finite, text
+from video_r1.settings.frames import Order
 
 STAGES = ("base", "sft", "grpo", "rl", "tgrpo")  # the order of the rows where these names occur
-BREAKDOWNS = ("by_modality", "by_type", "by_task", "by_source")
-GAP_ORDERS = (*ORDERS, LOOK_GAPS["look_gap"])
+BREAKDOWNS = ("by_modality", "by_type", "by_task", "by_pairs", "by_source")
 MAX_PARTS = 60  # rows of one breakdown
 
 
 def read_scores(run: Run) -> list[dict[str, Any]]:
     """Return one row for each number of frames that a folder was evaluated with, and for its direct answers.
 
-    A row has `name`; `ordered`, `shuffled`, `gap` and `look` (the look gap), each {"mean", "low", "high",
-    "n"} with a 95 % interval, or None; `overlaps` of grounding answers; `format`, the share of ordered
-    outputs in the answer format; `about`, the subset; and `by`, the same figures by type, source and so on.
-    Images have no frame order: if there are videos too, the row is over the videos.
+    A row has `name`; `orders`, the accuracy in each measured order, and `gaps`, accuracy in order minus that
+    of each contrast, both {order: {"mean", "low", "high", "n"}} with 95 % intervals; `overlaps` of grounding
+    answers; `format`, the share of ordered outputs in the answer format; `about`, the subset; and `by`, the
+    same figures by type, source and so on. Images have no frame order: if there are videos too, the row is
+    over the videos.
     """
     name = run.name.rsplit("/", 1)[-1].removeprefix("eval-")
-    tables = as_table(read_object(run.folder / "summary.json", run.notes).get("frames")) or _unfinished(run)
+    tables = as_table(run.found.table("summary.json", run.notes).get("frames")) or _unfinished(run)
     rows = []
     for frames, value in tables.items():
         figures, own = as_table(value), f"{name}, {frames} frames" if len(tables) > 1 else name
@@ -52,12 +54,15 @@ def _row(name: str, figures: Mapping[str, Any]) -> dict[str, Any]:
 def _unfinished(run: Run) -> dict[str, Any]:
     """Return figures of an evaluation without a summary, over the questions answered so far."""
     tables: dict[str, Any] = {}
-    for path in prediction_files(run.folder):
+    for path in prediction_files(run.found.folder):
         answers: dict[tuple[str, str], dict[str, Any]] = {}
-        for _, _, record in json_lines(path, run.notes):
+
+        def take(place: int, size: int, record: dict[str, Any], answers: Any = answers) -> None:
             usable = record.keys() >= NEEDED and isinstance(record["problem_id"], (str, int))
-            if usable and record["order"] in GAP_ORDERS and finite(record["score"]) is not None:
+            if usable and record["order"] in get_args(Order) and finite(record["score"]) is not None:
                 answers[str(record["problem_id"]), record["order"]] = record
+
+        read_whole(run.found, path.name, take, run.notes)
         if answers:
             way, _, frames = path.stem.partition("-")
             found = summarise(list(answers.values()))
@@ -70,9 +75,17 @@ def _unfinished(run: Run) -> dict[str, Any]:
 
 
 def _figures(figures: Mapping[str, Any]) -> dict[str, Any]:
-    scores = {order: _score(as_table(figures.get(order)), "accuracy") for order in ORDERS}
-    gaps = {"gap": "temporal_gap", "look": "look_gap"}
-    return scores | {key: _score(as_table(figures.get(name)), "gap") for key, name in gaps.items()}
+    gaps = gaps_of({name: as_table(value) for name, value in figures.items()})
+    return {
+        "orders": {
+            order: score
+            for order in get_args(Order)
+            if (score := _score(as_table(figures.get(order)), "accuracy"))
+        },
+        "gaps": {
+            order: score for order in get_args(Order) if (score := _score(as_table(gaps.get(order)), "gap"))
+        },
+    }
 
 
 def _score(figure: Mapping[str, Any], name: str) -> dict[str, Any] | None:
@@ -91,7 +104,7 @@ def _overlaps(types: Mapping[str, Any]) -> list[dict[str, Any]]:
     """Return the mean and the shares R@0.3, R@0.5, R@0.7 of each grounding type, order and overlap."""
     rows = []
     for kind, group in list(types.items())[:MAX_PARTS]:
-        for order in ORDERS:
+        for order in get_args(Order):
             measured = as_table(as_table(as_table(group).get(order)).get("overlaps"))
             for name, figure in list(measured.items())[:MAX_PARTS]:
                 table = as_table(figure)

@@ -21,13 +21,15 @@ def parse(line: str | bytes) -> dict[str, Any] | None:
     return record if isinstance(record, dict) else None
 
 
-def parse_object(written: str) -> dict[str, Any]:
-    """Return the object in a YAML or JSON text, {} for another value. Raises ValueError.
+def parse_object(written: str, is_yaml: bool) -> dict[str, Any]:
+    """Return the object in a JSON or YAML text, {} for another value. Raises ValueError.
 
     YAML aliases are refused: a few lines of them can stand for more than a machine's memory.
     """
     if (record := parse(written)) is not None:
         return record
+    if not is_yaml:
+        raise ValueError("it is no JSON object")
     try:
         if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(written, _LOADER)):
             raise ValueError("it has YAML aliases")

@@ -9,14 +9,13 @@ from starlette.requests import Request
 from starlette.routing import Route
 
 from video_r1.evaluation.metrics import Figure, mean_figure, paired_difference
+from video_r1.report.reader import Found, Tail
 from video_r1.report.run_data import ANSWERS
-from video_r1.report.values import as_list, finite, parse, text
+from video_r1.report.values import as_list, finite, text
 from video_r1.settings.frames import Order
-from video_r1.studio.folders import Found
 from video_r1.studio.manifests import ManifestIndex, row_of
-from video_r1.studio.overview import SUMMARY_BYTES, last_written
+from video_r1.studio.overview import last_written
 from video_r1.studio.requests import Answer, number
-from video_r1.studio.tail import Tail
 
 OPEN_FILES = 24  # of predictions whose scores are kept in memory
 MAX_PREDICTIONS = 1_000_000
@@ -90,7 +89,7 @@ def list_evaluations(request: Request) -> Answer:
             "name": name,
             "frames": sides[""].frames if "" in sides else [],
             "benchmarks": sorted(sides),
-            "questions": _table(sides[""].found, "evaluation.json").get("questions") if "" in sides else None,
+            "questions": sides[""].found.table("evaluation.json").get("questions") if "" in sides else None,
             "written": max(last_written(side.found) or 0.0 for side in sides.values()),
         }
         for name, sides in sorted(_comparable(request).items())
@@ -249,14 +248,9 @@ def _comparable(request: Request) -> dict[str, dict[str, Side]]:
             if side.frames:
                 found.setdefault(f"{name}{called}", {})[""] = side
                 above = Found(parent, run.folder.parent, run.root)
-                if parent and parent not in runs and "benchmarks" in _table(above, "summary.json"):
+                if parent and parent not in runs and "benchmarks" in above.table("summary.json"):
                     found.setdefault(f"{parent}/{called}", {})[benchmark] = side
     return {name: sides for name, sides in found.items() if "" in sides or len(sides) > 1}
-
-
-def _table(found: Found, name: str) -> dict[str, Any]:
-    """Return the JSON object of a file, {} if there is none."""
-    return parse(found.text(name, SUMMARY_BYTES)) or {}
 
 
 def _pairs(request: Request) -> dict[str, tuple[Side, Side]]:

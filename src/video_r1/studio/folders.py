@@ -1,25 +1,22 @@
-"""Runs, manifests and checkpoints below the given folders, and the one way into their files.
+"""Runs, manifests and checkpoints below the given folders.
 
-The author of a run folder may be a stranger. So a run is known by its name in a listing that this process
-made, never by a path that a browser sends; no link is followed out of the given folder; and only regular
-files are opened (a pipe would never answer). Of a folder with many thousand clips only some names are read.
+A run is known by its name in a listing that this process made, never by a path that a browser sends. Of a
+folder with many thousand clips only some names are read.
 """
 
 import os
-import stat
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
-from typing import BinaryIO, Generic, NamedTuple, TypeVar
+from typing import Generic, NamedTuple, TypeVar
 
+from video_r1.report.reader import Found, Refused
 from video_r1.report.run_data import find_run_folders
-from video_r1.report.values import as_table, flat, parse, parse_object
+from video_r1.report.values import as_table
 
 DEPTH = 5  # levels of folders below a given one
-SETTINGS_BYTES = 200_000  # of a config.yaml
 INDEX_BYTES = 8 << 20  # of an index of weights
 RUNS_SECONDS = 2.0  # how long a listing of runs is good
 FILES_SECONDS = 10.0  # the same of manifests and checkpoints
@@ -31,39 +28,6 @@ IN_A_ROW = (b'"problem_id"', b'"problem"', b'"solution"', b'"path"')
 NO_MANIFESTS = ("rollouts.jsonl", "metrics.jsonl", "predictions", "quarantine", "answers", "part-", ".")
 PACKAGED = "the lab's base"
 T = TypeVar("T")
-
-
-class Refused(Exception):
-    """A file that is not shown: it is outside the folder or not a regular file."""
-
-
-@dataclass(frozen=True, slots=True)
-class Found:
-    """A folder. name: its path for people, and its address in the page; root: the given folder around it."""
-
-    name: str
-    folder: Path
-    root: Path
-
-    def open(self, name: str) -> BinaryIO:
-        """Open a file of the folder for reading. Raises FileNotFoundError, Refused, OSError."""
-        real = Path(os.path.realpath(self.folder / name))
-        if not real.is_relative_to(self.root):
-            raise Refused(f"{name} is a link that leads out of the folder")
-        # O_NONBLOCK: opening a pipe without a writer would wait.
-        handle = os.open(real, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
-        if not stat.S_ISREG(os.fstat(handle).st_mode):
-            os.close(handle)
-            raise Refused(f"{name} is not a regular file")
-        return os.fdopen(handle, "rb")
-
-    def text(self, name: str, limit: int = SETTINGS_BYTES) -> str:
-        """Return the first `limit` bytes of a file as text, "" if it cannot be read."""
-        try:
-            with self.open(name) as file:
-                return file.read(limit).decode("utf-8", "replace")
-        except (OSError, Refused, ValueError):  # ValueError: a name with a zero byte
-            return ""
 
 
 class Manifest(NamedTuple):
@@ -202,13 +166,5 @@ def _is_whole(found: Found, names: Sequence[str]) -> bool:
     """Return whether a folder has a checkpoint with all its weights. names: its files."""
     if "config.json" not in names or not any(name.endswith(".safetensors") for name in names):
         return False
-    index = parse(found.text("model.safetensors.index.json", INDEX_BYTES)) or {}
+    index = found.table("model.safetensors.index.json", limit=INDEX_BYTES)
     return all(name in names for name in as_table(index.get("weight_map")).values())
-
-
-def read_settings(found: Found) -> dict[str, str]:
-    """Return the settings of a run or an evaluation, nested names joined by dots, without secrets."""
-    try:
-        return dict(flat(parse_object(found.text("config.yaml") or found.text("evaluation.json"))))
-    except ValueError:
-        return {}

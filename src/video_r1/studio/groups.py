@@ -7,11 +7,10 @@ file when somebody looks at it.
 from typing import Any
 
 from video_r1.data.manifests.records import question_digest
+from video_r1.report.reader import Found, Tail
 from video_r1.report.run_data import group_of, strip_of
 from video_r1.report.values import as_list, as_table, finite, text, whole
-from video_r1.studio.folders import Found
 from video_r1.studio.manifests import FIELDS, paths_of
-from video_r1.studio.tail import Tail
 
 MAX_ENTRIES = 100_000
 LABEL = 80  # characters

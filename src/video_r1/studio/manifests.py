@@ -26,12 +26,12 @@ from video_r1.data.sources.media_paths import MediaPaths, data_type_of
 from video_r1.data.sources.media_types import ClipRef
 from video_r1.data.sources.remote import local_file
 from video_r1.errors import ConfigError, ManifestError
+from video_r1.report.reader import JsonArray, Tail
 from video_r1.report.values import as_list, as_table, finite, parse, short_path, text
 from video_r1.settings.filters import PASS_RATES, TRUE, Keep, parse_keep
 from video_r1.studio.clips import frames_of, play
 from video_r1.studio.folders import Library, Manifest
 from video_r1.studio.requests import Answer, number
-from video_r1.studio.tail import JsonArray, Tail
 
 OPEN_MANIFESTS = 12  # indexes in memory
 PAGE = 50  # rows of one answer

@@ -15,11 +15,10 @@ from typing import Any, Literal, NamedTuple
 from video_r1.errors import first_line
 from video_r1.files import Claim, is_finished, parse_claim
 from video_r1.report.page import KEY_SERIES, duration
-from video_r1.report.run_data import kind_of, prediction_files
-from video_r1.report.values import as_table, finite, parse
+from video_r1.report.reader import Found, last_lines
+from video_r1.report.run_data import kind_of, prediction_files, read_settings
+from video_r1.report.values import as_table, finite
 from video_r1.studio.alerts import Lines, alert_of_silence, alerts_of, recent, values
-from video_r1.studio.folders import Found, read_settings
-from video_r1.studio.tail import last_lines
 
 LOST = 3600.0  # seconds without a line after which a run on another machine counts as ended
 LAST_STEPS = 20  # for the mean seconds of a step
@@ -31,7 +30,6 @@ SHOWN = {
     "rl": ("reward/accuracy", "temporal/gap", "teacher/kl", "reward/format", "completion/length"),
     "sft": ("loss", "accuracy/token", "eval_loss"),
 }
-SUMMARY_BYTES = 4 << 20
 UNREADABLE: dict[str, Any] = {
     "kind": "unreadable", "state": "failed", "demo": False, "figures": [], "alerts": [],
     "spark": {"name": "", "values": []}, **dict.fromkeys(("step", "steps", "left", "taken", "written")),
@@ -215,7 +213,7 @@ def training_figures(kind: str, lines: Lines) -> list[dict[str, str]]:
 
 def evaluation_figures(found: Found) -> list[dict[str, str]]:
     """Return accuracies in order, over all and over videos, and gaps with an evaluation's most frames."""
-    by_frames = as_table(as_table(parse(found.text("summary.json", SUMMARY_BYTES))).get("frames"))
+    by_frames = as_table(found.table("summary.json").get("frames"))
     counts = [count for count in by_frames if len(count) < 10 and count.isdecimal()]
     table = as_table(by_frames[max(counts, key=int)]) if counts else {}
     media = as_table(table.get("by_modality"))

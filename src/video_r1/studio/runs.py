@@ -10,13 +10,12 @@ from starlette.routing import Route
 
 from video_r1.report.curves import Curves
 from video_r1.report.page import differing_settings
-from video_r1.report.run_data import LEFT_OUT_COLUMNS, MAX_ROWS, strip_of, table_row
-from video_r1.studio.folders import Found, read_settings
+from video_r1.report.reader import Found, Tail, last_lines
+from video_r1.report.run_data import LEFT_OUT_COLUMNS, MAX_ROWS, read_settings, strip_of, table_row
 from video_r1.studio.groups import RecordedGroups
 from video_r1.studio.manifests import row_of
 from video_r1.studio.overview import listing, overview
 from video_r1.studio.requests import Answer, number
-from video_r1.studio.tail import Tail, last_lines
 
 OPEN_RUNS = 12  # whose columns and indexes stay in memory
 MAX_COMPARED = 8

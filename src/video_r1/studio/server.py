@@ -26,9 +26,10 @@ except ModuleNotFoundError as missing:
         "studio needs the packages starlette and uvicorn: pip install 'video-r1[studio]'"
     ) from missing
 
+from video_r1.report.reader import Refused
 from video_r1.studio import ask, evaluations, manifests, runs
 from video_r1.studio.clips import Uploads
-from video_r1.studio.folders import Library, Refused
+from video_r1.studio.folders import Library
 from video_r1.studio.requests import LOCAL, Access, Answer, token_of
 
 PARTS = (runs, ask, manifests, evaluations)

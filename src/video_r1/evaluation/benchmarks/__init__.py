@@ -1,7 +1,7 @@
 """Benchmarks of `video-r1 eval --bench`, by name.
 
-Each `<name>.toml` beside this file declares one; a declaration elsewhere is named by its path. Where fields are
-not enough, `read`, `find_places` and `find_task` name functions of readers.py.
+Each `<name>.toml` beside this file declares one; a declaration elsewhere is named by its path. Where fields
+are not enough, `read`, `find_places` and `find_task` name functions of readers.py.
 """
 
 import tomllib

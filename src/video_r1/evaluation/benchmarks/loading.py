@@ -73,11 +73,11 @@ def load_questions(
 ) -> Questions:
     """Read, convert and check one benchmark, or a user's manifest.
 
-    name: a benchmark's name, or the path of its declaration or of a manifest. media_root: by default `BENCHMARK_ROOT`, for a
-    manifest its folder. annotation: the kind to read if both exist, by default the published one. The
-    converted manifest is written to `manifest_folder`/manifest.json. Raises ManifestError for rows that are
-    no questions, RequestError when there is no annotation, and, unless `allow_missing`, when media are
-    missing or the number of questions or options is not the published one.
+    name: a benchmark's name, or the path of its declaration or of a manifest. media_root: by default
+    `BENCHMARK_ROOT`, for a manifest its folder. annotation: the kind to read if both exist, by default the
+    published one. The converted manifest is written to `manifest_folder`/manifest.json. Raises ManifestError
+    for rows that are no questions, RequestError when there is no annotation, and, unless `allow_missing`,
+    when media are missing or the number of questions or options is not the published one.
     """
     benchmark, problems = find_benchmark(name), []
     if benchmark is None:
@@ -101,7 +101,9 @@ def load_questions(
     if problems and not (present and allow_missing):
         rest = ". Pass --allow_missing to evaluate the rest" if present else ""
         raise RequestError(f"{title}: {'; '.join(problems)}{rest}")
-    return Questions(Path(name).stem, title, by_clip(present), Coverage(len(present), whole, missing), kind, benchmark)
+    return Questions(
+        Path(name).stem, title, by_clip(present), Coverage(len(present), whole, missing), kind, benchmark
+    )
 
 
 def where_to_get(benchmark: Benchmark, root: Path | str = "DIR") -> str:

@@ -1,26 +1,84 @@
-"""Files that another process, perhaps on another machine, writes while they are read here.
+"""The one way of the report and the studio into files, which a stranger may have written.
 
-`Tail` reads JSON lines, `JsonArray` one JSON list. Both report each object with its position in the file and
-never read a byte twice, unless the file was replaced or cut.
+No link is followed out of the given folder, only regular files are opened (a pipe would never answer), and no
+file is read into memory whole. `Tail` reads JSON lines, also while another process writes them, `JsonArray`
+one JSON list. Both report each object with its position and never read a byte twice, unless the file was
+replaced or cut.
 """
 
 import json
+import math
 import os
 import re
+import stat
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, BinaryIO
 
-from video_r1.report.values import parse
-from video_r1.studio.folders import Found, Refused
+from video_r1.report.values import parse, parse_object
 
 BLOCK = 1 << 20
 MAX_LINE = 8 << 20  # bytes
 WINDOW = 200_000  # bytes at the end of a file that sum it up
 REMEMBERED = 64  # bytes before the position: a file that was cut and has grown again has others there
 
+TABLE_BYTES = 4 << 20  # of a JSON object
+YAML_BYTES = 200_000  # of settings, which are parsed slowly
+
 Take = Callable[[int, int, dict[str, Any]], None]
 """Receives the position, the length (bytes) and the object of each line or element."""
+
+
+class Refused(Exception):
+    """A file that is not shown: it is outside the folder or not a regular file."""
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """A folder. name: its path for people, and its address in the page; root: the given folder around it."""
+
+    name: str
+    folder: Path
+    root: Path
+
+    def open(self, name: str) -> BinaryIO:
+        """Open a file of the folder for reading. Raises FileNotFoundError, Refused, OSError."""
+        real = Path(os.path.realpath(self.folder / name))
+        if not real.is_relative_to(self.root):
+            raise Refused(f"{name} is a link that leads out of the folder")
+        # O_NONBLOCK: opening a pipe without a writer would wait.
+        handle = os.open(real, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+        if not stat.S_ISREG(os.fstat(handle).st_mode):
+            os.close(handle)
+            raise Refused(f"{name} is not a regular file")
+        return os.fdopen(handle, "rb")
+
+    def text(self, name: str, limit: int) -> str:
+        """Return the first `limit` bytes of a file as text, "" if it cannot be read."""
+        try:
+            with self.open(name) as file:
+                return file.read(limit).decode("utf-8", "replace")
+        except (OSError, Refused, ValueError):  # ValueError: a name with a zero byte
+            return ""
+
+    def table(self, name: str, notes: list[str] | None = None, limit: int = TABLE_BYTES) -> dict[str, Any]:
+        """Return the object in a YAML or JSON file, {} if there is none; `notes` get the reason."""
+        is_yaml = name.endswith(".yaml")
+        limit = YAML_BYTES if is_yaml else limit
+        try:
+            with self.open(name) as file:
+                content = file.read(limit + 1)
+            if len(content) > limit:
+                raise ValueError(f"it has more than {limit:,} bytes")
+            return parse_object(content.decode("utf-8"), is_yaml)
+        except FileNotFoundError:
+            pass
+        except (OSError, Refused, ValueError) as error:  # UnicodeError is a ValueError
+            if notes is not None:
+                notes.append(f"{name} cannot be read: {str(error).splitlines()[0]}")
+        return {}
 
 
 class Tail:
@@ -43,8 +101,11 @@ class Tail:
         self._last = b""
         self._skipping = self._ended = False
 
-    def read(self, take: Take, restart: Callable[[], None], seconds: float = 0.25) -> None:
-        """Give new objects to `take` for about `seconds`; call `restart` first if the file was replaced."""
+    def read(self, take: Take, restart: Callable[[], object], seconds: float = 0.25) -> None:
+        """Give new objects to `take` for about `seconds`; call `restart` first if the file was replaced.
+
+        seconds: math.inf reads to the end, an unfinished last line too.
+        """
         try:
             file = self.found.open(self.name)
         except FileNotFoundError:
@@ -97,6 +158,8 @@ class Tail:
                 rest = b""
             if len(block) < BLOCK:
                 self.more = False
+                if rest and until == math.inf:
+                    self._take_line(rest, take)
                 break
 
     def _take_line(self, line: bytes, take: Take) -> None:
@@ -178,6 +241,14 @@ class JsonArray(Tail):
 
 _DECODER = json.JSONDecoder()
 _BETWEEN = re.compile(r"[ \t\r\n,\[ï»¿]*")  # and the byte order mark
+
+
+def read_whole(found: Found, name: str, take: Take, notes: list[str]) -> Tail:
+    """Give each object of a JSON lines file to `take`; `notes` get what is skipped."""
+    tail = Tail(found, name, max_line=32 << 20)
+    tail.read(take, lambda: None, math.inf)
+    notes += tail.notes
+    return tail
 
 
 def last_lines(found: Found, name: str, sketched: int = 0) -> list[dict[str, Any]]:
