@@ -73,7 +73,7 @@ def metrics_line(step: int, steps: int, random_: random.Random) -> dict[str, Any
         "reward/format": noisy(0.3 + 0.68 * min(1, 2.2 * done), 0.04),
         "reward/total": round(learned + gap, 4),
         "temporal/p": line["reward/accuracy"],
-        "temporal/p_shuffled": p_shuffled,
+        "temporal/p_contrast": p_shuffled,
         "temporal/gap": round(line["reward/accuracy"] - p_shuffled, 4),
         "temporal/credit": noisy(0.01, 0.005),
         **{f"credit/{term}": noisy(share, 0.04) for term, share in credits.items()},

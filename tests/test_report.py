@@ -8,6 +8,7 @@ import json
 import os
 import re
 import shutil
+import tracemalloc
 from itertools import pairwise
 from pathlib import Path
 
@@ -31,6 +32,7 @@ from video_r1.evaluation.summary import summarise
 from video_r1.files import append_line, claimed, replace_text
 from video_r1.report.page import build_report, duration, embed, page_data
 from video_r1.report.run_data import read_groups, read_run
+from video_r1.report.values import as_json
 from video_r1.settings.frames import CONTROLS
 from video_r1.training.recording import save_strip
 
@@ -319,3 +321,78 @@ def test_a_long_run_stays_small_and_says_what_it_leaves_out(tmp_path: Path) -> N
     assert (steps[0], steps[-1]) == (1, 1200)
     apart = [b - a for a, b in pairwise(steps)]
     assert max(apart) - min(apart) <= 1
+
+
+def test_cases_renamed_series_are_read_under_both_names(tmp_path: Path) -> None:
+    """In curves, groups and the studio's list; the end of early stopping is a fact, no curve."""
+    for name in ("temporal/p_shuffled", "temporal/p_contrast"):
+        run = tmp_path / name.replace("/", "-")
+        write_lines(
+            run / "metrics.jsonl",
+            [{"step": s, name: 0.5} for s in (1, 2)] + [{"step": 2, "stopped_early": 3.0}],
+        )
+        write_lines(run / "rollouts.jsonl", [{"step": 1, name.partition("/")[2]: 0.25}])
+        (found,) = page_data(run)["runs"]
+        assert found["points"]["series"] == {"temporal/p_contrast": [0.5, 0.5]}
+        assert found["groups"][0]["pShuffled"] == 0.25
+        assert "stopped early: 3 validations in a row brought no better model" in found["about"]
+
+
+LINKED = (
+    "config.yaml",
+    "metrics.jsonl",
+    "rollouts.jsonl",
+    "left_out.jsonl",
+    "summary.json",
+    "predictions-8.jsonl",
+)
+
+
+@pytest.mark.parametrize("name", LINKED)
+def test_cases_links_out_of_a_run_and_huge_files(tmp_path: Path, name: str) -> None:
+    """A stranger's run shows nothing of other folders, and takes no memory for a file's size."""
+    run = tmp_path / "run"
+    write_evaluation(run, 0.7, 0.3)
+    (run / name).unlink(missing_ok=True)
+    (run / ("summary.json" if name.startswith("pred") else "none")).unlink(missing_ok=True)
+    write_lines(run / "quarantine.jsonl", [{"reason": "seen"}])
+    private = {
+        "step": 1,
+        "note": "PRIVATE",
+        "score": 1.0,
+        "problem": "PRIVATE",
+        "frames": {"8": {"ordered": {}}},
+    }
+    (tmp_path / "private").write_text(json.dumps(private) + "\n")
+    (run / name).symlink_to(tmp_path / "private")
+    page = build_report(run)
+    assert "PRIVATE" not in page.read_text("utf-8") and "seen" in page.read_text("utf-8")
+    notes = data_of(page)["notes"]
+    assert any(f"{name} cannot be read: {name} is a link that leads out" in note for note in notes)
+    (run / name).unlink()
+    with (run / name).open("wb") as file:
+        file.truncate(200 << 20)
+    tracemalloc.start()
+    try:
+        build_report(run)
+        assert tracemalloc.get_traced_memory()[1] < 120 << 20
+    finally:
+        tracemalloc.stop()
+
+
+def test_cases_numbers_that_are_too_large(tmp_path: Path) -> None:
+    """Scores out of [0, 1] are left out; sums that overflow become null, here and in the studio."""
+    write_evaluation(tmp_path, 0.7, 0.3)
+    (tmp_path / "summary.json").unlink()
+    before = page_data(tmp_path)["scores"]
+    with (tmp_path / "predictions-8.jsonl").open("a") as file:
+        line = json.loads((tmp_path / "predictions-8.jsonl").read_text().splitlines()[0])
+        file.writelines(
+            json.dumps(line | {"problem_id": n, "score": s}) + "\n" for n, s in (("x", 1e308), ("y", -1))
+        )
+    assert page_data(tmp_path)["scores"] == before
+    with (tmp_path / "predictions-8.jsonl").open("a") as file:
+        file.write(json.dumps(line | {"strict_score": "none"}) + "\n")
+    data = page_data(tmp_path)
+    assert data["scores"] == [] and any("cannot be counted" in note for note in data["notes"])
+    assert as_json({"sum": [1e308 * 10, float("nan"), 1.5]}) == '{"sum":[null,null,1.5]}'

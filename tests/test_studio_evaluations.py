@@ -198,3 +198,25 @@ def test_direct_answers_stand_beside_reasoned_ones(folder: Path) -> None:
         assert [item["right"]["tokens"] for item in won["shown"]] == [2] * 7
         kinds = {run["name"]: run["kind"] for run in get(client, "/api/runs")["runs"]}
         assert kinds["alone"] == "evaluation"
+
+
+def test_cases_scores_that_are_no_scores(folder: Path) -> None:
+    """They are left out and counted, and overflowing sums are no number: the files themselves can be read."""
+    with studio_client(folder) as client:
+        before = get(client, "/api/versus", left="sft", right="rl")
+        assert before["notes"] == []
+        path = folder / "rl" / "predictions-8.jsonl"
+        line = json.loads(path.read_text().splitlines()[0])
+        wrong = [{"problem_id": 2, "score": 1e308}, {"problem_id": 3, "score": -1}, {"order": "sideways"}]
+        write_lines(folder / "more.jsonl", [line | each for each in wrong])
+        with path.open("a") as file:
+            file.write((folder / "more.jsonl").read_text())
+        found = get(client, "/api/versus", left="sft", right="rl")
+        assert found["rows"] == before["rows"]
+        assert found["notes"] == [
+            "rl/predictions-8.jsonl: skipped 3 answers without an order of frames or a score from 0 to 1"
+        ]
+        with path.open("a") as file:
+            file.write(json.dumps(line | {"problem_id": 1, "tokens": 1.5e308}) + "\n")
+            file.write(json.dumps(line | {"problem_id": 2, "tokens": 1.5e308}) + "\n")
+        assert get(client, "/api/versus", left="sft", right="rl")["rows"][0]["tokens"] == [7, None]

@@ -21,8 +21,9 @@ from typing import Any
 from video_r1.availability import check_adapters, check_checkpoint
 from video_r1.command_help import command_help, overview
 from video_r1.commands import COMMANDS, TRAINS
-from video_r1.console import tell, tidy_output
+from video_r1.console import printable_output, tell, tidy_output
 from video_r1.errors import RequestError, VideoR1Error, without_secrets
+from video_r1.files import check_place
 from video_r1.processes import Interrupted, ended_by_signals, number_of
 from video_r1.recipe import Recipe, check_machine, load_recipe, resolved_text
 from video_r1.recipe_files import find_recipe
@@ -40,7 +41,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code."""
     tidy_output()
     try:
-        with ended_by_signals():
+        with ended_by_signals(), printable_output():
             return run(list(sys.argv[1:] if argv is None else argv))
     except RequestError as error:
         return failed(error, 2)
@@ -136,6 +137,9 @@ def carry_out(recipe: Recipe) -> int:
     """Run the command's function. Return its number as the exit code, or 0. A returned path is printed."""
     check_machine(recipe)  # first: torch takes seconds to import
     check_sources(recipe)
+    for name in ("output_dir", "out"):
+        if place := recipe.values().get(name):
+            check_place(name, Path(place))
     command = COMMANDS[recipe.command]
     work = command.function()
     if command.given == "values":

@@ -7,12 +7,13 @@ libraries are off.
 import io
 import logging
 import os
+import re
 import shutil
 import sys
 import textwrap
 import time
-from collections.abc import Iterable, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 from video_r1.errors import without_secrets
@@ -25,6 +26,45 @@ BARS_OFF = ("HF_HUB_DISABLE_PROGRESS_BARS", "HF_DATASETS_DISABLE_PROGRESS_BARS",
 """Environment variables that turn bars off. The first also turns off transformers' ("Loading weights")."""
 NOISE = {"bitsandbytes.backends.cpu.ops": "kernels", "DeepSpeed": "Setting accelerator to"}
 """Loggers of libraries that comment on a machine without a GPU, and a word of the comment to suppress."""
+
+
+# Control characters but tab and newline, marks that turn the direction of text, halves of surrogate pairs.
+_CONTROLS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
+_STYLE = re.compile("(\x1b\\[[01]m)")  # of the heads of tables on a terminal
+
+
+def printable(text: str) -> str:
+    r"""Return the text with escapes in place of characters that a terminal would obey.
+
+    >>> print(printable("clip\x1b]0;title\x07.mp4"))
+    clip\x1b]0;title\x07.mp4
+    """
+    return _CONTROLS.sub(lambda match: match[0].encode("unicode_escape").decode(), text)
+
+
+class _Printed:
+    """Standard output whose text is `printable`: much of it comes from manifests, servers and models."""
+
+    def __init__(self, stream: Any) -> None:
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        parts = _STYLE.split(text) if self._stream.isatty() else [text]
+        self._stream.write("".join(part if _STYLE.fullmatch(part) else printable(part) for part in parts))
+        return len(text)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+
+@contextmanager
+def printable_output() -> Iterator[None]:
+    """Print only printable text on standard output inside the block."""
+    before, sys.stdout = sys.stdout, _Printed(sys.stdout)
+    try:
+        yield
+    finally:
+        sys.stdout = before
 
 
 class Progress(AbstractContextManager):
@@ -77,7 +117,7 @@ class Progress(AbstractContextManager):
         parts = [f"{self.done}/{self.total}", speed, when, *self._figures]
         line = f"{self.description}: {', '.join(parts)}"
         if sys.stderr.isatty() and not last:
-            shown = line[: shutil.get_terminal_size().columns - 1]
+            shown = printable(line)[: shutil.get_terminal_size().columns - 1]
             print(f"{CLEAR_LINE}{shown}", end="", file=sys.stderr, flush=True)
         else:
             tell(textwrap.fill(line, COLUMNS, subsequent_indent="  ", break_on_hyphens=False))
@@ -85,7 +125,7 @@ class Progress(AbstractContextManager):
 
 def tell(text: str) -> None:
     """Print text on standard error, on a terminal in place of the line of progress."""
-    print(f"{CLEAR_LINE if sys.stderr.isatty() else ''}{text}", file=sys.stderr, flush=True)
+    print(f"{CLEAR_LINE if sys.stderr.isatty() else ''}{printable(text)}", file=sys.stderr, flush=True)
 
 
 def tidy_output() -> None:
@@ -128,9 +168,11 @@ def table(head: Sequence[str], rows: Iterable[Sequence[str]], words: bool = Fals
 
     grid = Table(box=None, pad_edge=False, header_style="bold")
     for name in head:
-        grid.add_column(Text(name), justify="right" if grid.columns and not words else "left", no_wrap=True)
+        grid.add_column(
+            Text(printable(name)), justify="right" if grid.columns and not words else "left", no_wrap=True
+        )
     for row in rows:
-        grid.add_row(*map(Text, row))
+        grid.add_row(*(Text(printable(cell)) for cell in row))
     text = io.StringIO()
     Console(file=text, width=10_000, force_terminal=sys.stdout.isatty()).print(grid)
     return "\n".join(line.rstrip() for line in text.getvalue().splitlines())

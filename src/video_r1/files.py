@@ -15,7 +15,7 @@ from functools import cache
 from pathlib import Path
 from typing import IO, Any, BinaryIO, NamedTuple, TextIO
 
-from video_r1.errors import RequestError, first_line
+from video_r1.errors import RequestError, VideoR1Error, first_line
 
 logger = logging.getLogger(__name__)
 
@@ -165,6 +165,14 @@ def flush_folder(folder: Path) -> None:
     """Wait until the folder's files are on the disk, before the folder is renamed."""
     for path in [folder, *folder.rglob("*")]:
         flush(path)
+
+
+def check_place(setting: str, path: Path) -> None:
+    """Raise VideoR1Error if nothing can be written at `path`. It needs neither torch nor a file to try."""
+    place = next(each for each in (path, *path.absolute().parents) if each.exists())
+    if not os.access(place, os.W_OK):
+        why = "is read-only" if os.statvfs(place).f_flag & os.ST_RDONLY else "may not be written"
+        raise VideoR1Error(f"{setting} {path} cannot be written: {place} {why}; choose another one")
 
 
 def follow_umask(folder: Path) -> None:

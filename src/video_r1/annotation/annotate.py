@@ -11,7 +11,6 @@ teacher and journal (part-<rank>.OUT.journal.jsonl), which rank 0 merges at the 
 import fcntl
 import json
 import os
-import sys
 from collections import Counter
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from contextlib import ExitStack, closing, nullcontext
@@ -24,7 +23,7 @@ from typing import Any, NamedTuple, TypeVar
 from video_r1.annotation.filters import FILTERS, Verdict, judge, rationale_of
 from video_r1.annotation.teachers import Answered, EndpointTeacher, EngineTeacher
 from video_r1.chat_client import Completion, Endpoint, endpoint_urls, open_endpoint
-from video_r1.console import table
+from video_r1.console import table, tell
 from video_r1.data.decoding.frame_cache import media_state, open_frame_cache
 from video_r1.data.manifests.records import Sample, load_manifest, manifest_row, samples_digest
 from video_r1.data.reading import Reader
@@ -139,7 +138,7 @@ def answered(
         done = decided_by_first(begin)
         if len(done) < len(samples):
             if done and process_index() == 0:
-                print(f"{len(done)} of {len(samples)} questions are answered already", file=sys.stderr)
+                tell(f"{len(done)} of {len(samples)} questions are answered already")
             asked = opened.enter_context(closing(open_teacher()))  # closed last: see process_group
             size = 1 if isinstance(asked, EndpointTeacher) else settings.batch_size
             batches = [samples[at : at + size] for at in range(0, len(samples), size)]

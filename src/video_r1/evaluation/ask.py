@@ -6,7 +6,6 @@ With `--contrast` and `--samples` it also shows how much the answers depend on t
 from __future__ import annotations
 
 import re
-import sys
 from collections import Counter
 from collections.abc import Sequence
 from contextlib import closing
@@ -14,7 +13,7 @@ from pathlib import Path
 from textwrap import shorten
 from typing import TYPE_CHECKING
 
-from video_r1.console import table
+from video_r1.console import table, tell
 from video_r1.data.answers import LETTERS, lettered, read_answer
 from video_r1.data.grounding import GROUNDING_FORMS
 from video_r1.errors import RequestError
@@ -67,7 +66,7 @@ def _print_answer(sample: Sample, view: View) -> str:
     else:
         print(f"\n\nAnswer: {answer}")
     if rollout.finish_reason == "length":
-        print(f"The output was cut off at {len(rollout.token_ids)} tokens (max_new_tokens).", file=sys.stderr)
+        tell(f"The output was cut off at {len(rollout.token_ids)} tokens (max_new_tokens).")
     return answer
 
 

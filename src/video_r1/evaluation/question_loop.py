@@ -10,7 +10,6 @@ so the number of ranks leaves no trace.
 """
 
 import os
-import sys
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence, Set
 from contextlib import closing
@@ -19,7 +18,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, ClassVar, Generic, NamedTuple, TypeVar, get_args
 
-from video_r1.console import Progress
+from video_r1.console import Progress, tell
 from video_r1.data.decoding.frame_cache import media_state, open_frame_cache
 from video_r1.data.decoding.media import Shown, clips_of
 from video_r1.data.manifests.records import Sample, samples_digest
@@ -332,7 +331,7 @@ class QuestionLoop(ABC):
             answered |= {key: self.revised(self.samples[places[key[0]]], answered[key]) for key in here}
             found[each], now = answered, sorted(answered.values(), key=place)
             if anew := sum(one is not other for one, other in zip(before, answered.values(), strict=True)):
-                print(f"{path}: {anew:,} answers are scored anew: their rows have changed", file=sys.stderr)
+                tell(f"{path}: {anew:,} answers are scored anew: their rows have changed")
             _replace_if_new(path, before, now)
         bad = _with_parts(self.quarantine, {"problem_id", "frames"})
         _replace_if_new(self.quarantine, bad, sorted(bad, key=place))

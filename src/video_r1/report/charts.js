@@ -108,7 +108,7 @@ const widthOf = (text) => 1.08 * measured.measureText(text).width;
 function linePaint(label, kind) {
   if (!label) return { colour: "var(--ink)", dash: "" };
   if (label === "ordered") return { colour: "var(--ordered)", dash: "" };
-  if (Object.hasOwn(CONTRASTS, label)) return { colour: "var(--shuffled)", dash: DASHES[Object.keys(CONTRASTS).indexOf(label)] };
+  if (label === "contrast" || Object.hasOwn(CONTRASTS, label)) return { colour: "var(--shuffled)", dash: DASHES[Object.keys(CONTRASTS).indexOf(label)] ?? "" };
   const labels = LINES[kind] ??= [];
   if (!labels.includes(label)) labels.push(label);
   return paintOf(labels.indexOf(label));
@@ -134,21 +134,22 @@ function chartSpecs(run) {
   const names = Object.keys(run.series).filter((name) => run.series[name].y.length > 1);
   const orderedTwin = (stem) => [`${stem}_video`, stem].find((name) => names.includes(name));
   const contrasts = Object.keys(CONTRASTS);
+  const endings = [...contrasts, "contrast"]; // of series: the contrast itself, or whichever the settings name
   const specs = new Map();
   for (const name of names) {
     const parts = name.split("/");
     let base = parts.slice(0, 2).join("/");
     let label = parts.slice(2).join("/");
-    const contrast = contrasts.find((ending) => base.endsWith(`_${ending}`));
+    const contrast = endings.find((ending) => base.endsWith(`_${ending}`));
     const stem = base.replace(new RegExp(`_(video|${contrast})$`), "");
-    const compared = contrasts.some((ending) => names.includes(`${stem}_${ending}`));
+    const compared = endings.some((ending) => names.includes(`${stem}_${ending}`));
     const paired = compared && (contrast !== undefined || base === orderedTwin(stem));
     if (paired && !label) label = contrast || "ordered";
     const [, gap, end] = /^(eval_.*_gap)_(low|high)$/.exec(name) || [];
     if (gap) [base, label] = [gap, end];
     const together = Object.hasOwn(TOGETHER, parts[0]) ? TOGETHER[parts[0]] : "";
     if (together) [base, label] = [together, parts.slice(1).join("/").replaceAll("_", " ")];
-    if (base === "temporal/p_shuffled" && contrasts.includes(run.config?.temporal_contrast)) label = run.config.temporal_contrast; // the name stays, whatever the clip
+    if (label === "contrast" && contrasts.includes(run.config?.temporal_contrast)) label = run.config.temporal_contrast;
     if (paired) base = orderedTwin(stem) || base;
     if (!specs.has(base)) specs.set(base, { base, group: groupOf(name), lines: [] });
     specs.get(base).lines.push({ ...run.series[name], label, ...linePaint(label, together ? groupOf(name) : ""), main: !label || paired });

@@ -11,7 +11,7 @@ const SERIES_TITLES = {
   "reward/accuracy": "Accuracy reward", "reward/temporal": "Temporal reward", "completion/length": "Response length, tokens", "answers/letters": "letters answered, count",
   "credit/share": "share of the advantages", "credit_sign/right": "correlation with being right",
   loss: "Loss", "accuracy/token": "Token accuracy", learning_rate: "Learning rate", grad_norm: "Gradient norm",
-  "temporal/p": "share right of videos, p and p\u0303", "temporal/p_shuffled": "share right with the contrast, p\u0303", "temporal/gap": "temporal gap", "temporal/drop": "log-prob contrast, nats",
+  "temporal/p": "share right of videos, p and p\u0303", "temporal/p_contrast": "share right with the contrast, p\u0303", "temporal/gap": "temporal gap", "temporal/drop": "log-prob contrast, nats",
   "temporal/credit": "credit of the temporal term", "temporal/credit_groups": "groups with temporal credit, share", "policy/kl": "KL to the reference, nats a token", "policy/entropy": "entropy, nats a token", "completion/truncated": "cut off, share", "completion/self_reflection": "self-reflection, share", "policy/clip_ratio": "share clipped", "teacher/kl": "KL to the teacher", "teacher/agreement": "tokens likeliest to it, share", "teacher/clipped": "share clipped",
   "groups/no_variance": "share without variance", "media/skipped": "questions skipped", "updates/skipped": "updates skipped",
   "memory/peak_gib": "peak, GiB", "sampler/logprob_difference": "log-prob difference, nats", "sampler/share_capped": "share capped",

@@ -17,7 +17,17 @@ MAX_POINTS = 1500
 MAX_SERIES = 400
 MAX_CELLS = 10_000_000  # 80 MB; above it, neighbouring rows become one
 MISSING = math.nan
-NOT_SERIES = {"step", "epoch", "time"}
+NOT_SERIES = {"step", "epoch", "time", "stopped_early"}
+# Series and fields of records that were renamed: old name, today's name. Pages know only the second.
+RENAMED = {
+    "temporal/p_shuffled": "temporal/p_contrast",
+    "p_shuffled": "p_contrast",
+}
+
+
+def current(record: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a line of a run's file with today's names."""
+    return {RENAMED.get(name, name): value for name, value in record.items()}
 
 
 class Curves:
@@ -27,6 +37,7 @@ class Curves:
         self.merged = 1  # logged lines behind a row
         self.steps, self.times = array("q"), array("d")
         self.series: dict[str, array[float]] = {}
+        self.stopped_early: float | None = None  # validations without progress that ended the run
         self.bad: dict[str, int] = {}  # number of values that were not finite
 
     def add(self, record: Mapping[str, Any]) -> None:
@@ -46,7 +57,8 @@ class Curves:
             for column in self.series.values():
                 column.append(MISSING)
         self.times[-1] = finite(record.get("time"), self.times[-1]) or 0.0
-        for name, value in record.items():
+        self.stopped_early = finite(record.get("stopped_early"))
+        for name, value in current(record).items():
             if name in NOT_SERIES or not (value is None or is_number(value)):  # None: not finite
                 continue
             if name not in self.series:
@@ -77,6 +89,7 @@ class Curves:
                 for name, column in self.series.items()
             },
             "bad": self.bad,
+            "stopped_early": self.stopped_early,
         }
 
 

@@ -64,17 +64,17 @@ function comparison() {
 // Evaluation -----------------------------------------------------------------------------------------------------
 
 // Every order in which questions were asked, in the order of the columns.
-const measured = ["ordered", ...Object.keys(CONTRASTS), "elsewhere", "no-look"].filter((order) => data.scores.some((row) => row.orders[order]));
+const askedOrders = ["ordered", ...Object.keys(CONTRASTS), "elsewhere", "no-look"].filter((order) => data.scores.some((row) => row.orders[order]));
 const tintOf = (order) => (order === "ordered" ? "ordered" : "shuffled");
 const gapName = (order) => ({ shuffled: "temporal gap", elsewhere: "look gap" })[order] || "gap";
 
 /** Means in order (filled) and with each contrast (hollow) on a line from 0 to 1, with their intervals. */
 function dotPlot({ orders }) {
   const [width, edge, lane] = [260, 5, 9];
-  const height = 8 + lane * measured.length;
+  const height = 8 + lane * askedOrders.length;
   const x = (value) => edge + Math.max(0, Math.min(1, value)) * (width - 2 * edge);
   const marks = [0, 0.25, 0.5, 0.75, 1].map((v) => draw("line", { class: "grid", x1: x(v), x2: x(v), y1: 0, y2: height }));
-  measured.forEach((order, i) => {
+  askedOrders.forEach((order, i) => {
     const score = orders[order];
     if (!score) return;
     const [y, paint] = [8 + lane * i, `var(--${tintOf(order)})`];
@@ -87,7 +87,7 @@ function dotPlot({ orders }) {
 const rangeOf = ({ low, high }) => (low === null ? "" : ` ${show(low, 2)} to ${show(high, 2)}`);
 
 function scoreCells({ orders, gaps }) {
-  return [make("td", { class: "picture" }, dotPlot({ orders })), ...measured.map((order) => (!orders[order] ? make("td", {}, "–")
+  return [make("td", { class: "picture" }, dotPlot({ orders })), ...askedOrders.map((order) => (!orders[order] ? make("td", {}, "–")
     : make("td", {}, make("b", {}, show(orders[order].mean, 2)), make("small", {}, rangeOf(orders[order])),
       gaps[order] ? make("div", { class: "gap" }, make("small", {}, `${gapName(order)} `), signed(gaps[order].mean), make("small", {}, rangeOf(gaps[order]))) : "")))];
 }
@@ -95,7 +95,7 @@ function scoreCells({ orders, gaps }) {
 const askedOf = ({ orders }) => make("td", {}, show((orders.ordered || Object.values(orders)[0] || {}).n));
 
 function scoreTable(caption, bodies, withFormat) {
-  const heads = measured.map((order) => make("th", { scope: "col", class: tintOf(order) }, order === "ordered" ? "in order" : order));
+  const heads = askedOrders.map((order) => make("th", { scope: "col", class: tintOf(order) }, order === "ordered" ? "in order" : order));
   return make("div", { class: "scroll", tabindex: 0, role: "region", "aria-label": caption }, headed(make("table", { class: "scores" },
     make("caption", {}, caption),
     make("thead", {}, make("tr", {}, make("th", { scope: "col" }, "checkpoint"),
@@ -117,14 +117,14 @@ function evaluation() {
     const largest = (name) => Object.values(all.findLast((part) => part.name === name).gaps)[0]?.mean ?? -Infinity;
     if (field === "by_task") names.sort((a, b) => largest(b) - largest(a));
     const bodies = names.map((name) => make("tbody", {},
-      make("tr", { class: "part" }, make("th", { scope: "rowgroup", colspan: measured.length + 3, dir: "auto" }, name)),
+      make("tr", { class: "part" }, make("th", { scope: "rowgroup", colspan: askedOrders.length + 3, dir: "auto" }, name)),
       data.scores.map((row) => {
         const part = row.by[field].find((item) => item.name === name);
         return part ? make("tr", {}, make("th", { scope: "row", dir: "auto" }, row.name), scoreCells(part), askedOf(part)) : "";
       })));
     return make("details", {}, make("summary", {}, title), scoreTable(title, bodies, false));
   });
-  const contrasts = measured.filter((order) => order !== "ordered");
+  const contrasts = askedOrders.filter((order) => order !== "ordered");
   return section("evaluation", "Evaluation",
     make("p", { class: "lead" }, "Mean scores with the frames ", make("span", { class: "ordered" }, "● in order"),
       contrasts.length ? [" and ", make("span", { class: "shuffled" }, `○ ${contrasts.join(", ")}`)] : "", ", from 0 to 1, with 95 % intervals.",

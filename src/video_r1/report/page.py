@@ -10,7 +10,6 @@ and the page's policy lets a browser run no other script and load nothing.
 import base64
 import hashlib
 import html
-import json
 import os
 import re
 from collections.abc import Mapping, Sequence
@@ -24,7 +23,7 @@ from video_r1.files import replace_text
 from video_r1.report.reader import Found
 from video_r1.report.run_data import Run, find_run_folders, read_groups, read_run
 from video_r1.report.scores import in_order_of_stages, read_scores, test_of
-from video_r1.report.values import as_table, text
+from video_r1.report.values import as_json, as_table, text
 
 ROLLOUT_BYTES = 20_000_000  # of recorded groups and their frames in a page
 SCRIPTS = ("charts.js", "curves.js", "places.js", "frames.js", "rollouts.js", "page.js")
@@ -126,7 +125,7 @@ def page_data(*folders: Path) -> dict[str, Any]:
         "seconds": {} if overlay else as_table(summary.get("seconds")),
         "runs": [_run(run, groups.get(run.name, ([], 0))) for run in runs],
         "scores": scores,
-        "notes": notes + [f"{run.name}/{note}" for run in runs for note in run.notes],
+        "notes": list(dict.fromkeys([*notes, *(f"{run.name}/{note}" for run in runs for note in run.notes)])),
     }
 
 
@@ -194,8 +193,7 @@ def render(data: dict[str, Any]) -> str:
 
 def embed(value: Any) -> str:
     """Return JSON that is safe in a script element: no `<`, `>`, `&`, ASCII only (U+2028 is escaped)."""
-    text = json.dumps(value, ensure_ascii=True, allow_nan=False, separators=(",", ":"))
-    return text.replace("&", "\\u0026").replace("<", "\\u003c").replace(">", "\\u003e")
+    return as_json(value).replace("&", "\\u0026").replace("<", "\\u003c").replace(">", "\\u003e")
 
 
 def _digest(text: str) -> str:
@@ -217,6 +215,8 @@ def _about(run: Run) -> list[str]:
         facts.append(f"{run.points['steps'][-1]:,} steps")
         if seconds := run.points["times"][-1]:
             facts.append(duration(seconds))
+        if count := run.points["stopped_early"]:
+            facts.append(f"stopped early: {count:.0f} validations in a row brought no better model")
     named = {key.rsplit(".", 1)[-1]: value for key, value in run.config.items()}
     for key, caption in KEY_SETTINGS.items():
         if named.get(key) not in (None, "", "null"):

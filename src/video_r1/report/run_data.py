@@ -13,7 +13,7 @@ from typing import Any, get_args
 
 from video_r1.data.answers import read_answer
 from video_r1.data.grounding import GROUNDING_FORMS
-from video_r1.report.curves import Curves
+from video_r1.report.curves import Curves, current
 from video_r1.report.reader import Found, read_whole
 from video_r1.report.values import (
     as_list,
@@ -198,6 +198,7 @@ def group_of(record: dict[str, Any], strip: str | None, folder: Path) -> dict[st
 
     strip: address of the picture with its frames. folder: of the run.
     """
+    record = current(record)
     frames = as_table(record.get("frames"))
     count = whole(frames.get("count"))
     shown = record.get("permutation")  # a contrast clip may have fewer frames or none
@@ -237,7 +238,7 @@ def group_of(record: dict[str, Any], strip: str | None, folder: Path) -> dict[st
             for order in ORDERS
         },
         "p": finite(record.get("p")),
-        "pShuffled": finite(record.get("p_shuffled")),
+        "pShuffled": finite(record.get("p_contrast")),
     }
 
 

@@ -3,11 +3,12 @@
 from collections.abc import Mapping
 from typing import Any, get_args
 
+from video_r1.errors import first_line
 from video_r1.evaluation.metrics import OVERLAP_SHARES
 from video_r1.evaluation.summary import NEEDED, gaps_of, summarise
 from video_r1.report.reader import read_whole
 from video_r1.report.run_data import ANSWERS, Run, prediction_files
-from video_r1.report.values import as_list, as_table, finite, text
+from video_r1.report.values import as_list, as_table, finite, score_of, text
 from video_r1.settings.frames import Order
 
 STAGES = ("base", "sft", "grpo", "rl", "tgrpo")  # the order of the rows where these names occur
@@ -59,13 +60,17 @@ def _unfinished(run: Run) -> dict[str, Any]:
 
         def take(place: int, size: int, record: dict[str, Any], answers: Any = answers) -> None:
             usable = record.keys() >= NEEDED and isinstance(record["problem_id"], (str, int))
-            if usable and record["order"] in get_args(Order) and finite(record["score"]) is not None:
+            if usable and record["order"] in get_args(Order) and score_of(record) is not None:
                 answers[str(record["problem_id"]), record["order"]] = record
 
         read_whole(run.found, path.name, take, run.notes)
         if answers:
             way, _, frames = path.stem.partition("-")
-            found = summarise(list(answers.values()))
+            try:
+                found = summarise(list(answers.values()))
+            except Exception as error:  # fields of a stranger's file may hold anything
+                run.notes.append(f"{path.name}: its answers cannot be counted ({first_line(error)})")
+                continue
             if way == ANSWERS["direct"] and frames in tables:
                 tables[frames]["direct"] = found
             else:

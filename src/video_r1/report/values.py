@@ -38,6 +38,24 @@ def parse_object(written: str, is_yaml: bool) -> dict[str, Any]:
         raise ValueError(str(error) or "it is nested too deep") from error
 
 
+def as_json(value: Any) -> str:
+    """Return JSON in ASCII: half of a surrogate pair has no UTF-8 form. Numbers that are not finite, such as
+    sums of large ones, become null.
+    """
+    try:
+        return json.dumps(value, allow_nan=False, separators=(",", ":"))
+    except ValueError:
+        return json.dumps(_finite_parts(value), allow_nan=False, separators=(",", ":"))
+
+
+def _finite_parts(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _finite_parts(each) for name, each in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite_parts(each) for each in value]
+    return finite(value) if isinstance(value, float) else value
+
+
 def flat(tree: dict[Any, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
     """Yield settings, nested names joined by dots. Values that look like credentials are not shown."""
     for key, value in tree.items():
@@ -70,6 +88,12 @@ def is_number(value: Any) -> TypeGuard[int | float]:
 
 def finite(value: Any, otherwise: float | None = None) -> float | None:
     return float(value) if is_number(value) and math.isfinite(value) else otherwise
+
+
+def score_of(record: dict[str, Any]) -> float | None:
+    """Return the score of an answer, None unless it is in [0, 1]."""
+    score = finite(record.get("score"))
+    return score if score is not None and 0 <= score <= 1 else None
 
 
 def whole(value: Any) -> int:

@@ -11,7 +11,7 @@ from starlette.routing import Route
 from video_r1.evaluation.metrics import Figure, mean_figure, paired_difference
 from video_r1.report.reader import Found, Tail
 from video_r1.report.run_data import ANSWERS
-from video_r1.report.values import as_list, finite, text
+from video_r1.report.values import as_list, finite, score_of, text
 from video_r1.settings.frames import Order
 from video_r1.studio.manifests import ManifestIndex, row_of
 from video_r1.studio.overview import last_written
@@ -65,15 +65,24 @@ class Predictions:
 
     def _restart(self) -> None:
         self.scored: dict[str, dict[str, Scored]] = {}
+        self.unscored = 0  # lines that cannot be used
 
     def read(self) -> Answers:
         with self.lock:
             self.tail.read(self._take, self._restart, READ_SECONDS)
             return self.scored
 
+    @property
+    def notes(self) -> list[str]:
+        """Problems of the file, for the page."""
+        name = f"{self.tail.found.name}/{self.tail.name}"
+        said = f"{name}: skipped {self.unscored} answers without an order of frames or a score from 0 to 1"
+        return [said] * bool(self.unscored) + self.tail.notes
+
     def _take(self, place: int, size: int, record: dict[str, Any]) -> None:
-        score, order = finite(record.get("score")), text(record.get("order", ""))
+        score, order = score_of(record), text(record.get("order", ""))
         if score is None or order not in get_args(Order):
+            self.unscored += 1
             return
         by_id = self.scored.setdefault(order, {})
         if len(by_id) < MAX_PREDICTIONS:
@@ -107,11 +116,12 @@ def versus(request: Request) -> Answer:
     """
     wanted = request.query_params.get("order", "ordered")
     against = request.query_params.get("against", wanted)
-    rows, frames, orders = [], set[str](), set[str]()
+    rows, frames, orders, notes = [], set[str](), set[str](), dict[str, None]()
     pairs = _pairs(request)
     for benchmark, sides in pairs.items():
         predictions, count = _both(request, sides)
         left, right = (opened.read() for opened in predictions)
+        notes |= dict.fromkeys(note for opened in predictions for note in opened.notes)
         frames |= set(sides[0].frames) & set(sides[1].frames)
         asked = [name for name in get_args(Order) if _paired(left, right, name, name)]
         orders |= set(asked)
@@ -129,7 +139,7 @@ def versus(request: Request) -> Answer:
                 row["gaps"] = [_gap(side, name, members) for side in (left, right)]
             rows.append(row)
     return Answer({
-        "rows": rows, "frames": sorted(frames, key=int), "benchmarks": list(pairs),
+        "rows": rows, "frames": sorted(frames, key=int), "benchmarks": list(pairs), "notes": list(notes),
         "orders": [name for name in get_args(Order) if name in orders],
     })  # fmt: skip
 

@@ -7,6 +7,7 @@ file when somebody looks at it.
 from typing import Any
 
 from video_r1.data.manifests.records import question_digest
+from video_r1.report.curves import current
 from video_r1.report.reader import Found, Tail
 from video_r1.report.run_data import group_of, strip_of
 from video_r1.report.values import as_list, as_table, finite, text, whole
@@ -76,7 +77,7 @@ def entry_of(record: dict[str, Any]) -> dict[str, Any]:
         "step": whole(record.get("step")),
         **{name: text(record.get(field, ""))[:LABEL] for name, field in LABELS.items()},
         "p": finite(record.get("p"), _share(ordered)),
-        "pShuffled": finite(record.get("p_shuffled"), _share(shuffled)),
+        "pShuffled": finite(current(record).get("p_contrast"), _share(shuffled)),
         "total": round(sum(totals) / len(totals), 4) if totals else 0.0,
         "flat": len({round(total, 4) for total in totals}) <= 1,
     }

@@ -14,6 +14,7 @@ from typing import Any, Literal, NamedTuple
 
 from video_r1.errors import first_line
 from video_r1.files import Claim, is_finished, parse_claim
+from video_r1.report.curves import current
 from video_r1.report.page import KEY_SERIES, duration
 from video_r1.report.reader import Found, last_lines
 from video_r1.report.run_data import kind_of, prediction_files, read_settings
@@ -101,7 +102,8 @@ def overview(found: Found, now: float | None = None) -> dict[str, Any]:
 @lru_cache(maxsize=512)
 def contents(found: Found, stamps: tuple[Any, ...]) -> tuple[Progress, dict[str, Any], bool]:
     """Return what a run's files say, and whether it saves checkpoints. Read again when `stamps` change."""
-    lines, settings = last_lines(found, "metrics.jsonl", SPARK_POINTS), read_settings(found)
+    lines = [current(line) for line in last_lines(found, "metrics.jsonl", SPARK_POINTS)]
+    settings = read_settings(found)
     kind = kind_of(found.folder, (name for line in lines[-3:] for name in line), settings)
     figures = training_figures(kind, lines) if kind in SHOWN else evaluation_figures(found)
     facts = {"kind": kind, "figures": figures, "spark": sparkline(lines), "alerts": alerts_of(lines)}

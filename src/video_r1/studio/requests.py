@@ -23,6 +23,7 @@ from starlette.responses import JSONResponse, PlainTextResponse, RedirectRespons
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from video_r1.errors import RequestError
+from video_r1.report.values import as_json
 
 POLICY = (
     "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' blob: data:; media-src 'self'; "
@@ -123,10 +124,10 @@ def _text(text: str, status: int) -> Response:
 
 
 class Answer(JSONResponse):
-    """A JSON answer in ASCII: half of a surrogate pair, which a model may write, has no UTF-8 form."""
+    """A JSON answer."""
 
     def render(self, content: Any) -> bytes:
-        return json.dumps(content, allow_nan=False, separators=(",", ":")).encode("ascii")
+        return as_json(content).encode("ascii")
 
 
 def number(values: Mapping[str, Any], name: str) -> int:

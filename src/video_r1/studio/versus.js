@@ -29,7 +29,8 @@ function versusPanel(view, sides, own = false) {
       options(order, contrasts, order.select.value || (own ? "shuffled" : "ordered"));
       if (first) { load(); return; }
       drawn.replaceChildren(!answer.rows.length ? make("p", { class: "lead" }, "Both have answered no question in this order yet.")
-        : own && !contrasts.length ? "" : versusTable(answer, names(), own, list));
+        : own && !contrasts.length ? "" : versusTable(answer, names(), own, list),
+        answer.notes.length ? make("ul", { class: "notes" }, answer.notes.map((note) => make("li", {}, note))) : "");
       const [row] = answer.rows;
       if (row) list(row, row.right_wins ? "right" : row.left_wins ? "left" : "neither");
       trouble("");

@@ -1,10 +1,10 @@
 """Names that others give the problem types, in one table for `data make`, `data check` and TRL's tables."""
 
 import re
-import sys
 from collections.abc import Mapping
 from typing import Any, get_args
 
+from video_r1.console import tell
 from video_r1.data.answers import answer_of, extract_answer, options_of
 from video_r1.processes import process_index
 from video_r1.settings.shared import ProblemType
@@ -62,4 +62,4 @@ def tell_renamings(renamings: Mapping[str, int]) -> None:
     """Print what was renamed in how many rows, in one line, on rank 0."""
     if renamings and process_index() == 0:
         shown = ", ".join(f"{renamed}: {count:,}" for renamed, count in renamings.items())
-        print(f"problem types read by other names: {shown}", file=sys.stderr)
+        tell(f"problem types read by other names: {shown}")

@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TextIO, cast, get_args
 
 from video_r1.availability import check_math_verify, is_hub_id
+from video_r1.console import tell
 from video_r1.data.answers import LETTERS, extract_answer, option_prefix
 from video_r1.data.grounding import GROUNDING_FORMS, truth_problems
 from video_r1.data.manifests.problem_types import PROBLEM_TYPES, in_our_words, tell_renamings
@@ -224,7 +225,7 @@ class CheckedManifest(NamedTuple):
             good = f"{len(self.samples):,} are used (`video-r1 data check` lists all problems)"
             lines = "\n  ".join([*shown, "…"] if more else shown)
             if process_index() == 0:
-                print(f"{name}: {bad:,} bad rows are left out, {good}:\n  {lines}", file=sys.stderr)
+                tell(f"{name}: {bad:,} bad rows are left out, {good}:\n  {lines}")
         elif self.problems:
             rest = f"; and {more} more (`video-r1 data check` lists all)" if more else ""
             if self.samples and bad_rows:
@@ -628,7 +629,7 @@ def kept_samples(samples: Sequence[Sample], expression: str, quiet: bool = False
         lacking = sum(not keep.names <= rates[place].keys() for place in kept)
         some = f", {lacking:,} of them without a rate that it names" if lacking else ""
         count = f"{len(kept):,} of {len(samples):,} questions are trained on{some}"
-        print(f"keep {expression!r}: {count}", file=sys.stderr)
+        tell(f"keep {expression!r}: {count}")
     return [samples[place] for place in kept]
 
 

@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from importlib import metadata, util
 from typing import Any
 
+from video_r1.console import tell
 from video_r1.errors import ConfigError, without_secrets
 from video_r1.models.families import find_family
 from video_r1.rollout.vllm.mrope import (
@@ -123,7 +124,7 @@ def run_serve(settings: ServeSettings) -> None:
     command, environment = server_command(settings, options)
     words = runnable(command)
     shown = " ".join(f"{name}={value}" for name, value in environment.items())
-    print(without_secrets(f"{shown} {shlex.join(command)}"), file=sys.stderr, flush=True)
+    tell(without_secrets(f"{shown} {shlex.join(command)}"))
     os.execve(words[0], words, environment | os.environ)
 
 
