@@ -216,14 +216,21 @@ def pictures(out: Path, demo: Path, browser: Browser) -> None:
 
 
 def paid_apart(rollouts: Path) -> tuple[int, str]:
-    """Return step and question whose right answers the temporal rule pays most differently."""
+    """Return step and question whose right answers the temporal rule pays most differently, and whose chains
+    imply these answers.
+    """
+    sys.path.append(str(Path(__file__).parents[1]))
+    from research.temporal_credit.chains import concludes
+
     groups = [json.loads(line) for line in rollouts.read_text("utf-8").splitlines()]
 
-    def spread(group: dict[str, Any]) -> float:
+    def spread(group: dict[str, Any]) -> tuple[float, int]:
         right = [c["rewards"] for c in group["ordered"] if c["rewards"]["accuracy"] == 1]
         paid = [reward.get("temporal", 0.0) for reward in right] or [0.0]
         several = group["options"] and 1 < len(right) < len(group["ordered"])
-        return max(paid) - min(paid) if several else -1.0
+        if not all(concludes(group, c["text"]) for c in group["ordered"] if c["rewards"]["accuracy"] == 1):
+            return -1.0, 0
+        return (round(max(paid) - min(paid), 3), len(right)) if several else (-1.0, 0)
 
     best = max(groups, key=spread)
     return best["step"], best["problem_id"]

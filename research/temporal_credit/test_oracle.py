@@ -3,11 +3,14 @@
 from collections import Counter
 from contextlib import suppress
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
 
+from research.temporal_credit.chains import concludes, count, follows, implied_answer
 from research.temporal_credit.oracle import contrast_answer, true_answer
+from video_r1.data.answers import LETTERS, lettered
 from video_r1.data.making.reversal import Reversals, Unknown
 from video_r1.lab.questions import NAMED_FAMILIES, VIDEO_FAMILIES, LabQuestion
 from video_r1.lab.scenes import Look
@@ -65,3 +68,54 @@ def test_by_hand() -> None:
     # a medium circle of radius 0.16 in the middle
     box = true_answer("box_at", "Where is the circle at second 1.5?", [blue, red])
     assert box == '{"boxes": [340, 340, 660, 660]}'
+
+
+@pytest.mark.parametrize("family", NAMED_FAMILIES)
+def test_a_familys_own_chain_implies_its_answer(family: str) -> None:
+    """Not those of places in the picture, whose chains list less than their boxes."""
+    for question in drawn(family, 10) if not family.startswith("box") else []:
+        implied = implied_answer(family, question.problem, question.chain)
+        if family == "story":  # its chain has no shape
+            implied = f"{' '.join(question.answer.split()[:2])} {(implied or '').split(' ', 2)[2]}"
+        assert implied == question.answer
+        letter = question.choices and LETTERS[question.choices.index(question.answer)]
+        facts = {"data_source": f"lab/{family}", "problem": question.problem}
+        facts |= {"problem_type": question.problem_type, "options": lettered(question.choices)}
+        text = f"<think>{question.chain}</think><answer>{letter or question.answer}</answer>"
+        assert concludes(facts, text)
+
+
+COLOURS = ["A. red", "B. green", "C. blue", "D. yellow", "E. purple", "F. white"]
+BEFORE = {"data_source": "lab/before", "problem": "What colour preceded blue?", "options": COLOURS}
+SPEED = {"data_source": "lab/speed", "problem": "What is the speed in columns per second?", "options": []}
+
+
+@pytest.mark.parametrize(
+    ("question", "chain", "said", "expected"),
+    [
+        (BEFORE, "colours: red, green, blue, white. before blue comes green.", "B", True),
+        (BEFORE, "colours: red, green, blue, white. before red comes red. green is B.", "B", True),
+        (BEFORE, "colours: red, white, blue, green. before blue comes green.", "B", False),
+        (
+            BEFORE,
+            "colours: blue, white, red, green. before blue comes green.",
+            "B",
+            False,
+        ),  # nothing precedes
+        (BEFORE, "colours: red, green, blue. before blue comes green.", "B", False),
+        (BEFORE, "mark: B.", "B", None),
+        (BEFORE, "one look. before blue comes green.", "B", None),
+        (SPEED, "columns: 1, 3, 5, 7. the speed is 2.", "2", True),
+        (SPEED, "columns: 1, 3, 5, 9. the speed is 2.", "2", False),
+        (SPEED, "columns: 1, x, 5, 7. the speed is 2.", "2", False),
+    ],
+)
+def test_whether_an_answer_follows_from_its_chain(
+    question: dict[str, Any], chain: str, said: str, expected: bool | None
+) -> None:
+    kind = {"problem_type": "multiple choice" if question["options"] else "regression"}
+    text = f"<think>{chain}</think><answer>{said}</answer>"
+    assert follows(question | kind, text) is expected
+    counted = count([(question | kind, text, 1.0), (question | kind, text, 0.0)])
+    concluded = expected is True and "red comes red" not in chain
+    assert counted == (1, expected is not None, expected is True, concluded)
