@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 from video_r1.console import table
 from video_r1.data.answers import extract_answer, parse_number
-from video_r1.data.manifests.records import ProblemType, Sample
+from video_r1.data.manifests.records import Sample
 from video_r1.data.templates import ANSWER_HINTS, Template
 from video_r1.settings.decoding import PROTOCOLS, EvalSettings
 from video_r1.settings.frames import FrameBudget
@@ -24,25 +24,12 @@ from video_r1.settings.frames import FrameBudget
 # The area to which frames are scaled up, according to its author (issue 11).
 LEAST_PIXELS = 128 * 28 * 28
 
-# The prompt with which the published checkpoints were trained and evaluated.
-_INSTRUCTION = (
-    "Please think about this question as if you were a human pondering deeply. "
-    "Engage in an internal dialogue using expressions such as 'let me think', 'wait', 'Hmm', 'oh, I see', "
-    "'let's break it down', etc, or other natural language thought expressions "
-    "It's encouraged to include self-reflection or verification in the reasoning process. "
-    "Provide your detailed reasoning between the <think> and </think> tags, and then give your final answer "
-    "between the <answer> and </answer> tags."
-)
-_NUMBER = "Please provide the numerical value (e.g., 42 or 3.14) within the <answer> </answer> tags."
-_HINTS: dict[ProblemType, str] = {
-    "multiple choice": "Please provide only the single option letter (e.g., A, B, C, D, etc.) within the "
-    "<answer> </answer> tags.",
-    "numerical": _NUMBER,
-    "OCR": "Please transcribe text from the image/video clearly and provide your text answer within the "
-    "<answer> </answer> tags.",
-    "free-form": "Please provide your text answer within the <answer> </answer> tags.",
-    "regression": _NUMBER,
+_PAPER = tomllib.loads(Path(__file__).with_suffix(".toml").read_text(encoding="utf-8"))
+COLUMNS: list[str] = _PAPER["columns"]
+PUBLISHED: dict[str, dict[int, list[float]]] = {
+    model: {int(frames): row for frames, row in rows.items()} for model, rows in _PAPER["published"].items()
 }
+SETUP: dict[str, float] = _PAPER["setup"]
 
 
 class ReferenceTemplate(Template):
@@ -54,7 +41,7 @@ class ReferenceTemplate(Template):
         return self.text.format(question=question, hint=self.hints[sample.problem_type])
 
 
-TEMPLATE = ReferenceTemplate("{question}\n" + _INSTRUCTION + " {hint}", ANSWER_HINTS | _HINTS)
+TEMPLATE = ReferenceTemplate(_PAPER["prompt"]["text"], ANSWER_HINTS | _PAPER["prompt"]["hints"])
 
 
 def as_asked(sample: Sample) -> Sample:
@@ -109,12 +96,6 @@ def _mean_relative_accuracy(predicted: float, truth: float) -> float:
     return (error < 1 - thresholds).float().mean().item()
 
 
-_PAPER = tomllib.loads(Path(__file__).with_suffix(".toml").read_text(encoding="utf-8"))
-COLUMNS: list[str] = _PAPER["columns"]
-PUBLISHED: dict[str, dict[int, list[float]]] = {
-    model: {int(frames): row for frames, row in rows.items()} for model, rows in _PAPER["published"].items()
-}
-SETUP: dict[str, float] = _PAPER["setup"]
 # According to its author: the mean of mean_acc and mean_mra (github.com/tulerfeng/Video-R1, issue 121).
 _KIND_MEAN = {"vsibench": "mean of the accuracy of choices and the MRA of numbers"}
 

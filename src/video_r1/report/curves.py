@@ -4,9 +4,11 @@ Row i of every column is one logging step. Points are means over 1, 2, 4, … ne
 """
 
 import math
+import tomllib
 from array import array
 from bisect import bisect_left
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,11 +20,8 @@ MAX_SERIES = 400
 MAX_CELLS = 10_000_000  # 80 MB; above it, neighbouring rows become one
 MISSING = math.nan
 NOT_SERIES = {"step", "epoch", "time", "stopped_early"}
-# Series and fields of records that were renamed: old name, today's name. Pages know only the second.
-RENAMED = {
-    "temporal/p_shuffled": "temporal/p_contrast",
-    "p_shuffled": "p_contrast",
-}
+SERIES: dict[str, Any] = tomllib.loads(Path(__file__).with_name("series.toml").read_text("utf-8"))
+RENAMED: dict[str, str] = SERIES["renamed"]  # today's names by old ones
 
 
 def current(record: Mapping[str, Any]) -> dict[str, Any]:

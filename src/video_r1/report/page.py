@@ -20,6 +20,7 @@ from typing import Any
 
 from video_r1.errors import RequestError, writing_to
 from video_r1.files import replace_text
+from video_r1.report.curves import SERIES
 from video_r1.report.reader import Found
 from video_r1.report.run_data import Run, find_run_folders, read_groups, read_run
 from video_r1.report.scores import in_order_of_stages, read_scores, test_of
@@ -32,33 +33,8 @@ END_SHARE = 0.1  # a key figure is a mean over this share of the logged steps at
 
 GAP_NAMES = {"shuffled": "temporal gap", "elsewhere": "look gap"}
 
-# Main settings, in the order of the header.
-KEY_SETTINGS = {
-    "model_name_or_path": "from",
-    "model": "checkpoint",
-    "train_manifest": "data",
-    "manifest": "data",
-    "temporal_rule": "temporal rule",
-    "temporal_contrast": "contrast",
-    "teacher.model_name_or_path": "teacher",
-    "teacher_model_name_or_path": "teacher",  # of older runs
-    "num_generations": "G",
-    "learning_rate": "learning rate",
-    "beta": "β",
-    "seed": "seed",
-}
-# Main series: caption, unit and number of decimals.
-KEY_SERIES = {
-    "reward/accuracy": ("accuracy reward", "", 2),
-    "temporal/gap": ("temporal gap", "", 2),
-    "teacher/kl": ("KL to the teacher", "nats", 3),
-    "reward/format": ("format reward", "", 2),
-    "completion/length": ("response length", "tokens", 0),
-    "loss": ("loss", "", 3),
-    "accuracy/token": ("token accuracy", "", 2),
-    "eval_accuracy": ("validation accuracy", "", 2),
-    "eval_loss": ("validation loss", "", 3),
-}
+KEY_SETTINGS: dict[str, str] = SERIES["settings"]
+KEY_SERIES: dict[str, tuple[str, str, int]] = SERIES["series"]
 
 
 def build_report(run: str | Path | Sequence[str | Path], out: str | Path | None = None) -> Path:
