@@ -20,7 +20,7 @@ from video_r1.data.decoding.decoders import read_media
 from video_r1.data.decoding.media import Media
 from video_r1.data.manifests.records import Sample
 from video_r1.data.prompts import Prompt, PromptBuilder
-from video_r1.errors import MediaError, PromptError, RequestError
+from video_r1.errors import ConfigError, MediaError, PromptError, RequestError
 from video_r1.evaluation import session
 from video_r1.evaluation.ask import question_sample, run_ask
 from video_r1.evaluation.session import ModelSession, TextStream, heard
@@ -230,3 +230,31 @@ def test_an_answer_that_no_option_is(clip: Path) -> None:
     assert question("Where?", clip, options=["left", "right"], answer="b").answer == "B"
     with pytest.raises(RequestError, match=r"answer is 'up'; it must be one of the options, A\. left"):
         question("Where?", clip, options=["left", "right"], answer="up")
+
+
+def test_an_engine_of_the_user(
+    checkpoint: Path, clip: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """One file with one method, named by a setting."""
+    (tmp_path / "own.py").write_text(OWN_ENGINE)
+    asked = AskSettings(model=str(checkpoint), path=str(clip), question=["What moves?"], frame_pixels=56 * 56)
+    run_ask(replace(asked, engine=f"{tmp_path / 'own.py'}:Echo", max_new_tokens=16))
+    assert "16 tokens at most" in capsys.readouterr().out
+    with pytest.raises(ConfigError, match=r"engine: .*own.py:Nothing cannot be imported"):
+        run_ask(replace(asked, engine=f"{tmp_path / 'own.py'}:Nothing"))
+
+
+OWN_ENGINE = """
+import torch
+from video_r1.data.rollouts import Rollout
+from video_r1.rollout.engine import RolloutEngine, wanted_counts
+
+class Echo(RolloutEngine):
+    def __init__(self, settings, processor):
+        self.settings = settings
+
+    def sample(self, prompts, sampling, counts=None, on_token=None):
+        text = f"{sampling.max_tokens} tokens at most"
+        one = Rollout(torch.zeros(1, dtype=torch.long), torch.zeros(1), text, "stop")
+        return [[one] * count for count in wanted_counts(prompts, sampling, counts)]
+"""

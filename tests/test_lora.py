@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import shutil
+from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import peft
@@ -21,6 +23,7 @@ from video_r1.models.group_forward import group_logprobs
 from video_r1.models.loading import add_lora, load_model, load_processor, merge_adapter
 from video_r1.models.lora import rounded_sum
 from video_r1.rewards import scoring
+from video_r1.training.trainer import QuestionTrainer
 
 
 @pytest.mark.parametrize("family", FAMILY_ROWS)
@@ -184,6 +187,23 @@ def test_cases_adapters_that_do_not_fit(checkpoint: Path, tmp_path: Path, change
     with pytest.raises(ConfigError, match="its adapters do not fit"):
         merge_adapter(folder, out)
     assert not out.exists()
+    resuming: Any = SimpleNamespace(is_fsdp_enabled=False, is_deepspeed_enabled=False)
+    with pytest.raises(ConfigError, match="its adapters do not fit this model"):
+        QuestionTrainer.restore_weights(resuming, str(folder), with_trained_adapters(checkpoint))
+
+
+@pytest.mark.parametrize("name", ["model.layers.0.self_attn.q_proj.lora_A.weight", "scores.weight"])
+def test_cases_weights_that_a_model_does_not_know(
+    checkpoint: Path, tmp_path: Path, name: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Adapters in a checkpoint's own file would be dropped: refused. Other weights are named in a line."""
+    folder = shutil.copytree(checkpoint, tmp_path / "model")
+    save_file(load_file(folder / "model.safetensors") | {name: torch.ones(2)}, folder / "model.safetensors",
+              {"format": "pt"})  # fmt: skip
+    refusal = pytest.raises(ConfigError, match=r"these are adapters beside a model.*video-r1 merge")
+    with refusal if "lora" in name else nullcontext():
+        load_model(folder)
+    assert "lora" in name or "1 weights are not part of the model, e.g. scores.weight" in caplog.text
 
 
 def test_cases_weights_that_are_not_numbers(

@@ -1,6 +1,6 @@
 """Checkpoints through transformers' Auto classes; frozen weights; adding and merging LoRA adapters."""
 
-import warnings
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -35,11 +35,15 @@ from video_r1.models.lora import (
     add_adapters,
     beyond_lora,
     four_bits,
+    import_peft,
     keep_codes_as_they_are,
+    load_adapters,
     recorded_four_bits,
 )
 from video_r1.settings.shared import ModelSettings
 from video_r1.settings.training_record import RECORD, read_record
+
+logger = logging.getLogger(__name__)
 
 PIXELS_OF_ANY_MODEL = 28  # multiple of frame sides for models whose processor resizes to any size
 EXPERTS = ("experts.gate_up_proj", "experts.down_proj")
@@ -87,9 +91,16 @@ def load_model(
         raise ConfigError(f"{path}: the model cannot be loaded: {first_line(error)}") from error
     model, report = loaded
     check_kind(model)
-    if report["missing_keys"]:
-        missing = sorted(report["missing_keys"])
+    missing, unknown = sorted(report["missing_keys"]), sorted(report["unexpected_keys"])
+    if getattr(model, "_hf_peft_config_loaded", False) or any("lora_" in name for name in unknown):
+        raise ConfigError(
+            f"{path}: these are adapters beside a model; download them and make a checkpoint: "
+            "video-r1 merge FOLDER OUT"
+        )
+    if missing:
         raise ConfigError(f"{path}: incomplete: {len(missing)} weights are missing, e.g. {missing[0]}")
+    if unknown:
+        logger.warning("%s: %d weights are not part of the model, e.g. %s", path, len(unknown), unknown[0])
     if quantization is not None:
         keep_codes_as_they_are(model)
     if is_deepspeed_zero3_enabled():
@@ -185,7 +196,7 @@ def merge_adapter(
     """
     source = Path(adapter)
     check_adapters(source)
-    import peft  # an extra of this package; installed where adapters are
+    peft = import_peft()
 
     name = base_model or str(peft.PeftConfig.from_pretrained(str(source)).base_model_name_or_path)
     try:
@@ -200,20 +211,8 @@ def merge_adapter(
     else:
         base = load_model(name, quantised[0], quantization_config=quantised[1])
         base = base.dequantize(None if dtype == "auto" else getattr(torch, dtype))
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of missing weights, which are an error here
-            model: Any = peft.PeftModel.from_pretrained(base, str(source))
-            found = model.load_adapter(str(source), "default")  # again: only this names them
-    except (RuntimeError, OSError, ValueError, SafetensorError) as error:
-        said = " ".join(str(error).split())[:300]
-        raise ConfigError(f"{source}: its adapters do not fit {name}: {said}") from error
-    missing = [key for key in found.missing_keys if "lora_" in key or "modules_to_save" in key]
-    if wrong := sorted([*missing, *found.unexpected_keys]):
-        raise ConfigError(
-            f"{source}: its adapters do not fit {name}: {len(missing)} weights are missing and "
-            f"{len(found.unexpected_keys)} have names that the model does not know, e.g. {wrong[0]}"
-        )
+    model: Any = peft.PeftModel(base, peft.PeftConfig.from_pretrained(str(source)))
+    load_adapters(model, source, name)
     if plain := beyond_lora(model) is None:
         add_adapters(model)
     with claimed(Path(out)):
@@ -241,10 +240,7 @@ def add_lora(
     the tower with vision_tower. config: a peft config instead of these. Raises ConfigError if peft is not
     installed, for vision_tower on the general path, and for adapters other than plain LoRA.
     """
-    try:
-        import peft
-    except ImportError as error:
-        raise ConfigError("LoRA needs the package peft: pip install 'video-r1[lora]'") from error
+    peft = import_peft()
     if config is None:
         family = find_family(model)
         if family is None and vision_tower and not targets:

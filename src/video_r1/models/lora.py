@@ -10,12 +10,14 @@ writes how W became W̃ into a checkpoint with adapters; `recorded_four_bits` re
 
 import json
 import logging
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from video_r1.availability import check_bitsandbytes
@@ -28,6 +30,36 @@ ROUNDED_AT_ONCE = 1 << 24  # weights; each needs 14 bytes of working memory
 RECORD = "base_quantization.json"
 IN_FULL = ("model.visual", "lm_head")
 """Modules whose linear layers keep their number format, like the embeddings."""
+
+
+def import_peft() -> Any:
+    """Return the package peft. Raises ConfigError if it is not installed."""
+    try:
+        import peft
+    except ImportError as error:
+        raise ConfigError("LoRA needs the package peft: pip install 'video-r1[lora]'") from error
+    return peft
+
+
+def load_adapters(model: Any, folder: str | Path, base: object = "this model") -> None:
+    """Load the adapters in a folder into a PEFT model. base: names its base model in the error.
+
+    Raises ConfigError unless names and shapes in the folder are those of the model's adapters: peft keeps the
+    initial values, which change nothing, of what it does not find.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of missing weights, which are an error here
+            found = model.load_adapter(str(folder), "default", is_trainable=True)
+    except (RuntimeError, OSError, ValueError, SafetensorError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise ConfigError(f"{folder}: its adapters do not fit {base}: {reason}") from error
+    missing = [key for key in found.missing_keys if "lora_" in key or "modules_to_save" in key]
+    if wrong := sorted([*missing, *found.unexpected_keys]):
+        raise ConfigError(
+            f"{folder}: its adapters do not fit {base}: {len(missing)} weights are missing and "
+            f"{len(found.unexpected_keys)} have names that the model does not know, e.g. {wrong[0]}"
+        )
 
 
 def beyond_lora(model: Any) -> str | None:

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from video_r1.availability import imported
 from video_r1.chat_client import Endpoint, ServerFailure, ServerRefusal, endpoint_urls, open_endpoint
 from video_r1.data.decoding.frame_cache import open_frame_cache
 from video_r1.data.prompts import PromptBuilder, TextPrompts
@@ -72,8 +73,9 @@ def open_engine(settings: DecodingSettings, prompts: TextPrompts) -> RolloutEngi
     closes it.
 
     `settings.engine` is transformers, vllm, addresses of vLLM servers of the checkpoint
-    (http://a:8000,http://b:8000), or addresses with a path (http://host:8000/v1) of OpenAI-compatible
-    endpoints that serve `model` by that name. Raises ConfigError for an unusable checkpoint, or a server that
+    (http://a:8000,http://b:8000), addresses with a path (http://host:8000/v1) of OpenAI-compatible endpoints
+    that serve `model` by that name, or `module:function` or `file.py:function`, called with settings and
+    processor, for an engine of the user's. Raises ConfigError for an unusable checkpoint, or a server that
     does not answer or serves another model.
     """
     engine = _engine(settings, prompts.processor)
@@ -89,31 +91,38 @@ def _engine(settings: DecodingSettings, processor: Any) -> RolloutEngine:
         warn_of_positions(model, endpoint)
         return EndpointEngine(endpoint, model, frames_as, settings.concurrency)
     assert settings.model is not None  # settings without it are refused
-    if settings.engine != "transformers":
+    if settings.engine == "vllm" or settings.engine.startswith(SCHEMES):
         check_vllm_supports(load_config(settings.model, settings.trust_remote_code))
-    if settings.engine.startswith("http"):
+    if settings.engine.startswith(SCHEMES):
         urls, generation = addresses(settings.engine), generation_config(settings.model)
         engine = ServerEngine(urls, processor, generation, model=settings.model, timeout=settings.timeout)
         engine.require_weights_of(settings.model)
         return engine
     if settings.engine == "vllm":
-        if settings.trust_remote_code:
-            raise ConfigError("engine: vllm runs no code that comes with a checkpoint; use transformers")
-        counts = getattr(settings, "frame_counts", [settings.max_frames])
-        if isinstance(settings, EvalSettings) and "no-look" in settings.order:
-            counts = [settings.frames_without_looks(count) for count in counts]
-        budget = settings.frame_budget(size_multiple(processor))
-        return VLLMEngine(
-            settings.model,
-            processor,
-            dtype=settings.dtype,
-            max_model_len=settings.max_prompt_length + settings.max_new_tokens + tool_tokens(settings),
-            settings=VLLMSettings(gpu_memory_utilization=0.9),
-            frames=largest_frames(replace(budget, max_frames=max(counts)), settings),
-        )
+        return _vllm_engine(settings, processor)
+    if ":" in settings.engine:
+        return imported(settings.engine, "engine")(settings, processor)
     dtype, remote = inference_dtype(settings, settings.model), settings.trust_remote_code
     model: Any = load_model(settings.model, dtype, settings.attn_implementation, remote)
     return in_process_engine(model.to(settings.device or own_device()), processor)
+
+
+def _vllm_engine(settings: DecodingSettings, processor: Any) -> RolloutEngine:
+    assert settings.model is not None
+    if settings.trust_remote_code:
+        raise ConfigError("engine: vllm runs no code that comes with a checkpoint; use transformers")
+    counts = getattr(settings, "frame_counts", [settings.max_frames])
+    if isinstance(settings, EvalSettings) and "no-look" in settings.order:
+        counts = [settings.frames_without_looks(count) for count in counts]
+    budget = settings.frame_budget(size_multiple(processor))
+    return VLLMEngine(
+        settings.model,
+        processor,
+        dtype=settings.dtype,
+        max_model_len=settings.max_prompt_length + settings.max_new_tokens + tool_tokens(settings),
+        settings=VLLMSettings(gpu_memory_utilization=0.9),
+        frames=largest_frames(replace(budget, max_frames=max(counts)), settings),
+    )
 
 
 def inference_dtype(settings: DecodingSettings, model: str) -> str:

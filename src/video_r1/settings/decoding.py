@@ -51,8 +51,8 @@ class DecodingSettings(ToolSettings, PromptSettings, LoadingSettings):
     model: str | None = setting(None, "checkpoint folder, model id, or the model's name at an endpoint")
     engine: str = setting(
         "transformers",
-        "transformers, vllm, a vLLM server (http://host:8000) or OpenAI-compatible endpoints "
-        "(http://host:8000/v1); several addresses, separated by commas, share the requests",
+        "transformers, vllm, a vLLM server (http://host:8000), OpenAI-compatible endpoints (http://host/v1), "
+        "or module:function; several addresses, separated by commas, share requests",
     )
     concurrency: int = setting(16, "simultaneous requests to an endpoint", above=0)
     key_variable: str = setting("OPENAI_API_KEY", "environment variable that holds the endpoint's key")
@@ -67,10 +67,10 @@ class DecodingSettings(ToolSettings, PromptSettings, LoadingSettings):
         yield from super().problems()
         found = addresses(self.engine)
         are_addresses = found != () and all(address.startswith(SCHEMES) for address in found)
-        if self.engine not in ("transformers", "vllm") and not are_addresses:
-            allowed = "transformers, vllm or addresses with http://, separated by commas"
+        if self.engine not in ("transformers", "vllm") and not are_addresses and ":" not in self.engine:
+            allowed = "transformers, vllm, module:function, or addresses with http://, separated by commas"
             yield "engine", f"is {self.engine!r}; it must be {allowed}"
-        if len(set(map(has_path, found))) > 1:
+        if are_addresses and len(set(map(has_path, found))) > 1:
             yield "engine", f"is {self.engine!r}; either all addresses or none are endpoints with a path"
 
 

@@ -41,7 +41,7 @@ from video_r1.files import follow_umask, is_finished
 from video_r1.models.checked import NEWEST_TESTED
 from video_r1.models.group_forward import attending_in_rows, in_one_row, vision_language_model
 from video_r1.models.loading import load_model, size_multiple
-from video_r1.models.lora import record_four_bits
+from video_r1.models.lora import load_adapters, record_four_bits
 from video_r1.processes import (
     claimed_by_first,
     decided_by_first,
@@ -361,14 +361,18 @@ class QuestionTrainer(Trainer, ABC):
             super()._load_best_model()
 
     def restore_weights(self, folder: str | None, model: nn.Module | None = None) -> bool:
-        """Read a whole model's weights with from_pretrained; return False if the Trainer has to do it. (It
-        silently skips weights whose published names differ.)
+        """Read a whole model's weights or adapters; return False if the Trainer has to do it. (It silently
+        skips weights whose names differ.) Raises ConfigError for adapters that do not fit.
         """
         model = self.model if model is None else model
-        sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled
-        if folder is None or sharded or not isinstance(model, PreTrainedModel):
+        if folder is None or self.is_fsdp_enabled or self.is_deepspeed_enabled:
             return False
-        model.load_state_dict(load_model(folder).state_dict())
+        if list(getattr(model, "peft_config", ())) == ["default"]:
+            load_adapters(model, folder)
+        elif isinstance(model, PreTrainedModel):
+            model.load_state_dict(load_model(folder).state_dict())
+        else:
+            return False
         return True
 
     @contextmanager
