@@ -47,6 +47,12 @@ _PATCHING = threading.Lock()
 _HIDDEN_PICTURES = ("vp8", "mpeg4", "msmpeg4v3", "msmpeg4v2")  # codecs with packets that show no picture
 
 
+Choose = Callable[[int, float], list[int]]
+"""From the number of frames in a window and their mean rate to the ascending indices of frames to decode."""
+Finish = Callable[[Tensor], Tensor]
+"""From an upright frame [3, H, W] uint8 RGB to what is kept of it (a resized copy)."""
+
+
 @dataclass(slots=True)
 class Clip:
     """Decoded frames of a clip's window, as the caller finished them, and their times from its start."""
@@ -104,18 +110,12 @@ class _Packets:
 
 
 def decode_clip(
-    file: Part,
-    clip: ClipRef,
-    choose: Callable[[int, float], list[int]],
-    finish: Callable[[Tensor], Tensor],
-    pictures_only: bool = False,
+    file: Part, clip: ClipRef, choose: Choose, finish: Finish, pictures_only: bool = False
 ) -> Clip:
     """Decode the chosen frames of a clip.
 
     Args:
         clip: its window; frames with start ≤ time < end belong to it.
-        choose: given the number of frames in the window and their mean rate, the ascending indices to decode.
-        finish: given one upright frame [3, H, W] uint8 RGB, what to keep of it (a resized copy).
         pictures_only: see `_packets_of`; tried where decoding fails, since a broken note breaks no picture.
 
     Raises:
@@ -220,11 +220,7 @@ def _list_packets(container: Any, stream: Any, pictures_only: bool) -> _Packets:
 
 
 def choose_frames(
-    times: list[float],
-    last_frame_seconds: float,
-    clip: ClipRef,
-    choose: Callable[[int, float], list[int]],
-    rate: float | None = None,
+    times: list[float], last_frame_seconds: float, clip: ClipRef, choose: Choose, rate: float | None = None
 ) -> tuple[list[int], list[float], float]:
     """Return the chosen frames' numbers, their times in the window and the window's seconds.
 
@@ -249,7 +245,7 @@ def _decode_listed(
     stream: Any,
     packets: _Packets,
     positions: list[int],
-    finish: Callable[[Tensor], Tensor],
+    finish: Finish,
     lead_in: bool = False,
 ) -> list[Tensor]:
     """Return the frames of the packets at `positions`, each decoded from the keyframe before it.
@@ -337,11 +333,7 @@ def _packets_from(
 
 
 def _decode_from_beginning(
-    file: Part,
-    clip: ClipRef,
-    choose: Callable[[int, float], list[int]],
-    finish: Callable[[Tensor], Tensor],
-    packets: _Packets,
+    file: Part, clip: ClipRef, choose: Choose, finish: Finish, packets: _Packets
 ) -> Clip:
     """Decode every frame and keep the chosen ones; once more if the frames' times are not as expected."""
     packets.require_whole(0, len(packets.pts))

@@ -13,7 +13,6 @@ import hashlib
 import os
 import stat
 from collections.abc import Sequence
-from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -62,8 +61,7 @@ class FrameCache(BoundedFolder):
                     float(facts["duration"]),
                     facts["kind"],  # type: ignore[arg-type]
                 )
-            with suppress(PermissionError):  # another user's
-                os.utime(path)  # used just now
+            self.used(path)
             if facts["checksum"] == _checksum(media):
                 return media
         except (FileNotFoundError, RuntimeError):  # RuntimeError: torch opens the file again, and it has gone

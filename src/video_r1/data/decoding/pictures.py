@@ -1,7 +1,7 @@
 """Images, and folders of frames as clips, read with Pillow."""
 
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import nullcontext, suppress
 from functools import cache
 from io import BytesIO
@@ -13,7 +13,7 @@ from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 from PIL.TiffImagePlugin import BITSPERSAMPLE
 from torch import Tensor
 
-from video_r1.data.decoding.clips import MAX_PIXELS, Clip, choose_frames
+from video_r1.data.decoding.clips import MAX_PIXELS, Choose, Clip, Finish, choose_frames
 from video_r1.data.sources.archives import Part
 from video_r1.data.sources.media_types import FOLDER_FPS, ClipRef
 
@@ -23,12 +23,7 @@ _ANIMATED = ("GIF", "WEBP", "PNG", "AVIF")  # pages of a TIFF and second views o
 _MAX_SAMPLE_VALUE = 281  # TIFF's tag
 
 
-def decode_frames(
-    files: Sequence[Part],
-    clip: ClipRef,
-    choose: Callable[[int, float], list[int]],
-    finish: Callable[[Tensor], Tensor],
-) -> Clip:
+def decode_frames(files: Sequence[Part], clip: ClipRef, choose: Choose, finish: Finish) -> Clip:
     """Run `decode_clip` for frames that are pictures. Raise ValueError with a reason in words."""
     fps = clip.fps or FOLDER_FPS
     times = [place / fps for place in range(len(files))]

@@ -12,6 +12,7 @@ import logging
 import os
 import threading
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import BinaryIO
 
@@ -84,6 +85,11 @@ class BoundedFolder:
     def draft_of(self, entry: Path) -> Path:
         """Return this thread's draft of an entry, with the same extension."""
         return entry.with_suffix(f".{os.getpid()}-{threading.get_ident()}{PARTIAL}{entry.suffix}")
+
+    def used(self, entry: Path) -> None:
+        """Note that an entry was used just now, which keeps it longer."""
+        with suppress(PermissionError):  # another user's
+            os.utime(entry)
 
     def warn_once(self, message: str, *values: object) -> None:
         if message not in self.warned:

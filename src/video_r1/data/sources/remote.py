@@ -313,7 +313,7 @@ class RemoteCache(BoundedFolder):
                         if self.admit(path, entry):
                             path = entry
             with held:
-                _used_now(path)
+                self.used(path)
                 yield str(path)
 
     def part(self, path: str) -> Part | list[Part]:
@@ -360,7 +360,7 @@ class RemoteCache(BoundedFolder):
         entry, known = self.place(f"{digest(['state', container], size=20)}.json"), ()
         with suppress(OSError, ValueError):
             known = (str(json.loads(entry.read_bytes())),)
-            _used_now(entry)
+            self.used(entry)
         if _place_of(container) in self._silent:
             return known
         began = time.monotonic()
@@ -384,7 +384,7 @@ class RemoteCache(BoundedFolder):
                 entry = self.place(f"{digest(('members', *key), size=20)}.json")
                 try:
                     found = {name: tuple(place) for name, place in json.loads(entry.read_bytes()).items()}
-                    _used_now(entry)
+                    self.used(entry)
                 except (OSError, ValueError, AttributeError, TypeError):
                     found = read()
                     self.store(entry, json.dumps(found).encode())
@@ -490,11 +490,6 @@ class RemoteCache(BoundedFolder):
 def _place_of(address: str) -> str:
     """Return the host or bucket of an address."""
     return "/".join(address.rpartition("::")[2].split("/", 3)[:3])
-
-
-def _used_now(path: Path) -> None:
-    with suppress(PermissionError):  # another user's
-        os.utime(path)
 
 
 def _suffix(address: str) -> str:
