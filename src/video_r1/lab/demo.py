@@ -132,8 +132,8 @@ def _run_stages(out: Path, seed: int, size: Size, base: Path) -> dict[str, Any]:
             given |= {"order": orders, "device": "cpu", **shared}
             recipe = load_recipe("eval", RECIPES["eval"], {key: str(value) for key, value in given.items()})
             run_eval(recipe.section(EvalSettings), recipe.section(BenchmarkSettings))
-        found = json.loads((out / name / "summary.json").read_text(encoding="utf-8"))
-        (figures[name],) = found["frames"].values()
+        evaluation = json.loads((out / name / "summary.json").read_text(encoding="utf-8"))
+        (figures[name],) = evaluation["frames"].values()
     videos = {stage: figures[f"eval-{stage}"]["by_modality"]["video"] for stage in STAGES}
     for stage in STAGES:
         videos[stage]["lying"] = figures[f"eval-{stage}-lying"]["by_modality"]["video"]["ordered"]

@@ -350,8 +350,8 @@ def _decode_from_beginning(
                 expected = expected or _times_as_decoded([None] * len(packets.pts), packets, rate)
                 with suppress(ValueError):  # of wrong times; right ones raise it below
                     chosen, *_ = choose_frames(expected, _last_seconds(expected, rate), clip, choose)
-                found = _packets_of(container, stream, packets.pictures_only)
-                decoded = chain.from_iterable(map(stream.codec_context.decode, found))
+                encoded = _packets_of(container, stream, packets.pictures_only)
+                decoded = chain.from_iterable(map(stream.codec_context.decode, encoded))
                 for number, frame in enumerate(decoded):
                     pts.append(frame.pts)
                     if number in chosen and not frame.is_corrupt:

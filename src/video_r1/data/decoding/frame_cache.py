@@ -41,13 +41,13 @@ class FrameCache(BoundedFolder):
         """Return `read_media_at`; decode, in one pass, only the counts that are missing. Raise MediaError."""
         keys = {count: cache_key(source, budget, count) for count in counts}
         kept = ((count, self.get(key)) for count, key in keys.items() if key is not None)
-        found = {count: media for count, media in kept if media is not None}
-        wanted = [count for count in keys if count not in found]
+        by_count = {count: media for count, media in kept if media is not None}
+        wanted = [count for count in keys if count not in by_count]
         for count, media in zip(wanted, read_media_at(source, budget, wanted) if wanted else [], strict=True):
-            found[count] = media
+            by_count[count] = media
             if (key := keys[count]) is not None:
                 self.put(key, media)
-        return [found[count] for count in counts]
+        return [by_count[count] for count in counts]
 
     def get(self, key: str) -> Media | None:
         """Return the media of an entry; None if there is none or it is damaged."""

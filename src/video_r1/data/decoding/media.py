@@ -65,8 +65,8 @@ def reordered(shown: Sequence[Media], permutation: Tensor) -> tuple[Media, ...]:
     """
     parts, first = [], 0
     for media in shown:
-        own = permutation - first
-        parts.append(media.reordered(own[(own >= 0) & (own < len(media.frames))]))
+        inside = permutation - first
+        parts.append(media.reordered(inside[(inside >= 0) & (inside < len(media.frames))]))
         first += len(media.frames)
     return tuple(parts)
 

@@ -37,8 +37,8 @@ def decode_frames(files: Sequence[Part], clip: ClipRef, choose: Choose, finish: 
             raise ValueError(f"its frame {file.name}: {error}") from error
         sizes.setdefault(picture.shape, file.name)
         if len(sizes) > 1:
-            told = " and ".join(f"{shape[2]}×{shape[1]} ({of})" for shape, of in sizes.items())
-            raise ValueError(f"its frames have different sizes, {told}; make them alike")
+            shapes = " and ".join(f"{shape[2]}×{shape[1]} ({of})" for shape, of in sizes.items())
+            raise ValueError(f"its frames have different sizes, {shapes}; make them alike")
         frames.append(finish(picture))
     return Clip(frames, chosen_times, duration)
 

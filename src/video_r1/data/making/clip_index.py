@@ -90,22 +90,25 @@ class ClipIndex:
             return path if below.startswith("..") else below
         if data_type != "image" and path in self._folders.get(posixpath.basename(path).lower(), ()):
             return path
-        found = self._named(path, self._by_name, data_type)
-        found = [one for one in found if data_type_of(one) == likely] or found
-        if not found and data_type != "image":
-            found = self._named(path, self._folders)
-        found = found or self._named(path, self._others)
-        if not found and (found := self._named(_core(posixpath.basename(path)), self._by_core, data_type)):
-            self.renamed[name] = found[0]
-        first = min(found, key=lambda one: one.count("/"), default="")
+        matches = self._named(path, self._by_name, data_type)
+        matches = [match for match in matches if data_type_of(match) == likely] or matches
+        if not matches and data_type != "image":
+            matches = self._named(path, self._folders)
+        matches = matches or self._named(path, self._others)
+        if not matches:
+            matches = self._named(_core(posixpath.basename(path)), self._by_core, data_type)
+            if matches:
+                self.renamed[name] = matches[0]
+        first = min(matches, key=lambda match: match.count("/"), default="")
         above = f"{posixpath.dirname(first)}/".lstrip("/")
         if (
-            found
-            and sum("/" in one[len(above) :] for one in found if one.startswith(above)) == len(found) - 1
+            matches
+            and sum("/" in match[len(above) :] for match in matches if match.startswith(above))
+            == len(matches) - 1
         ):
             return first  # the others are copies in folders below its own
-        if found:
-            shown = ", ".join(found[:_SHOWN]) + (", …" if len(found) > _SHOWN else "")
+        if matches:
+            shown = ", ".join(matches[:_SHOWN]) + (", …" if len(matches) > _SHOWN else "")
             raise Rejected("several clips", f"{name!r} may be {shown}")
         if self.may_miss:
             self.missing[path] = None
@@ -119,17 +122,17 @@ class ClipIndex:
         best."""
         name = posixpath.basename(path).lower()
         stem, ending = posixpath.splitext(name)
-        found = by_name.get(name) or (by_name.get(stem, []) if ending in MEDIA_EXTENSIONS else [])
-        found = [one for one in found if data_type in (None, data_type_of(one))]
+        matches = by_name.get(name) or (by_name.get(stem, []) if ending in MEDIA_EXTENSIONS else [])
+        matches = [match for match in matches if data_type in (None, data_type_of(match))]
         folders = PurePosixPath(path).parts[:-1]
-        shared = [_shared_end(folders, PurePosixPath(one).parts[:-1]) for one in found]
-        return [one for one, share in zip(found, shared, strict=True) if share == max(shared)]
+        shared = [_shared_end(folders, PurePosixPath(match).parts[:-1]) for match in matches]
+        return [match for match, share in zip(matches, shared, strict=True) if share == max(shared)]
 
     def _nearest(self, name: str) -> list[str]:
         place = bisect.bisect(self._names, name)
         around = self._names[max(0, place - _NEIGHBOURS) : place + _NEIGHBOURS]
         close = difflib.get_close_matches(name, around, _SHOWN * 2, 0.7)
-        first = ((self._by_name.get(one) or self._folders[one])[0] for one in close)
+        first = ((self._by_name.get(near) or self._folders[near])[0] for near in close)
         return list(dict.fromkeys(first))[:_SHOWN]
 
 
@@ -150,10 +153,10 @@ def _members(archive: str) -> list[str]:
         return []
     try:
         with open(archive, "rb") as file:
-            found = members_of(file)
+            members = members_of(file)
     except (OSError, ValueError):
         return []
-    return [name for name in found if posixpath.splitext(name)[1].lower() in MEDIA_EXTENSIONS]
+    return [name for name in members if posixpath.splitext(name)[1].lower() in MEDIA_EXTENSIONS]
 
 
 def _files_below(root: str, follow_links: bool) -> Iterator[str]:

@@ -37,23 +37,23 @@ class Columns(NamedTuple):
         """Return the fields of a row whose columns are not empty. Several columns give a list, without the
         empty cells at its end; a question's give its lines, an answer's the only filled one. Raises
         Rejected."""
-        found: dict[str, Any] = {}
+        fields: dict[str, Any] = {}
         for field, names in self.names.items():
             cells = [row.get(name) for name in names]
             filled = [cell for cell in cells if not is_empty(cell)]
             while cells and is_empty(cells[-1]):
                 cells.pop()
             if field == "path" and cells:
-                found[field] = [path for cell in cells for path in files_of(cell)]
+                fields[field] = [path for cell in cells for path in files_of(cell)]
                 kinds = {_kind_of(name) for name in names if not is_empty(row.get(name))}
-                found |= {KIND: kinds.pop()} if len(kinds) == 1 else {}
+                fields |= {KIND: kinds.pop()} if len(kinds) == 1 else {}
             elif field == "problem":
-                found[field] = "\n".join(map(str, filled))
+                fields[field] = "\n".join(map(str, filled))
             elif cells:
-                found[field] = (
+                fields[field] = (
                     filled[0] if len(names) == 1 or (field, len(filled)) == ("answer", 1) else cells
                 )
-        return found
+        return fields
 
     @property
     def lists_files(self) -> bool:
@@ -70,12 +70,14 @@ def questions_in(row: Row) -> list[Row]:
     nested = {
         name: value
         for name, value in row.items()
-        if isinstance(value, list) and value and all(isinstance(one, Mapping) and _asks(one) for one in value)
+        if isinstance(value, list)
+        and value
+        and all(isinstance(question, Mapping) and _asks(question) for question in value)
     }
     if not nested or _asks(row):
         return [row]
     rest = {name: value for name, value in row.items() if not _is_large(value)}
-    return [{**rest, **one} for value in nested.values() for one in value]
+    return [{**rest, **question} for value in nested.values() for question in value]
 
 
 def _is_large(value: Any) -> bool:
@@ -104,25 +106,25 @@ def guess_columns(
     Raises RequestError for unknown fields and columns.
     """
     names = [str(name) for name in names]
-    found: dict[str, tuple[str, ...]] = {}
+    chosen: dict[str, tuple[str, ...]] = {}
     for field, column in given.items():
         if field not in COLUMN_NAMES:
             raise RequestError(f"columns: no field {field!r}; known are {', '.join(COLUMN_NAMES)}")
-        found[field] = () if column == NOTHING else (column,) if column in names else (*column.split("+"),)
-        if missing := [one for one in found[field] if one not in names]:
+        chosen[field] = () if column == NOTHING else (column,) if column in names else (*column.split("+"),)
+        if missing := [column for column in chosen[field] if column not in names]:
             raise RequestError(f"columns: the table has no column {missing[0]!r}, only {', '.join(names)}")
-    taken = {name for columns in found.values() for name in columns}
+    taken = {name for columns in chosen.values() for name in columns}
     cells = {name: [cell for row in rows if not is_empty(cell := row.get(name))] for name in names}
     free = [name for name in names if name not in taken and (cells[name] or not rows)]
     for field, wanted in known.items():
         fits = _FITS.get(field, lambda text: seconds_of(text) is not None)
         guess = [
             name
-            for one in wanted
+            for alias in wanted
             for name in free
-            if _plain(name) == one.rstrip("?")
+            if _plain(name) == alias.rstrip("?")
             and (
-                one[-1] != "?"
+                alias[-1] != "?"
                 or sum(bool(fits(plain_text(cell))) for cell in cells[name]) * 2 > len(cells[name])
             )
         ]
@@ -136,9 +138,9 @@ def guess_columns(
             first += [name for name in free if _plain(name) == "input"]
         elif field == "options":
             first = first or [*option_columns({_plain(name): name for name in reversed(free)})]
-        found.setdefault(field, (*first,))
-    used = {name for columns in found.values() for name in columns}
-    fields = {field: found[field] for field in COLUMN_NAMES if found.get(field)}
+        chosen.setdefault(field, (*first,))
+    used = {name for columns in chosen.values() for name in columns}
+    fields = {field: chosen[field] for field in COLUMN_NAMES if chosen.get(field)}
     return Columns(fields, tuple(name for name in names if name not in used and (cells[name] or not rows)))
 
 
@@ -153,14 +155,14 @@ def _path_columns(
     """Return the columns of files: the first of the known names whose values are files, and others that are
     filled where it is not, such as `image` beside `video`; in chats, and of lists, also of the other kind.
     Without known names: a column whose values are all files."""
-    found = [name for name in named if any(map(is_file, cells[name][:_TRIED]))] or list(named)
-    if not found and not any(isinstance(cell, InTable) for name in free for cell in cells[name][:1]):
+    candidates = [name for name in named if any(map(is_file, cells[name][:_TRIED]))] or list(named)
+    if not candidates and not any(isinstance(cell, InTable) for name in free for cell in cells[name][:1]):
         texts = {name: dict.fromkeys(c for c in cells[name][:_TRIED] if isinstance(c, str)) for name in free}
-        found = [name for name, some in texts.items() if some and all(map(is_file, some))]
-    chosen = found[:1]
-    for name in found[1:] if named and rows else ():
+        candidates = [name for name, some in texts.items() if some and all(map(is_file, some))]
+    chosen = candidates[:1]
+    for name in candidates[1:] if named and rows else ():
         lists = is_chat or _plain(name) in _FILE_LISTS
-        rivals = [one for one in chosen if not lists or _kind_of(one) == _kind_of(name)]
+        rivals = [column for column in chosen if not lists or _kind_of(column) == _kind_of(name)]
         if _fills_gaps(name, rivals, rows):
             chosen.append(name)
     return chosen
@@ -192,8 +194,8 @@ def option_columns(plain: Mapping[str, str]) -> tuple[str, ...]:
             digit, letter = match.groups()
             place = int(digit) if digit else ord(letter) - ord("a")
             series.setdefault(name[:-1] + ("#" if digit else "@"), {})[place] = column
-    for found in series.values():
-        first = min(found)
-        if first <= 1 and len(found) >= 2 and sorted(found) == list(range(first, first + len(found))):
-            return tuple(found[place] for place in sorted(found))
+    for columns in series.values():
+        first = min(columns)
+        if first <= 1 and len(columns) >= 2 and sorted(columns) == list(range(first, first + len(columns))):
+            return tuple(columns[place] for place in sorted(columns))
     return ()

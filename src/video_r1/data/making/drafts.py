@@ -200,15 +200,15 @@ def _media(draft: Draft, making: Making, marks: Sequence[str]) -> Mapping[str, A
         return _TEXT
     known = data_type if data_type in DATA_TYPES else None
     kinds: dict[str, list[str]] = {}
-    for one in named or held:
-        if not isinstance(one, InTable):
-            path = making.clips.find(one, known, draft.get(KIND))
+    for file in named or held:
+        if not isinstance(file, InTable):
+            path = making.clips.find(file, known, draft.get(KIND))
             is_clear = path.lower().endswith(MEDIA_EXTENSIONS)
             kind = known or (not is_clear and draft.get(KIND))
-        elif not named or not one.places or one.kind not in DATA_TYPES:
+        elif not named or not file.places or file.kind not in DATA_TYPES:
             raise Rejected("media inside the table", "the table contains the file itself, not its name")
         else:
-            kind, path = one.kind, path_below(making.places.root, one.places[0])
+            kind, path = file.kind, path_below(making.places.root, file.places[0])
         try:
             place = making.places.find(path)
         except ValueError as error:
@@ -241,8 +241,8 @@ def read_choice(answer: Any, options: Sequence[str], numbers: Numbers) -> str:
     text = str(answer).strip()
     prefix = option_prefix(text)
     letter = label_of(text).upper() or text.translate(NARROW).strip("(). :").upper()
-    said = {_folded(text), _folded(text[len(prefix) :])}
-    meant = {letter} & texts.keys() | {name for name, words in texts.items() if words in said}
+    readings = {_folded(text), _folded(text[len(prefix) :])}
+    meant = {letter} & texts.keys() | {name for name, words in texts.items() if words in readings}
     return meant.pop() if len(meant) == 1 else ""
 
 

@@ -154,20 +154,20 @@ def files_of(value: Any) -> list[Any]:
         return [replace(value, places=(place,)) for place in value.places or ()] or [value]
     if isinstance(value, str) and value.startswith("[") and value.endswith("]"):
         value = parse_options(value)
-    found = []
-    for one in value if isinstance(value, (list, tuple)) else [value]:
-        path = one.get("path") or one.get("url") if isinstance(one, Mapping) else one
+    paths = []
+    for item in value if isinstance(value, (list, tuple)) else [value]:
+        path = item.get("path") or item.get("url") if isinstance(item, Mapping) else item
         if isinstance(path, str) and path.startswith("data:"):
             raise Rejected("media inside the table", f"a file in the text ({path[:30]}…)")
         if isinstance(path, (list, tuple)):
             raise Rejected("frames", f"a clip as a list of {len(path)} files")
         if isinstance(path, (str, int, float)) and not isinstance(path, bool):
-            found.append(plain_text(path))
+            paths.append(plain_text(path))
         elif isinstance(path, InTable):
-            found += files_of(path)
-        elif path is not None or isinstance(one, Mapping):
-            raise Rejected("media inside the table", f"a file inside the table ({type(one).__name__})")
-    return found
+            paths += files_of(path)
+        elif path is not None or isinstance(item, Mapping):
+            raise Rejected("media inside the table", f"a file inside the table ({type(item).__name__})")
+    return paths
 
 
 def split_response(text: Any) -> tuple[str | None, Any]:

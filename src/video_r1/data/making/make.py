@@ -76,9 +76,9 @@ def run_make(settings: MakeSettings) -> int:
     assert settings.table is not None and settings.out is not None
     out = Path(settings.out)
     rejected_path, held_path = out.with_name(f"{out.stem}.refused.jsonl"), out.with_stem("held-out")
-    own = rejected_path.exists()
+    is_ours = rejected_path.exists()
     for path in (out, held_path) if settings.holdout else (out,):
-        if path.exists() and (not own or str(path.resolve()) == os.path.realpath(settings.table)):
+        if path.exists() and (not is_ours or str(path.resolve()) == os.path.realpath(settings.table)):
             raise RequestError(f"{path} exists and was not made from this table; choose another --out")
     if settings.holdout and out.stem == held_path.stem:
         raise RequestError(f"--out {out} is where --holdout writes; choose another --out")
@@ -161,9 +161,9 @@ def _understood(
         print(f"layout: {layout} ({LAYOUTS[layout].source}; change with --layout)\n")
     else:
         numbered[:] = [
-            (number, one)
+            (number, question)
             for number, row in numbered
-            for one in (questions_in(row) if isinstance(row, dict) else [row])
+            for question in (questions_in(row) if isinstance(row, dict) else [row])
         ]
         outer, rows = rows, [row for _, row in numbered if isinstance(row, dict)]
         if name := next((name for name in rows[0] if name in clips.paths), None):
@@ -190,7 +190,7 @@ def _understood(
 
 def _is_file(cell: Any, clips: ClipIndex) -> bool:
     try:
-        return all([isinstance(one, InTable) or clips.find(one) for one in files_of(cell)])
+        return all([isinstance(path, InTable) or clips.find(path) for path in files_of(cell)])
     except Rejected as error:
         return error.reason == "several clips"
 
@@ -208,19 +208,19 @@ def _drafts_of(row: Any, layout: str, columns: Columns) -> Iterator[Draft]:
     rest = {n: row[n] for n in columns.unused if not is_empty(row.get(n)) and n not in FIELDS}
     rest |= columns.values(row)
     try:
-        told = [rest] if layout == "table" else list(conversation(row, LAYOUTS[layout].columns))
+        drafts = [rest] if layout == "table" else list(conversation(row, LAYOUTS[layout].columns))
     except (AttributeError, TypeError) as error:
         raise Rejected("unreadable row", f"it does not have the layout {layout} ({error})") from error
-    for place, draft in enumerate(told, start=1):
-        said = {name: value for name, value in draft.items() if value is not None}
-        if rest.get("path") and said.get("path", rest["path"]) != rest["path"]:
-            raise Rejected("several media", f"its message shows {said['path']}, its column {rest['path']}")
-        if "answer" in rest and len(told) == 1:  # the reply of a chat gives the rationale
-            process = split_response(said.get("answer"))[0]
-            said = {"process": process, **said, "answer": rest["answer"]}
-        if len(told) > 1 and rest.get("problem_id") is not None:
-            said["problem_id"] = f"{plain_text(rest['problem_id'])}-{place}"
-        yield rest | said
+    for place, draft in enumerate(drafts, start=1):
+        fields = {name: value for name, value in draft.items() if value is not None}
+        if rest.get("path") and fields.get("path", rest["path"]) != rest["path"]:
+            raise Rejected("several media", f"its message shows {fields['path']}, its column {rest['path']}")
+        if "answer" in rest and len(drafts) == 1:  # the reply of a chat gives the rationale
+            process = split_response(fields.get("answer"))[0]
+            fields = {"process": process, **fields, "answer": rest["answer"]}
+        if len(drafts) > 1 and rest.get("problem_id") is not None:
+            fields["problem_id"] = f"{plain_text(rest['problem_id'])}-{place}"
+        yield rest | fields
 
 
 def _numbers(drafts: Sequence[DraftRow]) -> Numbers:
@@ -251,13 +251,13 @@ def _made_rows(
         except Rejected as error:
             rejected.append(error.line(number, name))
             continue
-        own, count = name, 1
-        while str(own) in rows:
+        unique, count = name, 1
+        while str(unique) in rows:
             count += 1
-            own = f"{name}-{count}"
-        repeated += own != name
-        former = {FORMER_ID: name} if own != name else {}
-        rows[str(own)] = DraftRow(number, {"problem_id": own, **former, **row})
+            unique = f"{name}-{count}"
+        repeated += unique != name
+        former = {FORMER_ID: name} if unique != name else {}
+        rows[str(unique)] = DraftRow(number, {"problem_id": unique, **former, **row})
     if repeated:
         print(f"repeated ids that got a number appended: {repeated:,} (the old one is kept as {FORMER_ID})")
     return list(rows.values())
@@ -270,13 +270,13 @@ def _checked(
     samples, numbers, problems = check_manifest(
         [row.fields for row in rows], root, settings.allow_urls, allowed_roots=settings.allowed_roots
     )
-    found = [("no manifest row", problem) for problem in problems if problem.row]
+    refused = [("no manifest row", problem) for problem in problems if problem.row]
     if settings.media and samples:
         budget = replace(FrameBudget(), **settings.remote_files())
         result = check_media(samples, budget, settings.workers, numbers)
-        found += [("media", problem) for problem in result.problems]
+        refused += [("media", problem) for problem in result.problems]
         samples = result.usable
-    for reason, problem in found:
+    for reason, problem in refused:
         number = rows[problem.row - 1].number
         rejected.append(Rejected(reason, problem.text).line(number, problem.problem_id))
     return samples

@@ -115,7 +115,7 @@ class Reversals:
 
         options: texts without letters. answer: for multiple choice the text of one of them.
         """
-        asked, said = self._read(problem), _plain(answer)
+        asked, plain = self._read(problem), _plain(answer)
         if not asked:
             raise Unknown("the question has several sentences or a quotation")
         if problem_type in ("numerical", "regression"):
@@ -125,8 +125,8 @@ class Reversals:
             return answer
         if problem_type != "multiple choice" or not options:
             raise Unknown("no rule for answers of this type")
-        if said in ("yes", "no") and {"yes", "no"}.issuperset(map(_plain, options)):
-            if said == "no":
+        if plain in ("yes", "no") and {"yes", "no"}.issuperset(map(_plain, options)):
+            if plain == "no":
                 raise Unknown("the answer no does not say what happens")
             _refuse_unturned(self._asserted(asked))
             return next(each for each in options if _plain(each) == "no")
@@ -139,7 +139,7 @@ class Reversals:
         stories = [self._story(self._read(option, True), kinds, way) for option in options]
         story = stories[options.index(answer)]
         _refuse_unturned(story)
-        wanted = [{event.backwards() for event in one} for one in reversed(story)]
+        wanted = [{event.backwards() for event in events} for events in reversed(story)]
         fits = [
             option
             for option, other in zip(options, stories, strict=True)
@@ -164,7 +164,7 @@ class Reversals:
                 with suppress(Unknown):
                     if not story and (story := self._story(" ".join(event), *self._asked(" ".join(what)))):
                         named = " ".join(re.findall(_N, " ".join(what)) or re.findall(_N, " ".join(event)))
-        events = {event for one in story for event in one}
+        events = {event for readings in story for event in readings}
         if not story:
             raise Unknown("the question is no event that the rules can read")
         if len(story) > 1:
@@ -351,8 +351,10 @@ def _refuse_unturned(story: Story) -> None:
         raise Unknown("the answer is no event that the rules can read")
     if len(story) == 1 and not _turning(story[0]):
         raise Unknown("nothing turns round")
-    for i, one in enumerate(story):
-        for event, other in ((event, other) for later in story[i + 1 :] for event in one for other in later):
+    for i, earlier in enumerate(story):
+        for event, other in (
+            (event, other) for later in story[i + 1 :] for event in earlier for other in later
+        ):
             whose = event.subject == other.subject or not (event.subject and other.subject)
             if event.backwards().turns & other.turns or (event[1:] == other[1:] and whose):
                 raise Unknown("it goes both ways")

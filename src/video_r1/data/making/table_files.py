@@ -47,11 +47,13 @@ def _csv_rows(path: Path) -> Iterator[tuple[int, Any]]:
     try:
         with path.open(encoding="utf-8-sig", newline="") as stream:
             header = stream.readline()
-            told = header.startswith("sep=")
+            has_hint = header.startswith("sep=")
             delimiter = (
-                "\t" if path.suffix.lower() != ".csv" else max(_DELIMITERS, key=header[4 * told :].count)
+                "\t" if path.suffix.lower() != ".csv" else max(_DELIMITERS, key=header[4 * has_hint :].count)
             )
-            cells = csv.reader(stream if told else chain([header], stream), delimiter=delimiter, strict=True)
+            cells = csv.reader(
+                stream if has_hint else chain([header], stream), delimiter=delimiter, strict=True
+            )
             names = [name.strip() or f"column {place}" for place, name in enumerate(next(cells, []), start=1)]
             if twice := [name for name in names if names.count(name) > 1]:
                 raise ManifestError(f"{path}: two columns are called {twice[0]!r}; rename one of them")

@@ -91,23 +91,23 @@ def members_of(file: BinaryIO) -> Members:
     if packed is not None:
         raise ValueError(f"the archive is compressed ({packed}); decompress it")
     end = file.seek(0, os.SEEK_END)
-    found: Members = {}
+    members: Members = {}
     room, place = _INDEX_BYTES, 0
     everywhere: dict[str, str] = {}  # PAX fields for all members that follow
-    own: dict[str, str] = {}  # for the next member
+    for_next: dict[str, str] = {}
     while place < end or not end:
         file.seek(place)
         try:
-            member = tarfile.TarInfo.frombuf(file.read(_BLOCK), "utf-8", "surrogateescape")
+            info = tarfile.TarInfo.frombuf(file.read(_BLOCK), "utf-8", "surrogateescape")
         except tarfile.HeaderError:
             if place:
                 break  # what follows the members is no header, and not read
             raise ValueError(f"the archive is no tar, or cut short{' (it is empty)' * (not end)}") from None
         place += _BLOCK
-        name, size, kind = member.name, member.size, member.type
+        name, size, kind = info.name, info.size, info.type
         fields: dict[str, str] = {}
         if kind not in _ABOUT_THE_NEXT:
-            fields, own = everywhere | own, {}
+            fields, for_next = everywhere | for_next, {}
             name, digits = fields.get("path", name), fields.get("size", "0")
             if kind == tarfile.GNUTYPE_SPARSE or any(key.startswith("GNU.sparse.") for key in fields):
                 raise ValueError("the archive has sparse files; pack it without --sparse")
@@ -123,18 +123,18 @@ def members_of(file: BinaryIO) -> Members:
                 f"the archive is no tar, or cut short: of {size:,} bytes at {place:,} it has {end - place:,}"
             )
         if kind == tarfile.GNUTYPE_LONGNAME:
-            own["path"] = _text(file.read(size))
+            for_next["path"] = _text(file.read(size))
         elif kind in _PAX_HEADERS:
-            (everywhere if kind == tarfile.XGLTYPE else own).update(_pax_fields(file.read(size), place))
+            (everywhere if kind == tarfile.XGLTYPE else for_next).update(_pax_fields(file.read(size), place))
         elif kind not in _ABOUT_THE_NEXT:
             room -= len(name) + _ENTRY_BYTES
             if room < 0:
                 raise ValueError(
-                    f"the archive has too many files: {len(found):,} take {_INDEX_BYTES:,} bytes"
+                    f"the archive has too many files: {len(members):,} take {_INDEX_BYTES:,} bytes"
                 )
-            found[posixpath.normpath(name)] = (place, size) if member.isreg() else _NO_FILE
+            members[posixpath.normpath(name)] = (place, size) if info.isreg() else _NO_FILE
         place += -(-size // _BLOCK) * _BLOCK * has_content
-    return found
+    return members
 
 
 def _pax_fields(content: bytes, place: int) -> dict[str, str]:
@@ -155,11 +155,11 @@ def _text(field: bytes) -> str:
     return field.partition(b"\0")[0].decode("utf-8", "surrogateescape")
 
 
-def member_of(found: Members, member: str) -> tuple[int, int]:
+def member_of(members: Members, member: str) -> tuple[int, int]:
     """Return (first byte, bytes) of a member. Raise ValueError in words."""
-    place = found.get(posixpath.normpath(member))
+    place = members.get(posixpath.normpath(member))
     if place is None:
-        raise ValueError(f"there is no such file in the archive, which has {len(found):,}")
+        raise ValueError(f"there is no such file in the archive, which has {len(members):,}")
     if place == _NO_FILE:
         raise ValueError("is a folder, a link or another thing in the archive, no plain file")
     if place[1] == 0:
@@ -167,21 +167,21 @@ def member_of(found: Members, member: str) -> tuple[int, int]:
     return place
 
 
-def part_of(found: Members, member: str, archive: str) -> Part | list[Part]:
+def part_of(members: Members, member: str, archive: str) -> Part | list[Part]:
     """Return a member, or the frames of a folder in the archive, in order. Raise ValueError in words."""
     name = posixpath.normpath(member)
-    if found.get(name, _NO_FILE) == _NO_FILE:
+    if members.get(name, _NO_FILE) == _NO_FILE:
         begin = "" if name == "." else name + "/"
-        inside = {one[len(begin) :]: place for one, place in found.items() if one.startswith(begin)}
-        frames = {one: place for one, place in inside.items() if not one.startswith(".")}
+        inside = {frame[len(begin) :]: place for frame, place in members.items() if frame.startswith(begin)}
+        frames = {frame: place for frame, place in inside.items() if not frame.startswith(".")}
         if len(frames) > MOST_FRAMES:
             raise ValueError(f"is a folder of {len(frames):,} files; at most {MOST_FRAMES:,} frames are read")
-        for one, place in frames.items():
+        for frame, place in frames.items():
             if place == _NO_FILE:
-                raise ValueError(f"is a folder with {one!r} in it, a link or a folder; keep frames alone")
+                raise ValueError(f"is a folder with {frame!r} in it, a link or a folder; keep frames alone")
         if frames:
-            return [Part(archive, *frames[one], one) for one in in_order(list(frames))]
-    return Part(archive, *member_of(found, member), member)
+            return [Part(archive, *frames[frame], frame) for frame in in_order(list(frames))]
+    return Part(archive, *member_of(members, member), member)
 
 
 def cell_path(column: str, row: int, table: str, item: int | None = None) -> str:
@@ -190,10 +190,10 @@ def cell_path(column: str, row: int, table: str, item: int | None = None) -> str
 
 def cell_of(begin: str) -> tuple[str, int, int | None]:
     """Return (column, row, list item) of `parquet://column/row.item`. Raise ValueError in words."""
-    found = re.fullmatch(rf"(?:{TABLE})?(.+)/([0-9]+)(?:\.([0-9]+))?", begin, re.DOTALL)
-    if not found:
+    match = re.fullmatch(rf"(?:{TABLE})?(.+)/([0-9]+)(?:\.([0-9]+))?", begin, re.DOTALL)
+    if not match:
         raise ValueError(f"{begin!r} names no cell: parquet://COLUMN/ROW::TABLE, rows from 0")
-    return found[1], int(found[2]), int(found[3]) if found[3] else None
+    return match[1], int(match[2]), int(match[3]) if match[3] else None
 
 
 def cells_beside(
@@ -220,7 +220,7 @@ def cells_beside(
                 for number, cell in enumerate(values, start=first):
                     if isinstance(cell, pa.ListScalar):
                         files = enumerate(cell.values or ())
-                        yield from (((number, item), _content(one)) for item, one in files)
+                        yield from (((number, item), _content(part)) for item, part in files)
                     else:
                         yield (number, None), _content(cell)
                 return
@@ -245,5 +245,5 @@ def _unpacked_bytes(group: Any, column: str) -> int:
 
 def _content(cell: Any) -> bytes | None:
     value = cell["bytes"] if "bytes" in getattr(cell, "keys", tuple)() else cell
-    found = value.as_py()
-    return found if isinstance(found, bytes) else None
+    content = value.as_py()
+    return content if isinstance(content, bytes) else None

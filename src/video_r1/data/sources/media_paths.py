@@ -83,8 +83,8 @@ def path_below(media_root: str, path: str) -> str:
     """Return a path relative to the media root; the whole path of a file outside it."""
     if is_address(path):
         below = relative_to(path, media_root)
-        if below is None and (found := split_member(path)):
-            return f"{found[0]}::{path_below(media_root, found[1])}"
+        if below is None and (member := split_member(path)):
+            return f"{member[0]}::{path_below(media_root, member[1])}"
         return below or path
     return os.path.relpath(path, media_root) if path.startswith(_inside(media_root)) else path
 
@@ -116,8 +116,8 @@ class MediaPaths:
         if (inside := split_member(path)) and relative_to(path, self.root) is None:
             return f"{inside[0]}::{self.find(inside[1])}"
         if path.startswith(("file://", "local://")):
-            found = os.path.realpath(on_this_machine(path))
-            return self._checked(found, path)
+            real = os.path.realpath(on_this_machine(path))
+            return self._checked(real, path)
         if is_address(path):
             return self._address(path)
         if "\0" in path:
@@ -134,18 +134,18 @@ class MediaPaths:
         if is_address(self.root):
             return below(self.root, path)
         folder, name = os.path.split(path)
-        found = os.path.join(self._real(os.path.join(self.root, folder)), name)
-        if name in ("", ".", "..") or os.path.islink(found):
-            found = os.path.realpath(found)
-        return self._checked(found, path)
+        real = os.path.join(self._real(os.path.join(self.root, folder)), name)
+        if name in ("", ".", "..") or os.path.islink(real):
+            real = os.path.realpath(real)
+        return self._checked(real, path)
 
-    def _checked(self, found: str, path: str) -> str:
-        if not found.startswith(self.inside):
+    def _checked(self, real: str, path: str) -> str:
+        if not real.startswith(self.inside):
             allowed = " and the allowed roots" if self.allowed else ""
             raise ValueError(
                 f"path {path!r} leads out of the media root{allowed}; allowed_roots names further folders"
             )
-        return found
+        return real
 
     def _address(self, address: str) -> str:
         """Check an address outside the media root; those below it are the user's own."""

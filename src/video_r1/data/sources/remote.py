@@ -123,15 +123,15 @@ def hosts_of(address: str) -> set[str]:
 
 def require_public(ip: str) -> None:
     """Raise MediaError for a loopback, link-local or private IP address."""
-    found = ipaddress.ip_address(ip.partition("%")[0])
-    if not (getattr(found, "ipv4_mapped", None) or found).is_global:
+    address = ipaddress.ip_address(ip.partition("%")[0])
+    if not (getattr(address, "ipv4_mapped", None) or address).is_global:
         reason = "leads to this machine or its network; name its host in media_root if you trust the rows"
         raise MediaError("", reason)
 
 
-def _public_socket(found: tuple[Any, ...]) -> socket.socket:
-    require_public(found[4][0])
-    return socket.socket(*found[:3])
+def _public_socket(place: tuple[Any, ...]) -> socket.socket:
+    require_public(place[4][0])
+    return socket.socket(*place[:3])
 
 
 async def _public_client(**settings: Any) -> Any:
@@ -243,8 +243,8 @@ def at_address(address: str, act: Callable[[Any, str], Found]) -> Found:
         if reason := _refusal(failure):
             raise MediaError(address, reason) from failure
     assert failure is not None
-    said = dict.fromkeys((type(failure).__name__, first_line(failure)))  # some have no message
-    raise NoAnswer(address, f"cannot be fetched ({': '.join(said)}; {ATTEMPTS} attempts)") from failure
+    reasons = dict.fromkeys((type(failure).__name__, first_line(failure)))  # some have no message
+    raise NoAnswer(address, f"cannot be fetched ({': '.join(reasons)}; {ATTEMPTS} attempts)") from failure
 
 
 def _refusal(error: Exception) -> str:
@@ -328,8 +328,8 @@ class RemoteCache(BoundedFolder):
             facts = os.stat(archive)
             if not stat.S_ISREG(facts.st_mode):
                 raise ValueError("the archive is no plain file")
-            found = self._members(archive, (facts.st_size, facts.st_mtime_ns), read)
-            return part_of(found, begin.removeprefix(TAR), archive)
+            members = self._members(archive, (facts.st_size, facts.st_mtime_ns), read)
+            return part_of(members, begin.removeprefix(TAR), archive)
         except FileNotFoundError as error:
             raise MediaError(path, "there is no such archive") from error
         except OSError as error:
@@ -349,8 +349,8 @@ class RemoteCache(BoundedFolder):
             return (facts.st_size, facts.st_mtime_ns) if facts else ()
         if _OF_A_COMMIT.fullmatch(container):
             return ()
-        if (found := self._states.get(container)) is not None:
-            return found  # without waiting for the lock
+        if (state := self._states.get(container)) is not None:
+            return state  # without waiting for the lock
         with self._asking:
             if container not in self._states:
                 self._states[container] = self._asked(container)
@@ -379,20 +379,20 @@ class RemoteCache(BoundedFolder):
         """Return the index of an archive from memory, from the folder, or newly read and stored in both."""
         key = (archive, *stamp)
         with self._indexing:
-            found = self._indexes.pop(key, None)
-            if found is None:
+            members = self._indexes.pop(key, None)
+            if members is None:
                 entry = self.place(f"{digest(('members', *key), size=20)}.json")
                 try:
-                    found = {name: tuple(place) for name, place in json.loads(entry.read_bytes()).items()}
+                    members = {name: tuple(place) for name, place in json.loads(entry.read_bytes()).items()}
                     self.used(entry)
                 except (OSError, ValueError, AttributeError, TypeError):
-                    found = read()
-                    self.store(entry, json.dumps(found).encode())
-                room = MEMBERS - len(found)
+                    members = read()
+                    self.store(entry, json.dumps(members).encode())
+                room = MEMBERS - len(members)
                 while self._indexes and sum(map(len, self._indexes.values())) > room:
                     self._indexes.pop(next(iter(self._indexes)))
-            self._indexes[key] = found  # the last one used
-            return found
+            self._indexes[key] = members  # the last one used
+            return members
 
     @contextmanager
     def _alone(self, name: str) -> Iterator[None]:
@@ -467,18 +467,18 @@ class RemoteCache(BoundedFolder):
                 draft.write_bytes(self.place(self._name(f"{begin}::{table}")).read_bytes())
                 return
             with system.open(path, "rb", cache_type="none") as file:  # no read-ahead into other row groups
-                found, room = None, max(file.seek(0, os.SEEK_END), _MEDIA_BYTES)
+                wanted, room = None, max(file.seek(0, os.SEEK_END), _MEDIA_BYTES)
                 for (number, part), content in cells_beside(file, column, row):
                     entry = self.place(self._name(cell_path(column, number, table, part)))
                     if (number, part) == (row, item):
-                        found = content
+                        wanted = content
                     elif content is not None and not entry.exists():
                         room -= len(content)  # a small table may unpack to very many bytes
                         if room >= 0:
                             self.store(entry, content)
-            if found is None:
+            if wanted is None:
                 raise ValueError("there are no bytes in that cell")
-            draft.write_bytes(found)
+            draft.write_bytes(wanted)
 
     def _name(self, address: str) -> str:
         """Return the name of an entry: a digest of the address and of its container's version stamp."""
@@ -495,7 +495,7 @@ def _place_of(address: str) -> str:
 def _suffix(address: str) -> str:
     """Return the extension of the file's name, by which FFmpeg recognises some containers."""
     name = address.partition("::")[0].partition("?")[0]
-    return found[0] if (found := re.search(r"\.[A-Za-z0-9]{1,8}$", name)) else ""
+    return match[0] if (match := re.search(r"\.[A-Za-z0-9]{1,8}$", name)) else ""
 
 
 @functools.cache
