@@ -101,7 +101,7 @@ def watched_run(out: Path, start: Path, lab: Path, captions: bool, seed: int) ->
             "rl", "lab-tgrpo", model_name_or_path=start, train_manifest=manifest, output_dir=out / name,
             max_steps=STEPS, seed=seed, temporal_rule="off", temporal_contrast="frozen", log_rollouts=0,
             eval_manifest=lab / "test.json", eval_strategy="steps", eval_steps=EVERY, eval_on_start="true",
-            report_to="none",
+            report_to="none", media_root=lab,
         )  # fmt: skip
     series = {
         view: [

@@ -32,6 +32,7 @@ import numpy as np
 
 from research.long_answers.analysis import kept, key
 from research.long_answers.lab import (
+    BASE_FAMILIES,
     FAMILIES,
     HABITS,
     answer_of,
@@ -52,10 +53,8 @@ QUESTIONS = 640  # of RL; with copies, half as many and their copies
 BASE_CLIPS, BASE_STEPS = 2400, 1000
 LESSONS, LESSON_STEPS = 1200, 320  # clips and steps of a cold start
 TEST = 400  # test questions of each view
-PILOT, RL_SEED = (
-    1,
-    1000,
-)  # seed of the base; added to a seed, so that RL has other questions than the cold start
+PILOT = 1  # seed of the base
+RL_SEED = 1000  # added to the seed, so that RL has other questions than the cold start
 TOKENS = 256  # most of a completion
 LONG = {"max_response_length": 320, "per_device_train_batch_size": 8}
 
@@ -102,10 +101,12 @@ def cells() -> Iterator[Cell]:
 # ---- Data
 
 
-def made_lab(folder: Path, seed: int, **settings: object) -> list[dict[str, Any]]:
+def made_lab(
+    folder: Path, seed: int, families: Sequence[str] = FAMILIES, **settings: object
+) -> list[dict[str, Any]]:
     """Make a lab of the families, unless it is there; return its training rows."""
     if not (folder / "test.json").exists():  # written last
-        video_r1("lab", "make", folder, seed=seed, families=",".join(FAMILIES), workers=1, **settings)
+        video_r1("lab", "make", folder, seed=seed, families=",".join(families), workers=1, **settings)
     return read_rows(folder / "rl.json")
 
 
@@ -146,8 +147,9 @@ def make_base(out: Path) -> Path:
     """Train the base that all cold starts begin from, unless it is there; return its folder."""
     base, lab = out / "base", out / "base-lab"
     if not (base / "model.safetensors").exists():
-        rows = made_lab(lab, PILOT, train=BASE_CLIPS, test=0)
-        taught = [lesson(row, "T", np.random.default_rng((PILOT, n))) for n, row in enumerate(rows)]
+        rows = made_lab(lab, PILOT, BASE_FAMILIES, train=BASE_CLIPS, test=0)
+        draws = (np.random.default_rng((PILOT, n)) for n in range(len(rows)))
+        taught = [lesson(row, "T", rng, 0, BASE_FAMILIES) for row, rng in zip(rows, draws, strict=True)]
         replace_json(lab / "long.json", taught)
         shutil.rmtree(base, ignore_errors=True)
         video_r1(
