@@ -5,15 +5,20 @@ from __future__ import annotations
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
+from general_models import general_model, general_processor
 from safetensors.torch import load_file, save_file
-from tiny_models import FAMILIES, FAMILY_ROWS, tiny_checkpoint, tiny_model, tiny_tokenizer
+from tiny_models import FAMILIES, FAMILY_ROWS, moving_square, tiny_checkpoint, tiny_model, tiny_tokenizer
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from video_r1.errors import ConfigError
+from video_r1.cli import main
+from video_r1.data.decoding.media import Media
+from video_r1.data.manifests.records import Sample
+from video_r1.data.prompts import PromptBuilder
+from video_r1.errors import ConfigError, VideoR1Error
 from video_r1.models.loading import (
     freeze_vision,
     keep_angles_exact,
@@ -21,6 +26,9 @@ from video_r1.models.loading import (
     load_processor,
     size_multiple,
 )
+from video_r1.rollout.engine import SamplingSettings
+from video_r1.rollout.general import GeneralEngine
+from video_r1.rollout.transformers import TransformersEngine
 
 
 @pytest.fixture(scope="module")
@@ -138,3 +146,55 @@ def test_rotary_frequencies_are_computed_again() -> None:
     keep_angles_exact(model)
     after = dict(model.named_buffers())
     assert all(torch.equal(after[name], buffer) for name, buffer in exact.items())
+
+
+def spoiled(folder: Path, target: Path, value: float = float("nan")) -> str:
+    """Copy a checkpoint whose first query projection of the text model is not finite."""
+    shutil.copytree(folder, target)
+    tensors = load_file(target / "model.safetensors")
+    name = next(name for name in tensors if "q_proj" in name and "vision" not in name)
+    save_file(tensors | {name: tensors[name] * value}, target / "model.safetensors", {"format": "pt"})
+    return str(target)
+
+
+@pytest.mark.parametrize("command", ["ask", "eval", "audit", "annotate", "sft", "rl", "teacher", "general"])
+def test_cases_weights_that_are_not_finite(
+    command: str, checkpoint: Path, manifest: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Every command that loads a model says so before it works, also of a model of the general path."""
+    good, value = checkpoint, float("inf") if command == "rl" else float("nan")
+    if command == "general":
+        processor = general_processor("smolvlm")
+        for part in (general_model("smolvlm", processor), processor):
+            part.save_pretrained(tmp_path / "good")
+        good = tmp_path / "good"
+    bad, out = spoiled(good, tmp_path / "bad", value), str(tmp_path / "out")
+    trains = ["--train_manifest", str(manifest), "--output_dir", out, "--max_steps", "1"]
+    asks = ["ask", bad, str(manifest.parent / "0.mp4"), "What?"]
+    words = {
+        "ask": asks,
+        "general": asks,
+        "eval": ["eval", bad, str(manifest), "--out", out],
+        "audit": ["data", "audit", str(manifest), "--model", bad, "--out", f"{out}.json"],
+        "annotate": ["annotate", str(manifest), "--teacher", bad, "--out", f"{out}.json"],
+        "sft": ["sft", "--model_name_or_path", bad, *trains, "--target", "answer"],
+        "rl": ["rl", "--model_name_or_path", bad, *trains],
+        "teacher": ["rl", "--model_name_or_path", str(good), *trains, "--teacher_model_name_or_path", bad],
+    }
+    assert main(words[command]) == 2
+    said = capsys.readouterr().err
+    assert f"{bad}: the weights " in said and "hold NaN or infinity (torch.float32)" in said
+
+
+def test_cases_probabilities_that_are_not_numbers(checkpoint: Path, tmp_path: Path) -> None:
+    """Finite weights whose products are not, for both engines of this process."""
+    processor, model = load_processor(checkpoint), load_model(checkpoint)
+    frames = torch.from_numpy(moving_square(4)).permute(0, 3, 1, 2).contiguous()
+    clip = Media(frames, torch.arange(4, dtype=torch.float64) / 2, 2.0, "video")
+    prompt = PromptBuilder(processor).build(Sample(1, "?", "video", "OCR", "<answer>x</answer>", "c"), clip)
+    cast(Any, model.get_output_embeddings()).weight.data.fill_(3e38)
+    for engine in (TransformersEngine(model, processor), GeneralEngine(model, processor)):
+        for temperature in (0.0, 1.0):
+            sampling = SamplingSettings(max_tokens=4, temperature=temperature)
+            with pytest.raises(VideoR1Error, match="the model's probabilities are not numbers"):
+                engine.sample([prompt], sampling)

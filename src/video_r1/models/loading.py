@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from torch import nn
+from torch import Tensor, nn
 from transformers import (
     AutoConfig,
     AutoModelForImageTextToText,
@@ -46,6 +46,7 @@ from video_r1.settings.training_record import RECORD, read_record
 logger = logging.getLogger(__name__)
 
 PIXELS_OF_ANY_MODEL = 28  # multiple of frame sides for models whose processor resizes to any size
+_PLAIN_FORMATS = (torch.float32, torch.bfloat16, torch.float16)
 EXPERTS = ("experts.gate_up_proj", "experts.down_proj")
 """LoRA targets for the weights of routed experts; adapted only on request."""
 
@@ -64,7 +65,7 @@ def load_model(
     dtype: "auto" (that of the file) or a name such as "bfloat16". attn_implementation: None leaves the choice
     to transformers. load_in_4bit: see `four_bits`; quantization_config: another way to quantise. Raises
     ConfigError if the folder is missing or incomplete, if it holds no video-language model, and if weights
-    are missing or not in safetensors files.
+    are missing, not finite or not in safetensors files.
     """
     source = checked_source(path)
     if dtype != "auto" and not isinstance(getattr(torch, dtype, None), torch.dtype):
@@ -101,6 +102,12 @@ def load_model(
         raise ConfigError(f"{path}: incomplete: {len(missing)} weights are missing, e.g. {missing[0]}")
     if unknown:
         logger.warning("%s: %d weights are not part of the model, e.g. %s", path, len(unknown), unknown[0])
+    for name, weight in model.named_parameters():
+        if not _finite(weight):
+            raise ConfigError(
+                f"{path}: the weights {name} hold NaN or infinity ({weight.dtype}): the run that wrote them "
+                "diverged, or this format is too small; use another checkpoint, or dtype bfloat16 or float32"
+            )
     if quantization is not None:
         keep_codes_as_they_are(model)
     if is_deepspeed_zero3_enabled():
@@ -109,6 +116,12 @@ def load_model(
     if (family := find_family(config)) and family.transposed_experts:
         keep_published_layout(model)
     return model if device is None else model.to(device)
+
+
+def _finite(weight: Tensor) -> bool:
+    if weight.is_meta or not weight.numel() or weight.dtype not in _PLAIN_FORMATS:  # of ZeRO-3, of 4 bits
+        return True
+    return bool(torch.stack(weight.detach().aminmax()).isfinite().all())
 
 
 def load_config(path: str | Path, trust_remote_code: bool = False) -> PreTrainedConfig:
