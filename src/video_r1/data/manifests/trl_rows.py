@@ -211,7 +211,7 @@ def _part(part: Any) -> str | Held:
     if named:
         raise ValueError(
             f"a part of its prompt has {', '.join(named)}, which is not read: set fps, max_frames, "
-            "frame_pixels and so on for the run, start and end in a manifest"
+            "frame_pixels and so on for the run; start and end are columns"
         )
     file = found[0] if found else None
     held = file["url"] if isinstance(file, Mapping) and "url" in file else file
