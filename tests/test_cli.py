@@ -25,7 +25,7 @@ from video_r1.settings.decoding import AskSettings
 from video_r1.settings.training import TGRPOSettings
 
 
-@pytest.mark.parametrize("words", ["rl --help", "rl lab-tgrpo --print_config", "recipes"])
+@pytest.mark.parametrize("words", ["rl --help", "recipes"])
 def test_help_imports_nothing_slow(words: str) -> None:
     code = (
         "import sys\nfrom video_r1.cli import main\ncode = main(sys.argv[1:])\n"

@@ -23,7 +23,7 @@ import video_r1
 from video_r1.cli import find_command, main, read_request, split_words
 from video_r1.commands import COMMANDS, TRAINS
 from video_r1.errors import RequestError
-from video_r1.settings.training_arguments import training_argument_types
+from video_r1.recipe import training_argument_types
 
 DOCS = ROOT / "docs"
 DOCUMENTS = [*PAGES, ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md"]

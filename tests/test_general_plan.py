@@ -90,10 +90,7 @@ def test_the_plan_agrees_with_a_measured_update_and_rollout(family: str, frozen:
 
 
 @pytest.mark.slow
-def test_the_command(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = general_checkpoint("smolvlm", tmp_path / "model")
     command = ["plan", "lab-tgrpo", "--model_config", str(folder), "--gpu", "h100"]
     assert main(command) == 0

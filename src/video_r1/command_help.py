@@ -11,10 +11,10 @@ from collections.abc import Collection, Iterable
 from typing import Any, Literal, get_args, get_origin
 
 from video_r1.commands import COMMANDS, TRAINS
+from video_r1.recipe import training_argument_types
 from video_r1.recipe_files import catalogue
 from video_r1.settings.base import Settings, is_group, own_field_types
 from video_r1.settings.commands import CompletionSettings
-from video_r1.settings.training_arguments import training_argument_types
 from video_r1.settings.types import FALSE_WORDS, TRUE_WORDS, alternatives, default_text, describe_type
 
 USUAL = (

@@ -113,7 +113,7 @@ COMMANDS: dict[str, Command] = {
         ("rl qwen3-vl-4b-tgrpo-lora --model_name_or_path Qwen/Qwen3-VL-4B-Instruct --train_manifest my.json",
          "rl my.yaml --temporal_rule off --num_generations 16")),
     "plan": Command(
-        "tokens, GPU memory and hours that a recipe of sft or rl needs", "plan.cached:run_plan", "recipe",
+        "tokens, GPU memory and hours that a recipe of sft or rl needs", "plan.plan:run_plan", "recipe",
         (PlanSettings, TGRPOSettings, DataSettings, ModelSettings, PromptSettings, TrainingToolSettings,
          EngineSettings), (), (),
         ("plan video-r1-7b-tgrpo", "plan my.yaml --gpus 4 --gpu_memory 24GB --sharding none --use_peft",

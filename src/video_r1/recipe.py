@@ -10,9 +10,11 @@ import json
 import os
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
+from enum import Enum
+from functools import cache
 from importlib import metadata
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar, get_type_hints
 
 import yaml
 
@@ -31,10 +33,9 @@ from video_r1.settings.base import (
     raise_problems,
 )
 from video_r1.settings.decoding import PROTOCOLS
-from video_r1.settings.training_arguments import training_argument_types
 from video_r1.settings.training_record import adopted
 from video_r1.settings.trl import overridden, translated
-from video_r1.settings.types import parse
+from video_r1.settings.types import alternatives, parse
 
 S = TypeVar("S", bound=Settings)
 
@@ -120,6 +121,21 @@ def load_recipe(
     extra = {name: value for name, value in settings.items() if name not in types}
     source = None if source is None else str(source)
     return Recipe(command, tuple(sections), extra, source, made_for, overrides)
+
+
+@cache
+def training_argument_types() -> dict[str, Any]:
+    """Return name and type of every field of TrainingArguments, an enum as the Literal of its values.
+
+    The import takes torch and some seconds: it is for names that are no settings of this project.
+    """
+    from transformers import TrainingArguments
+
+    hints = get_type_hints(TrainingArguments)
+    for name, hint in hints.items():
+        enums = [each for each in alternatives(hint) if isinstance(each, type) and issubclass(each, Enum)]
+        hints[name] = Literal[tuple(choice.value for choice in enums[0])] if enums else hint
+    return {each.name: hints[each.name] for each in dataclasses.fields(TrainingArguments) if each.init}
 
 
 def check_command(command: str, source: str, made_for: MadeFor, start: Any) -> None:

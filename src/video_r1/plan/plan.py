@@ -21,6 +21,15 @@ from video_r1.settings.training import SFTSettings, TGRPOSettings
 from video_r1.settings.types import default_text
 
 
+def run_plan(recipe: Recipe) -> int:
+    """Print the plan of a recipe; return 1 if it does not fit the GPU, else 0. Raises ConfigError."""
+    fits = True
+    for line in plan_lines(recipe):
+        print(line, flush=True)
+        fits &= not line.startswith("\ndoes not fit: ")
+    return int(not fits)
+
+
 def plan_lines(recipe: Recipe) -> Iterator[str]:
     """Yield the plan and, if it does not fit, changes that do.
 

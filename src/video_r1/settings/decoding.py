@@ -75,10 +75,20 @@ class DecodingSettings(ToolSettings, PromptSettings, LoadingSettings):
 
 
 @dataclass(kw_only=True)
-class EvalSettings(DecodingSettings, ManifestSettings):
-    """Evaluation"""
+class QuestionsSettings(DecodingSettings, ManifestSettings):
+    """Questions"""
 
     manifest: str | None = setting(None, "JSON, JSON-lines or Parquet file, an address, or a Hugging Face id")
+    limit: int | None = setting(
+        None, "take the first N questions only (audit, annotate: may grow on resume)", above=0
+    )
+    batch_size: int = setting(8, "questions that a model here answers together", above=0)
+
+
+@dataclass(kw_only=True)
+class EvalSettings(QuestionsSettings):
+    """Evaluation"""
+
     out: str | None = setting(None, "folder for predictions and scores")
     frames: list[int] | None = setting(
         None, "frame counts, such as 16,32,64 (default: max_frames)", distinct=True
@@ -92,8 +102,6 @@ class EvalSettings(DecodingSettings, ManifestSettings):
         ["reasoned"], "direct: only the answer; direct,reasoned: both, compared", distinct=True
     )
     protocol: Protocol | None = setting(None, "reference: Video-R1's public prompt, settings and scores")
-    batch_size: int = setting(8, "questions generated together", above=0)
-    limit: int | None = setting(None, "evaluate the first N questions only", above=0)
 
     def problems(self) -> Iterator[Problem]:
         yield from super().problems()
@@ -125,19 +133,16 @@ class EvalSettings(DecodingSettings, ManifestSettings):
 
 
 @dataclass(kw_only=True)
-class AuditSettings(DecodingSettings, ManifestSettings):
+class AuditSettings(QuestionsSettings):
     """Audit"""
 
-    manifest: str | None = setting(None, "JSON, JSON-lines or Parquet file, an address, or a Hugging Face id")
     out: str | None = setting(None, "manifest with pass rates (default: NAME.audited.json beside NAME.json)")
-    limit: int | None = setting(None, "audit the first N questions only; may grow on resume", above=0)
     samples: int = setting(8, "K: answers to each question, of each kind", above=0)
     temporal_contrast: Contrast = setting("shuffled", "contrast clip; a later run with another adds its rate")
     correct_threshold: float = setting(0.5, "accuracy above this counts as correct", at_least=0, below=1)
     frame_pixels: int = setting(128 * 28 * 28, "area of one video frame after resizing, in pixels", above=0)
     temperature: float = setting(1.0, "sampling temperature; 0 is greedy", at_least=0)
     top_p: float = setting(1.0, "nucleus sampling; 1 is off", above=0, at_most=1)
-    batch_size: int = setting(8, "questions given to the engine together", above=0)
 
     def problems(self) -> Iterator[Problem]:
         yield from super().problems()
@@ -200,19 +205,16 @@ class AskSettings(DecodingSettings):
 
 
 @dataclass(kw_only=True)
-class TeacherSettings(DecodingSettings, ManifestSettings):
+class TeacherSettings(QuestionsSettings):
     """A teacher of a manifest's questions"""
 
-    manifest: str | None = setting(None, "JSON, JSON-lines or Parquet file, an address, or a Hugging Face id")
     teacher: str | None = setting(
         None, "checkpoint, model id, or address(es) of an OpenAI-compatible endpoint"
     )
     out: str | None = setting(None, "manifest to write, .json or .jsonl; journal and rejected beside it")
-    limit: int | None = setting(None, "ask about the first N questions only; may grow on resume", above=0)
     samples: int = setting(1, "K: responses drawn for each question", above=0)
     temperature: float = setting(0.7, "sampling temperature; 0 is greedy", at_least=0)
     top_p: float = setting(0.95, "nucleus sampling; 1 is off", above=0, at_most=1)
-    batch_size: int = setting(8, "questions in a batch of a local teacher", above=0)
     workers: int = setting(4, "threads that decode; they hold twice as many clips in memory", above=0)
     model: str | None = setting(None, "name of the model at an endpoint (default: the only one it serves)")
     concurrency: int = setting(64, "simultaneous requests to an endpoint", above=0)

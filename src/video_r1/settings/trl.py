@@ -6,6 +6,7 @@ Every other field is a setting of the same name and meaning; docs/coming-from-tr
 import math
 import os
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import yaml
@@ -13,50 +14,7 @@ import yaml
 from video_r1.settings.base import Problem, raise_problems
 from video_r1.settings.types import FALSE_WORDS, NONE_WORDS, TRUE_WORDS
 
-_SAMPLED = "the sampled policy must be the one that is trained: change temperature or the rewards"
-_ENTROPY = "the entropy bonus is constant: set entropy_coef"
-_REFERENCE = "the reference model does not change: start a new run from a checkpoint, or set beta 0"
-_VESPO = "loss_type vespo is not built in: give a function as module:function"
-_RECORDED = "rollouts are recorded in the run folder (log_rollouts)"
-
-REFUSED: dict[str, tuple[Any, str]] = {
-    "cache_implementation": (None, "the cache of rollouts is built in, and the prompt's is shared"),
-    "cast_lm_head_to_fp32": (False, "the head has the model's type, and log-probs are float32"),
-    "chat_template_kwargs": (None, "there is none: the prompt always asks for reasoning"),
-    "disable_dropout": (False, "set dropout to 0 in the model's config (lora_dropout is 0 by default)"),
-    "ds3_gather_for_generation": (True, "weights are gathered to sample here: use a server (engine)"),
-    "entropy_coef_delta": (0.005, _ENTROPY),
-    "entropy_coef_max": (1.0, _ENTROPY),
-    "entropy_coef_min": (0.0, _ENTROPY),
-    "entropy_target": (0.2, _ENTROPY),
-    "generation_kwargs": (None, _SAMPLED),
-    "log_completions_hub_repo": (None, f"{_RECORDED}; push_to_hub uploads checkpoints"),
-    "log_multimodal": (True, f"{_RECORDED} with their frames: 0 records none"),
-    "min_p": (None, _SAMPLED),
-    "multi_objective_aggregation": ("sum_then_normalize", "rewards are added, then their sum is normalised"),
-    "off_policy_mask_threshold": (None, "delta bounds the ratio, epsilon clips it"),
-    "pad_to_multiple_of": ("auto", "nothing is padded: a group is one packed sequence"),
-    "ref_model_mixup_alpha": (0.6, _REFERENCE),
-    "ref_model_sync_steps": (512, _REFERENCE),
-    "remove_unused_columns": (False, "the trainers and reward functions read whole rows: leave it false"),
-    "repetition_penalty": (1, _SAMPLED),
-    "router_aux_loss_coef": (None, "the load-balancing loss of a mixture of experts is not added"),
-    "shuffle_dataset": (True, "there is none: each epoch draws a new order of the questions"),
-    "sync_ref_model": (False, _REFERENCE),
-    "top_k": (0, _SAMPLED),
-    "top_p": (1, _SAMPLED),
-    "transformers_continuous_batching_config": (None, "use engine vllm"),
-    "use_adaptive_entropy": (False, _ENTROPY),
-    "use_transformers_continuous_batching": (False, "use engine vllm"),
-    "use_transformers_paged": (False, "use engine vllm"),
-    "vespo_k_neg": (3.0, _VESPO),
-    "vespo_k_pos": (2.0, _VESPO),
-    "vespo_lambda_neg": (2.0, _VESPO),
-    "vespo_lambda_pos": (3.0, _VESPO),
-    "vllm_group_port": (51216, "weights go to a server by a folder or NCCL (serve --hand_over)"),
-    "vllm_model_impl": ("vllm", "vLLM runs its own model code; use engine transformers"),
-    "vllm_structured_outputs_regex": (None, f"{_SAMPLED} (the reward `format` teaches the tags)"),
-}
+REFUSED: dict[str, tuple[Any, str]] = yaml.safe_load(Path(__file__).with_suffix(".yaml").read_text("utf-8"))
 """By name: TRL's default, which changes nothing here, and what to do instead of other values."""
 
 DEFAULTS: dict[str, Any] = {
