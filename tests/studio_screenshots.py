@@ -51,6 +51,7 @@ REPORTS = {
     "report": ["demo"],
     "report-run": ["t-grpo"],
     "report-compared": ["grpo", "t-grpo", "collapsed"],
+    "report-controls": ["controls"],
 }
 WIDTHS = (390, 1280, 2560)
 MARGIN = 16

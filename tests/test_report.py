@@ -197,6 +197,9 @@ def test_direct_answers_have_a_row(tmp_path: Path, finished: bool) -> None:
         (tmp_path / "x" / "summary.json").write_text(json.dumps(summary))
     rows = {row["name"]: row for row in page_data(tmp_path)["scores"]}
     assert list(rows) == ["alone", "x", "x, direct"]
+    captions = [figure["caption"] for figure in page_data(tmp_path / "x")["figures"]]
+    assert captions[:3] == ["x accuracy, in order", "x temporal gap", "x gap to reversed"]
+    assert len(captions) == len(CONTROLS)
     assert rows["alone"]["orders"] == rows["x, direct"]["orders"]
     assert rows["x"]["orders"]["ordered"]["mean"] - rows["x, direct"]["orders"]["ordered"]["mean"] > 0.2
     assert list(rows["x"]["orders"]) == [*CONTROLS] and rows["x"]["gaps"].keys() == {*CONTROLS[1:]}

@@ -196,11 +196,11 @@ def _order_figures(records: Sequence[Record]) -> dict[str, Any]:
 
 
 def _collapse(records: Sequence[Record]) -> dict[str, str]:
-    """Return a `warning` if nearly all outputs have one answer."""
+    """Return a `warning` if nearly all outputs have one answer, unless it is nearly always right."""
     given = [record for record in records if record.get("answer")]  # sets of questions have none
     for answer, count in Counter(record["prediction"] for record in given).most_common(1):
-        if answer and len(given) >= FEWEST and count >= COLLAPSED * len(given):
-            right = fmean(record["answer"] == answer for record in given)
+        right = fmean(record["answer"] == answer for record in given)
+        if answer and len(given) >= FEWEST and count >= COLLAPSED * len(given) and right < COLLAPSED:
             share = f"{100 * count / len(given):.0f} % of the outputs are {answer}"
             return {
                 "warning": f"{share}, which is right in {100 * right:.0f} %: they collapse onto one answer"

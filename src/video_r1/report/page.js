@@ -66,7 +66,8 @@ function comparison() {
 // Every order in which questions were asked, in the order of the columns.
 const askedOrders = ["ordered", ...Object.keys(CONTRASTS), "elsewhere", "no-look"].filter((order) => data.scores.some((row) => row.orders[order]));
 const tintOf = (order) => (order === "ordered" ? "ordered" : "shuffled");
-const gapName = (order) => ({ shuffled: "temporal gap", elsewhere: "look gap" })[order] || "gap";
+const many = askedOrders.length > 3; // narrow columns
+const gapName = (order) => (!many && { shuffled: "temporal gap", elsewhere: "look gap" }[order]) || "gap";
 
 /** Means in order (filled) and with each contrast (hollow) on a line from 0 to 1, with their intervals. */
 function dotPlot({ orders }) {
@@ -96,7 +97,7 @@ const askedOf = ({ orders }) => make("td", {}, show((orders.ordered || Object.va
 
 function scoreTable(caption, bodies, withFormat) {
   const heads = askedOrders.map((order) => make("th", { scope: "col", class: tintOf(order) }, order === "ordered" ? "in order" : order));
-  return make("div", { class: "scroll", tabindex: 0, role: "region", "aria-label": caption }, headed(make("table", { class: "scores" },
+  return make("div", { class: "scroll", tabindex: 0, role: "region", "aria-label": caption }, headed(make("table", { class: many ? "scores many" : "scores" },
     make("caption", {}, caption),
     make("thead", {}, make("tr", {}, make("th", { scope: "col" }, "checkpoint"),
       make("th", { scope: "col", class: "picture" }, make("span", { class: "ends" }, make("span", {}, "0"), make("span", {}, "0.5"), make("span", {}, "1"))),

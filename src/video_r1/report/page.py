@@ -234,18 +234,21 @@ def _demo_figures(scores: list[dict[str, Any]]) -> list[dict[str, str]]:
     """Return the main figures of a folder with evaluated stages, for each test: the last stage beside the one
     before.
     """
+    asked = [row for row in scores if "ordered" in row["orders"] and not row["name"].endswith(", direct")]
     figures = []
-    for _, group in groupby((row for row in scores if "ordered" in row["orders"]), key=test_of):
+    for _, group in groupby(asked, key=test_of):
         *earlier, last = group
         before = earlier[-1] if earlier else {"name": "", "orders": {}, "gaps": {}}
-        about = f", {last['about']}" if last["about"] else ""
-        for field, caption in (("orders", "accuracy, {}"), ("gaps", "gap, in order − {}")):
-            for order, score in last[field].items():
-                shown = GAP_NAMES.get(order) if field == "gaps" else None
-                name = shown or caption.format("in order" if order == "ordered" else order)
-                note = (
-                    f"{before['name']} {before[field][order]['mean']:z.2f}" if order in before[field] else ""
-                )
-                value = f"{score['mean']:z.2f}"
-                figures.append({"caption": f"{last['name']} {name}{about}", "value": value, "note": note})
+        orders = last["orders"] if len(last["gaps"]) < 2 else ("ordered",)  # each contrast has its gap
+        shown = [
+            ("orders", name, f"accuracy, {'in order' if name == 'ordered' else name}") for name in orders
+        ]
+        shown += [("gaps", n, GAP_NAMES.get(n, f"gap to {n}")) for n in last["gaps"]]
+        for field, name, caption in shown:
+            was = before[field].get(name)
+            figures.append({
+                "caption": f"{last['name']} {caption}" + (f", {last['about']}" if last["about"] else ""),
+                "value": f"{last[field][name]['mean']:z.2f}",
+                "note": f"{before['name']} {was['mean']:z.2f}" if was else "",
+            })  # fmt: skip
     return figures
