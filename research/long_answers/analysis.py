@@ -94,11 +94,9 @@ def share(run: Run, view: str, letters: str) -> float:
 
 
 def effects(runs: Sequence[Run], view: str) -> dict[str, Effect]:
-    """Return the differences of arms to GRPO in the pooled model; none while no seed has two arms twice."""
-    if (
-        len({run["seed"] for run in runs if run["arm"] == "grpo"}) < 2
-        or len({run["arm"] for run in runs}) < 2
-    ):
+    """Return the differences of arms to GRPO in the pooled model; none while it has no degree of freedom."""
+    arms, seeds = {run["arm"] for run in runs}, {run["seed"] for run in runs}
+    if "grpo" not in arms or len(arms) < 2 or len(runs) <= len(arms) - 1 + len(seeds):
         return {}
     return pooled(runs, accuracy(view), "grpo", ("seed",)).effects
 

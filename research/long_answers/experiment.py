@@ -261,21 +261,21 @@ def make_run(out: Path, cell: Cell) -> None:
     cold = make_cold_start(out, cell)
     folder, (settings, manifest) = cell.folder(out), ARMS[cell.arm]
     shutil.rmtree(folder, ignore_errors=True)
-    begun = time.monotonic()
+    begun, busy = time.monotonic(), time.process_time()
     with variant(cell.arm):
         video_r1(
             "rl", "lab-tgrpo", model_name_or_path=cell.start(out) / "cold-start", output_dir=folder,
             train_manifest=out / f"data-{cell.seed}/rl/{manifest}", max_steps=STEPS, seed=cell.seed,
             per_device_train_batch_size=BATCH, max_completion_length=TOKENS, log_rollouts=0, **settings,
         )  # fmt: skip
-    seconds = time.monotonic() - begun
+    seconds = {"wall": round(time.monotonic() - begun), "cpu": round(time.process_time() - busy)}
     views = {view: tested(folder, out, cell.seed, test, folder / view) for view, test in VIEWS.items()}
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text("utf-8").splitlines()]
     names = ("reward/accuracy/video", "completion/length", "temporal/drop", "temporal/credit")
     series = {name: [round(x, 4) for line in lines if (x := line.get(name)) is not None] for name in names}
     replace_json(folder / "result.json", {
         **asdict(cell), "settings": settings, "steps": STEPS, "cold_start": cold, "views": views,
-        "training": series, "seconds": round(seconds), "made_with": made_with(),
+        "training": series, "seconds": seconds, "made_with": made_with(),
     })  # fmt: skip
     for file in folder.rglob("*"):
         if file.suffix in (".pt", ".bin", ".jsonl") and file.name != "metrics.jsonl":

@@ -18,6 +18,7 @@ from research.long_answers.analysis import (
     COLDS,
     SHARES,
     compared,
+    picture,
     predicted,
     predictions,
     rewards,
@@ -288,6 +289,15 @@ def test_the_criterion_of_the_recipes() -> None:
     assert verdict(one_cold) == verdict(runs[:-6]) == "no verdict: runs that decide are missing\n"
     found = compared(runs, "with-z")
     assert re.search(r"\| the gate \| 5 \| .*\*\*\+0\.(09|10)", found)
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 6, 7, 12])
+def test_tables_of_an_experiment_that_has_begun(count: int, tmp_path: Path) -> None:
+    runs = made_runs({"grpo": 0.2, "gate": 0.3, "pairs": 0.23}, {})[:count]
+    for cold in {run["cold"] for run in runs}:
+        assert "before RL" in compared(runs, cold)
+    picture(runs, tmp_path / "picture.webp")
+    assert (tmp_path / "picture.webp").stat().st_size > 1000
 
 
 def test_what_decides_runs_first() -> None:
