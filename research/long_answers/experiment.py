@@ -51,7 +51,7 @@ MARKED = 0.9  # share of the RL clips with a caption, which is right in all of t
 BATCH, STEPS = 8, 80  # questions of a step of RL, and its steps
 QUESTIONS = 640  # of RL; with copies, half as many and their copies
 BASE_CLIPS, BASE_STEPS = 2400, 1000
-LESSONS, LESSON_STEPS = 1200, 320  # clips and steps of a cold start
+LESSONS, LESSON_STEPS = 800, 320  # clips and steps of a cold start
 TEST = 400  # test questions of each view
 PILOT = 1  # seed of the base
 RL_SEED = 1000  # added to the seed, so that RL has other questions than the cold start
@@ -110,16 +110,16 @@ def made_lab(
     return read_rows(folder / "rl.json")
 
 
-def make_data(out: Path, seed: int) -> None:
-    """Make the tests and the RL questions of a seed, half of them with their time-reversed copies."""
-    data = out / f"data-{seed}"
-    made_lab(data / "test", seed, train=0, test=TEST, shortcut=1.0)
-    rows = made_lab(data / "rl", seed + RL_SEED, train=QUESTIONS, test=0, shortcut=MARKED)
+def make_questions(out: Path, seed: int) -> Path:
+    """Make the RL questions of a seed, half of them with their time-reversed copies; return their folder."""
+    lab = out / f"data-{seed}/rl"
+    rows = made_lab(lab, seed + RL_SEED, train=QUESTIONS, test=0, shortcut=MARKED)
     both: list[dict[str, Any]] = []
     for row in rows:
         if len(both) < QUESTIONS and (copy := reversed_row(row)):
             both += [row, copy]
-    replace_json(data / "rl" / "copies.json", both)
+    replace_json(lab / "copies.json", both)
+    return lab
 
 
 def reversed_row(row: dict[str, Any]) -> dict[str, Any] | None:
@@ -257,15 +257,16 @@ def tested(model: Path, out: Path, seed: int, test: str, to: Path) -> dict[str, 
 
 
 def make_run(out: Path, cell: Cell) -> None:
-    make_data(out, cell.seed)
+    made_lab(out / f"data-{cell.seed}/test", cell.seed, train=0, test=TEST, shortcut=1.0)
     cold = make_cold_start(out, cell)
+    lab = make_questions(out, cell.seed)
     folder, (settings, manifest) = cell.folder(out), ARMS[cell.arm]
     shutil.rmtree(folder, ignore_errors=True)
     begun, busy = time.monotonic(), time.process_time()
     with variant(cell.arm):
         video_r1(
             "rl", "lab-tgrpo", model_name_or_path=cell.start(out) / "cold-start", output_dir=folder,
-            train_manifest=out / f"data-{cell.seed}/rl/{manifest}", max_steps=STEPS, seed=cell.seed,
+            train_manifest=lab / manifest, max_steps=STEPS, seed=cell.seed,
             per_device_train_batch_size=BATCH, max_completion_length=TOKENS, log_rollouts=0, **settings,
         )  # fmt: skip
     seconds = {"wall": round(time.monotonic() - begun), "cpu": round(time.process_time() - busy)}

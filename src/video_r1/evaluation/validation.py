@@ -23,7 +23,7 @@ from video_r1.rollout.engine import RolloutEngine, SamplingSettings
 
 logger = logging.getLogger(__name__)
 Built = TypeVar("Built")
-Outcomes = Mapping[Hashable, tuple[float, float]]
+Outcomes = Mapping[Any, tuple[float, float]]
 """By clip: mean accuracy in order and with the contrast clip, in [0, 1]."""
 
 
@@ -102,21 +102,22 @@ class ShortcutWatch:
     """
 
     rate: float = 0.05
-    first: Outcomes | None = None
+    first: dict[Any, tuple[float, float]] = field(default_factory=dict)  # of each clip
     validations: int = 0  # after the first
-    alerted: bool = field(default=False, init=False)
+    alerted: bool = False
 
     def alerts(self, now: Outcomes, contrast: str) -> bool:
-        """Take the outcomes of a validation; return whether this or an earlier one alerts, and warn once."""
-        if self.first is None:
-            self.first = now
-            return False
-        self.validations += 1
-        level = self.rate * 6 / (math.pi * self.validations) ** 2
-        if not self.alerted and shortcut_p(self.first, now) <= level:
-            self.alerted = True
-            was, right = (100 * fmean(c for _, c in outcomes.values()) for outcomes in (self.first, now))
-            if process_index() == 0:
+        """Take the outcomes of a validation; return whether this or an earlier one alerts, and warn once.
+
+        Several held-out sets may share a watch: each is compared with its own first validation.
+        """
+        first = {clip: self.first[clip] for clip in now if clip in self.first}
+        self.first = {**now, **self.first}
+        self.validations += bool(first)
+        if first and not self.alerted:
+            self.alerted = shortcut_p(first, now) <= self.rate * 6 / (math.pi * self.validations) ** 2
+            if self.alerted and process_index() == 0:
+                was, right = (100 * fmean(c for _, c in outcomes.values()) for outcomes in (first, now))
                 logger.warning(
                     "the run is learning a shortcut: %.0f %% of the answers to the %s clips are right "
                     "(%.0f %% in the first validation), and the order adds less; data audit shows which "
@@ -127,10 +128,10 @@ class ShortcutWatch:
 
 
 def shortcut_p(first: Outcomes, now: Outcomes) -> float:
-    """Return the larger p-value of two sign tests over the clips of both validations: contrast answers got
-    better, and the lead of the accuracy in order got smaller.
+    """Return the larger p-value of two sign tests over the clips of `first`: contrast answers got better, and
+    the lead of the accuracy in order got smaller.
     """
-    changes = [(now[clip], first[clip]) for clip in first if clip in now]
+    changes = [(now[clip], first[clip]) for clip in first]
     better = [new - old for (_, new), (_, old) in changes]
     lost = [(old - old_c) - (new - new_c) for (new, new_c), (old, old_c) in changes]
     return max(_sign_test(better), _sign_test(lost))
