@@ -134,7 +134,12 @@ def decode_media(source: ShowsClips, budget: FrameBudget, part: Part | list[Part
             file = [Part(os.path.join(file, name), 0, -1, name) for name in frame_names(file)]
         elif isinstance(file, str):
             file = whole_file(file)
-        return _read_video(clip, file, budget) if clip.data_type == "video" else _read_image(file, budget)
+        if clip.data_type == "video":
+            return _read_video(clip, file, budget)
+        if isinstance(file, list):
+            raise ValueError("is a folder, not a media file")
+        frame = read_picture(file)[None]
+        return fitted(Media(frame, torch.zeros(1, dtype=torch.float64), 0.0, "image"), budget)
     except Exception as error:  # decoders raise whatever they like over hostile files
         if type(error) is ValueError:  # a reason in words; FFmpeg's own errors are subclasses
             reason = str(error)
@@ -182,13 +187,6 @@ def _read_video(clip: ClipRef, file: Part | list[Part], budget: FrameBudget) -> 
         places = [place[index] for indices in chosen for index in reversed(indices)]
     frames = torch.stack([decoded.frames[place] for place in places])
     return Media(frames, timestamps, decoded.duration, "video")
-
-
-def _read_image(file: Part | list[Part], budget: FrameBudget) -> Media:
-    if isinstance(file, list):
-        raise ValueError("is a folder, not a media file")
-    frame = read_picture(file)[None]
-    return fitted(Media(frame, torch.zeros(1, dtype=torch.float64), 0.0, "image"), budget)
 
 
 def fitted(media: Media, budget: FrameBudget) -> Media:

@@ -52,7 +52,7 @@ _WHOLE_NUMBER = re.compile(r"\s*(\d+)(?:\.0)?\s*")
 _CLEARLY = 0.95  # a reading that understands less than this share of what the best one does is ruled out
 # Both subtitle formats give each cue a line with its times; SubRip has a comma before the milliseconds,
 # WebVTT may lack hours (https://www.w3.org/TR/webvtt1/).
-_TIME = r"(?:(\d+):)?(\d{1,2}):(\d{2})[.,](\d{1,3})"
+_TIME = r"((?:\d+:)?\d{1,2}:\d{2}[.,]\d{1,3})"
 _CUE = re.compile(rf"^[^\S\n]*{_TIME}\s*-->\s*{_TIME}.*\n((?:.*\S.*(?:\n|\Z))*)", re.MULTILINE)
 _MARKUP = re.compile(r"<[^>\n]*>|\{\\[^}\n]*\}")
 
@@ -320,13 +320,10 @@ def _cues(text: str) -> Iterator[tuple[float, float, str]]:
     line before it, as in rolling captions, is skipped."""
     previous = ""
     for cue in _CUE.finditer(text.replace("\r\n", "\n").replace("\r", "\n")):
-        *times, lines = cue.groups()
+        begin, end, lines = cue.groups()
         spoken = [" ".join(_MARKUP.sub("", line).split()) for line in lines.splitlines()]
         words = " ".join(line for line in spoken if line and line != previous)
         previous = spoken[-1] if spoken else ""
         if words:
-            yield _cue_seconds(*times[:4]), _cue_seconds(*times[4:]), words
-
-
-def _cue_seconds(hours: str | None, minutes: str, seconds: str, fraction: str) -> float:
-    return int(hours or 0) * 3600 + int(minutes) * 60 + int(seconds) + int(fraction.ljust(3, "0")) / 1000
+            start, stop = (seconds_of(time.replace(",", ".")) or 0.0 for time in (begin, end))
+            yield start, stop, words
