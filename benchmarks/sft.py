@@ -24,7 +24,7 @@ from benchmarks._command import benchmark_parser
 from benchmarks._sizes import SIZES, build_model, question, text
 from benchmarks._timing import compare, machine
 from video_r1.data.prompts import Prompt
-from video_r1.models.group_forward import group_logprobs, token_logprobs
+from video_r1.models.group_forward import Scoring, group_logprobs, token_logprobs
 
 IGNORED = -100
 Result = tuple[Tensor, Tensor]  # −Σ log p of the responses' tokens, and how many of them are the likeliest
@@ -93,9 +93,8 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
         return total.item(), int(right), gradients
 
     def head() -> Result:
-        scores = token_logprobs(
-            model.lm_head, hidden, targets, 1.0, False, arguments.vocabulary, with_likeliest=True
-        )
+        scoring = Scoring(likeliest=True)
+        scores = token_logprobs(model.lm_head, hidden, targets, arguments.vocabulary, scoring)
         assert scores.likeliest is not None
         return -scores.logprobs.sum(), scores.likeliest.sum()
 

@@ -30,10 +30,10 @@ from video_r1.data.prompts import Prompt, PromptBuilder, video_metadata
 from video_r1.lab.clips import write_lab
 from video_r1.lab.model import base_folder
 from video_r1.models.loading import load_model, load_processor, size_multiple
-from video_r1.rollout.engine import SamplingSettings, prompt_seeds
+from video_r1.rollout.engine import SamplingSettings
 from video_r1.rollout.transformers import TransformersEngine
 from video_r1.rollout.vllm.engine import VLLMEngine
-from video_r1.rollout.vllm.requests import sampling_parameters
+from video_r1.rollout.vllm.requests import prompt_requests
 from video_r1.settings.commands import LabSettings
 from video_r1.settings.frames import FrameBudget
 
@@ -68,12 +68,9 @@ def run(arguments: argparse.Namespace) -> dict[str, object]:
     engine = VLLMEngine(model, processor, max_model_len=longest, max_sequences=arguments.sequences)
 
     requests = [plain_request(prompt, processor) for prompt in prompts]
-    seeds = prompt_seeds(sampling.seed, len(prompts))
     vllm = importlib.import_module("vllm")
-    parameters = [
-        vllm.SamplingParams(**sampling_parameters(sampling, sampling.n, seed, engine.stop_ids))
-        for seed in seeds
-    ]
+    asked = prompt_requests(prompts, sampling, None, longest, engine.stop_ids)
+    parameters = [vllm.SamplingParams(**request.parameters) for request in asked]
 
     def ours() -> list[list[int]]:
         return [r.token_ids.tolist() for group in engine.sample(prompts, sampling) for r in group]

@@ -29,7 +29,7 @@ def test_chunks_of_the_head(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
     seen = []
     layer.register_forward_hook(lambda module, inputs, output: seen.append(len(output)))
     logprobs, entropy, likeliest = group_forward.token_logprobs(
-        layer, hidden, targets, 0.5, True, 50, with_likeliest=True
+        layer, hidden, targets, 50, group_forward.Scoring(0.5, entropy=True, likeliest=True)
     )
     upstream = torch.randn(23)
     ours = torch.autograd.grad(logprobs, (hidden, layer.weight), upstream)

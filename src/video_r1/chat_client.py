@@ -13,7 +13,6 @@ import asyncio
 import functools
 import json
 import logging
-import queue
 import random
 import re
 import resource
@@ -22,7 +21,7 @@ import threading
 import time
 import zlib
 from collections.abc import AsyncIterator, Callable, Coroutine, Generator, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import partial
@@ -305,19 +304,13 @@ class ChatClient:
         allow_open_files(self.concurrency)
         source = iter(items)
         in_flight: set[Future[R]] = set()
-        finished: queue.SimpleQueue[Future[R]] = queue.SimpleQueue()
         try:
             while True:
                 for item in islice(source, self.concurrency - len(in_flight)):
-                    future = asyncio.run_coroutine_threadsafe(answer(item), event_loop())
-                    in_flight.add(future)
-                    future.add_done_callback(finished.put)
+                    in_flight.add(asyncio.run_coroutine_threadsafe(answer(item), event_loop()))
                 if not in_flight:
                     return
-                done = [finished.get()]
-                while not finished.empty():
-                    done.append(finished.get())
-                in_flight.difference_update(done)
+                done, in_flight = wait(in_flight, return_when=FIRST_COMPLETED)
                 if results := [future.result() for future in done if future.exception() is None]:
                     yield results
                 for future in done:
@@ -415,11 +408,18 @@ def shape_of(reply: Any, what: str) -> Iterator[None]:
         raise ServerFailure(f"its answer is no {what}: {beginning}") from error
 
 
-def number(value: Any, least: float, most: float, kind: Any = (int, float)) -> Any:
-    """Return a finite JSON number within bounds; kind: int for an integer. Raises ValueError."""
-    if isinstance(value, bool) or not isinstance(value, kind) or not least <= value <= most:
+def number(value: Any, least: float, most: float) -> Any:
+    """Return a finite JSON number within bounds. Raises ValueError."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not least <= value <= most:
         raise ValueError(f"no number from {least:g} to {most:g}")
     return value
+
+
+def integer(value: Any, least: int, most: int) -> int:
+    """Return a JSON integer within bounds. Raises ValueError."""
+    if not isinstance(value, int):
+        raise ValueError("no integer")
+    return number(value, least, most)
 
 
 def word(value: Any) -> str:
@@ -456,9 +456,8 @@ def _completion(message: dict[str, Any], finish_reason: Any) -> Completion:
         content = f"<think>{content.lstrip()}"
     if refusal := message.get("refusal"):
         return Completion(refusal if isinstance(refusal, str) else "", "content_filter")
-    return Completion(
-        content.encode(errors="replace").decode(), word(finish_reason or "stop")
-    )  # no surrogates
+    content = content.encode(errors="replace").decode()  # without surrogates
+    return Completion(content, word(finish_reason or "stop"))
 
 
 # ---- Which model an endpoint serves

@@ -20,12 +20,12 @@ from video_r1.errors import VideoR1Error, first_line
 from video_r1.files import claimed
 
 T = TypeVar("T")
-LONGEST_WAIT = timedelta(days=1)  # ranks that share work meet only at its end
+LONGEST_WAIT = timedelta(days=1)  # for the slowest rank: ranks that share work meet only at its end
 
 
 class OneAProcess(Generic[T]):
-    """Resource `one` made by `make`, closed when the process ends. A forked process makes its own, because it
-    must not use its parent's pipes and sockets.
+    """Resource `one` of this process, made by `make` and closed at exit. A forked child makes its own: it must
+    not use its parent's pipes and sockets.
     """
 
     def __init__(self, make: Callable[[], T]) -> None:

@@ -288,10 +288,8 @@ def _flex(
 def _flash_pieces(
     query: Tensor, key: Tensor, value: Tensor, layout: RowLayout, scale: float, module: nn.Module
 ) -> Tensor:
-    out: Any = _SharedPrefixAttention.apply(
-        *(x[0].transpose(0, 1) for x in (query, key, value)), layout, scale
-    )
-    return out[None]
+    heads: Any = (x[0].transpose(0, 1) for x in (query, key, value))
+    return _SharedPrefixAttention.apply(*heads, layout, scale)[None]  # pyright: ignore[reportOptionalSubscript]
 
 
 def _by_spans(

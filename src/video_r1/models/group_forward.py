@@ -34,8 +34,8 @@ from video_r1.processes import process_count
 Result = TypeVar("Result")
 KINDS = (("pixel_values", "image_grid_thw"), ("pixel_values_videos", "video_grid_thw"))
 """Names of the features with the pixels of images and of videos, and with their grids."""
-CHUNK_LOGITS = {"cpu": 2**21, "cuda": 2**26}  # elements of one chunk of logits; fits a CPU's cache
-LEAST_ROWS = 64  # of a chunk; each chunk adds a gradient of the head's size, costly for a large vocabulary
+CHUNK_LOGITS = {"cpu": 2**21, "cuda": 2**26}  # logits of one chunk of tokens; a CPU's fit its cache
+LEAST_ROWS = 64  # tokens of a chunk at least: the backward pass adds a gradient of the head's size per chunk
 
 
 class TokenScores(NamedTuple):
@@ -130,10 +130,8 @@ def group_logprobs(
 
     def forward() -> tuple[Tensor | None, ...]:  # FSDP finds no tensors in a record
         inner = vision_language_model(model)
-        score = partial(
-            token_logprobs, temperature=temperature, with_entropy=with_entropy,
-            with_likeliest=with_likeliest, entropy_gradient=entropy_gradient,
-        )  # fmt: skip
+        scoring = Scoring(temperature, with_entropy, with_likeliest, entropy_gradient)
+        score = partial(token_logprobs, scoring=scoring)
         if not in_one_row(inner):
             if pieces is not None and len(all_parts(prompts, pieces)) > len(prompts):
                 raise ConfigError(f"{type(inner).__name__}: tools need a model of {family_names()}")
@@ -458,22 +456,27 @@ def _of_tokens(logits: Tensor, tokens: Tensor) -> Tensor:
 # ---- The head
 
 
+class Scoring(NamedTuple):
+    """Temperature of the log-probs, further scores, and whether the entropy has a gradient (for a bonus)."""
+
+    temperature: float = 1.0
+    entropy: bool = False
+    likeliest: bool = False
+    entropy_gradient: bool = False
+
+
 def token_logprobs(
     head: Callable[[Tensor], Tensor],
     hidden: Tensor,
     targets: Tensor,
-    temperature: float,
-    with_entropy: bool,
     vocabulary: int,
+    scoring: Scoring,
     chunk_logits: int | None = None,
-    with_likeliest: bool = False,
-    entropy_gradient: bool = False,
 ) -> TokenScores:
     """Return log softmax(head(hidden) / temperature) at `targets`, for hidden [N, d] and targets [N] int64.
 
     The logits exist one chunk at a time; the backward pass computes them again. chunk_logits: elements of one
-    chunk (default: by the device); a chunk has at least LEAST_ROWS tokens. entropy_gradient: keep the
-    entropy's gradient, for an entropy bonus.
+    chunk (default: by the device); a chunk has at least LEAST_ROWS tokens.
     """
     if chunk_logits is None:
         chunk_logits = CHUNK_LOGITS.get(hidden.device.type, CHUNK_LOGITS["cuda"])
@@ -482,7 +485,7 @@ def token_logprobs(
     if torch.is_grad_enabled():
         run = partial(checkpoint, _chunk, use_reentrant=False, preserve_rng_state=False)
     return _joined(
-        run(head, states, tokens, temperature, with_entropy, with_likeliest, entropy_gradient)
+        run(head, states, tokens, scoring)
         for states, tokens in zip(hidden.split(rows), targets.split(rows), strict=True)
     )
 
@@ -494,13 +497,7 @@ def _joined(parts: Iterable[Any]) -> TokenScores:
 
 
 def _chunk(
-    head: Any,
-    hidden: Tensor,
-    targets: Tensor,
-    temperature: float,
-    with_entropy: bool,
-    with_likeliest: bool,
-    entropy_gradient: bool,
+    head: Any, hidden: Tensor, targets: Tensor, scoring: Scoring
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     if isinstance(head, FSDPModule):  # its hooks expect one call a step, not one a chunk
         head.unshard()
@@ -508,13 +505,13 @@ def _chunk(
         logits = nn.functional.linear(hidden, linear.weight, linear.bias).float()
     else:
         logits = head(hidden).float()
-    if temperature != 1.0:
-        logits = logits / temperature
+    if scoring.temperature != 1.0:
+        logits = logits / scoring.temperature
     scores = torch.log_softmax(logits, dim=-1)
     entropy = likeliest = None
-    if with_entropy:
-        values = scores if entropy_gradient else scores.detach()
+    if scoring.entropy:
+        values = scores if scoring.entropy_gradient else scores.detach()
         entropy = -(values.exp() * values).sum(-1)
-    if with_likeliest:
+    if scoring.likeliest:
         likeliest = scores.detach().argmax(-1) == targets
     return scores.gather(1, targets[:, None])[:, 0], entropy, likeliest

@@ -20,7 +20,7 @@ from video_r1.data.prompts import Prompt, PromptBuilder
 from video_r1.errors import ConfigError
 from video_r1.models.families import family_of, find_family, text_of, tower_of, vision_parameters, with_cache
 from video_r1.models.general_forward import micro_batches
-from video_r1.models.group_forward import CHUNK_LOGITS, token_logprobs, vision_language_model
+from video_r1.models.group_forward import CHUNK_LOGITS, Scoring, token_logprobs, vision_language_model
 from video_r1.models.loading import size_multiple
 from video_r1.models.vision import tower_arguments
 from video_r1.plan.fake_trace import Policy, Traced, build_models, count_weights, untrained, without_storage
@@ -253,7 +253,8 @@ def _loss(
 
     def mean_of(head: nn.Module, hidden: Tensor, vocabulary: int) -> Tensor:
         targets = torch.zeros(len(hidden), dtype=torch.long)
-        return token_logprobs(head, hidden, targets, 1.0, rl, vocabulary, chunk, not rl).logprobs.mean()
+        scoring = Scoring(entropy=rl, likeliest=not rl)
+        return token_logprobs(head, hidden, targets, vocabulary, scoring, chunk).logprobs.mean()
 
     if not row.repeated:
         features = features or _vision(model, visuals)

@@ -49,19 +49,15 @@ logger = logging.getLogger(__name__)
 def open_prompts(settings: DecodingSettings) -> tuple[TextPrompts, FrameBudget]:
     """Return a model's prompts, which offer the settings' tools, and its frame budget."""
     if is_endpoint(settings.engine):
-        builder = TextPrompts(settings.prompt_template, settings.subtitles)
-        return _with_tools(builder, settings, settings.frame_budget(PIXELS_OF_ANY_MODEL))
-    assert settings.model is not None  # settings without it are refused
-    processor = load_processor(settings.model, settings.trust_remote_code)
-    builder = PromptBuilder(
-        processor, settings.prompt_template, settings.max_prompt_length, settings.subtitles
-    )
-    return _with_tools(builder, settings, settings.frame_budget(size_multiple(processor)))
-
-
-def _with_tools(
-    builder: TextPrompts, settings: DecodingSettings, budget: FrameBudget
-) -> tuple[TextPrompts, FrameBudget]:
+        builder, multiple = TextPrompts(settings.prompt_template, settings.subtitles), PIXELS_OF_ANY_MODEL
+    else:
+        assert settings.model is not None  # settings without it are refused
+        processor = load_processor(settings.model, settings.trust_remote_code)
+        builder = PromptBuilder(
+            processor, settings.prompt_template, settings.max_prompt_length, settings.subtitles
+        )
+        multiple = size_multiple(processor)
+    budget = settings.frame_budget(multiple)
     if settings.tools:
         cache = open_frame_cache(settings.frame_cache, settings.frame_cache_gb)
         builder.toolbox = Toolbox(settings, budget, (), cache)

@@ -19,32 +19,15 @@ from video_r1.rollout.engine import SamplingSettings, prompt_seed, prompt_seeds,
 PIXELS = ("pixel_values", "pixel_values_videos")  # vLLM's names are those of Prompt.features
 
 
-def sampling_parameters(
-    sampling: SamplingSettings, count: int, seed: int, stop_ids: list[int]
-) -> dict[str, Any]:
-    """Return the fields of vLLM's SamplingParams for `count` completions of one prompt.
-
-    At temperature 0 `n` is 1, since vLLM refuses to give the greedy completion twice.
-    """
-    return {
-        "n": count if sampling.temperature > 0 else 1,
-        "temperature": sampling.temperature,
-        "top_p": sampling.top_p,
-        "max_tokens": sampling.max_tokens,
-        "seed": prompt_seed(seed, 0),  # far from those of other prompts: vLLM adds the completion's number
-        "logprobs": 0,  # of the sampled token alone
-        "stop_token_ids": stop_ids,
-        "ignore_eos": True,  # `stop_token_ids` has all end tokens
-        "detokenize": False,
-    }
-
-
 class PromptRequest(NamedTuple):
-    """A request for `count` completions of prompt `index`; parameters: see `sampling_parameters`."""
+    """A request for `count` completions of prompt `index`.
+
+    At temperature 0 the parameter `n` is 1, since vLLM refuses to give the greedy completion twice.
+    """
 
     index: int
     count: int
-    parameters: dict[str, Any]
+    parameters: dict[str, Any]  # fields of vLLM's SamplingParams
     first: int = 0  # number of the first completion
 
     def numbers(self, index: int) -> range:
@@ -72,9 +55,8 @@ def prompt_requests(
     Raises ValueError when prompts and counts differ in number, and RequestError for a prompt that leaves no
     room for `sampling.max_tokens` within `limit` tokens.
     """
-    counts = wanted_counts(prompts, sampling, counts)
+    counts, seeds = wanted_counts(prompts, sampling, counts), prompt_seeds(sampling.seed, len(prompts))
     requests = []
-    seeds = prompt_seeds(sampling.seed, len(prompts))
     for index, (prompt, count, seed) in enumerate(zip(prompts, counts, seeds, strict=True)):
         if not count:
             continue
@@ -84,7 +66,19 @@ def prompt_requests(
                 f"do not fit vLLM's limit of {limit} tokens; raise its max_model_len or lower the completion "
                 "length"
             )
-        parameters = sampling_parameters(sampling, count, seed, stop_ids)
+        parameters = {
+            "n": count if sampling.temperature > 0 else 1,
+            "temperature": sampling.temperature,
+            "top_p": sampling.top_p,
+            "max_tokens": sampling.max_tokens,
+            "seed": prompt_seed(
+                seed, 0
+            ),  # far from those of other prompts: vLLM adds the completion's number
+            "logprobs": 0,  # of the sampled token alone
+            "stop_token_ids": stop_ids,
+            "ignore_eos": True,  # `stop_token_ids` has all end tokens
+            "detokenize": False,
+        }
         requests.append(PromptRequest(index, count, parameters))
     return requests
 

@@ -32,6 +32,7 @@ from video_r1.chat_client import (
     ServerFailure,
     ServerRefusal,
     get,
+    integer,
     number,
     post,
     request,
@@ -135,7 +136,7 @@ class ServerEngine(ContinuingEngine):
         try:
             served = describe(url, self._key, self.timeout)
             with shape_of(served, "description"):
-                number(served["vocab_size"], 1, 1 << 31, int)
+                integer(served["vocab_size"], 1, 1 << 31)
                 getattr(torch, word(served["dtype"]))
                 word(served["architecture"])
                 [served[name] for name in (*WANTED, "hidden_size", "num_hidden_layers", "weight_transfer")]
@@ -151,13 +152,11 @@ class ServerEngine(ContinuingEngine):
         newest = max((changed for *_, changed in model_stamps(Path(model))), default=0)
         for url in self.urls:
             try:
-                served, info = (
-                    describe(url, self._key, self.timeout),
-                    get(f"{url}/weight_info", self._key, 10.0),
-                )
+                served = describe(url, self._key, self.timeout)
+                info = get(f"{url}/weight_info", self._key, 10.0)
                 with shape_of([served, info], "description"):
                     trained = info["weight_version"] != FIRST_WEIGHTS
-                    changed = newest > number(served.get("started", newest), 0, 1 << 62, int)
+                    changed = newest > integer(served.get("started", newest), 0, 1 << 62)
             except (ServerRefusal, ServerFailure) as error:
                 raise ConfigError(f"{url} does not say which weights it has: {error}") from error
             if trained or changed:
@@ -216,7 +215,7 @@ class ServerEngine(ContinuingEngine):
         if self.served["weight_transfer"] == "nccl" and torch.cuda.is_available():
             if process_count() > 1 and process_index() == 0:
                 threading.Thread(target=self._keep_supplied, daemon=True).start()
-            workers = self._told("/get_world_size", lambda said: number(said["world_size"], 1, 1 << 20, int))
+            workers = self._told("/get_world_size", lambda reply: integer(reply["world_size"], 1, 1 << 20))
             return NCCLSync(self.url, workers, f"cuda:{torch.cuda.current_device()}", TRANSFER_SECONDS)
         return FolderSync(self._folder / f"server-weights-{gather(uuid.uuid4().hex)[0]}")
 
@@ -301,9 +300,7 @@ class ServerEngine(ContinuingEngine):
                 with shape_of(reply, "answer with the prompt's log-probs"):
                     found = reply["prompt_logprobs"]
                     entries = [found[place][str(int(prompt.input_ids[place]))] for place in places.tolist()]
-                    return [
-                        (number(e["logprob"], *NATS), number(e["rank"], 1, 1 << 31, int)) for e in entries
-                    ]
+                    return [(number(e["logprob"], *NATS), integer(e["rank"], 1, 1 << 31)) for e in entries]
 
             return self._answer(read)
 
@@ -313,10 +310,8 @@ class ServerEngine(ContinuingEngine):
 
     def tokenize(self, text: str) -> list[int]:
         """Return the token ids of a text by the served tokenizer. Raises VideoR1Error."""
-        asked = {"prompt": text, "add_special_tokens": False}
-        return self._told(
-            "/tokenize", lambda said: [number(t, 0, 1 << 31, int) for t in said["tokens"]], asked
-        )
+        body = {"prompt": text, "add_special_tokens": False}
+        return self._told("/tokenize", lambda reply: [integer(t, 0, 1 << 31) for t in reply["tokens"]], body)
 
     def _answer(self, read: Callable[[str], T]) -> T:
         """Return what `read` gets from one request to the address that it is given, after retries."""
@@ -362,7 +357,7 @@ class ServerEngine(ContinuingEngine):
                 if "error" in event:
                     raise ServerFailure(f"its answer broke off: {str(event['error']['message'])[:300]}")
                 for choice in event["choices"]:
-                    index = number(choice["index"], 0, count - 1, int)
+                    index = integer(choice["index"], 0, count - 1)
                     tokens, logprobs = parts.setdefault(index, ([], []))
                     tokens += choice["token_ids"]
                     logprobs += choice["logprobs"]["content"]
@@ -383,7 +378,7 @@ class ServerEngine(ContinuingEngine):
             versions = {span["version"] for span in choice["weight_versions"] or ()}
             if self._version is not None and versions != {self._version}:
                 raise ServerFailure("it sampled with other weights than the present ones")
-            ids = [number(token, 0, self.served["vocab_size"] - 1, int) for token in choice["token_ids"]]
+            ids = [integer(token, 0, self.served["vocab_size"] - 1) for token in choice["token_ids"]]
             logprobs = [number(entry["logprob"], *NATS) for entry in choice["logprobs"]["content"]]
             if not 0 < len(ids) == len(logprobs) <= most:
                 raise ValueError("too short, or too long")
@@ -457,7 +452,7 @@ class ServerEngine(ContinuingEngine):
             wanted, paths = self._model, {Path(name).resolve() for name in names}
             if not (wanted in (None, *names) or (Path(wanted).exists() and Path(wanted).resolve() in paths)):
                 raise ConfigError(f"{url} serves {names[0]}, not {wanted}")
-            return number(served["max_model_len"], 1, 1 << 40, int)
+            return integer(served["max_model_len"], 1, 1 << 40)
 
     def _served_version(self) -> str:
         return self._read("/weight_info", lambda reply: word(reply["weight_version"]))
