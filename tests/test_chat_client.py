@@ -178,7 +178,9 @@ def test_when_all_are_skipped_the_first_to_return_is_asked(clock: Clock) -> None
 
 @pytest.mark.parametrize(("kind", "values", "message"), [
     (EvalSettings, {"engine": "http://a:1,http://b:2/v1"}, "either all addresses or none"),
-    (EvalSettings, {"engine": "http://a:1,vllm"}, "transformers, vllm or addresses"),
+    (EvalSettings, {"engine": "http://a:1,vllm"}, "transformers, vllm, module:function, or addresses"),
+    (EvalSettings, {"engine": "localhost:8000/v1"}, "transformers, vllm, module:function, or addresses"),
+    (EvalSettings, {"engine": "http://a,own.py:Engine"}, "transformers, vllm, module:function, or addresses"),
     (AnnotateSettings, {"teacher": "http://a:1,checkpoint"}, "several endpoints"),
 ])  # fmt: skip
 def test_addresses_in_settings(kind: Any, values: dict[str, str], message: str) -> None:

@@ -24,8 +24,8 @@ LONGEST_WAIT = timedelta(days=1)  # for the slowest rank: ranks that share work 
 
 
 class OneAProcess(Generic[T]):
-    """Resource `one` of this process, made by `make` and closed at exit. A forked child makes its own: it must
-    not use its parent's pipes and sockets.
+    """Resource `one` of this process, made by `make` and closed at exit. A forked child makes its own, since
+    it must not use its parent's pipes and sockets.
     """
 
     def __init__(self, make: Callable[[], T]) -> None:

@@ -67,7 +67,9 @@ class DecodingSettings(ToolSettings, PromptSettings, LoadingSettings):
         yield from super().problems()
         found = addresses(self.engine)
         are_addresses = found != () and all(address.startswith(SCHEMES) for address in found)
-        if self.engine not in ("transformers", "vllm") and not are_addresses and ":" not in self.engine:
+        home, _, name = self.engine.rpartition(":")
+        names_function = home != "" and not home.startswith(SCHEMES) and name.isidentifier()
+        if self.engine not in ("transformers", "vllm") and not are_addresses and not names_function:
             allowed = "transformers, vllm, module:function, or addresses with http://, separated by commas"
             yield "engine", f"is {self.engine!r}; it must be {allowed}"
         if are_addresses and len(set(map(has_path, found))) > 1:
