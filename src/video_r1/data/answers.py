@@ -18,9 +18,8 @@ _THINK = re.compile(r"<think>.*?(?:</think>|\Z)", re.DOTALL)
 _TAG = re.compile(r"</?(?:think|answer)>")
 # No sign: the dash of "20-30", "20%-30%", "f(x)-3", "COVID-19". A sign: "= -30", "$-30", and "约-30".
 _SIGN = r"(?:(?<![\dA-Za-z.)%°])[-+])?"
-_SPACED_SIGN = re.compile(
-    r"(\A(?!.*\n)|[=:(≈]|\bis\b)[ \t]*([-+])[ \t]+(?=[\d.])"
-)  # "= - 5", no list's "- 5"
+# "= - 5", no list's "- 5".
+_SPACED_SIGN = re.compile(r"(\A(?!.*\n)|[=:(≈]|\bis\b)[ \t]*([-+])[ \t]+(?=[\d.])")
 _SPACE = "[ \u00a0\u2007\u2009\u202f]"  # between thousands: plain, no-break, figure, thin, narrow no-break
 _PLAIN_NUMBER = re.compile(
     rf"[-+]?(?:[1-9]\d{{0,2}}(?:(?:,\d{{3}})+|(?:{_SPACE}\d{{3}})+)(?:\.\d*)?|\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?"
@@ -185,15 +184,10 @@ def _listed(text: str) -> tuple[str, list[str], str, bool]:
     each has its own line. The longest series of labels in one style, such as "(A)" and "(B)", counts."""
     plain = text.translate(NARROW)
     labels = [*_LABEL.finditer(plain)]
-    begin_lines = [
-        label
-        for label in labels
-        if not plain[max(0, label.start() - 8) : label.start()].rpartition("\n")[2].strip()
-    ]
+    before = [plain[max(0, label.start() - 8) : label.start()].rpartition("\n")[2] for label in labels]
+    begin_lines = [label for label, gap in zip(labels, before, strict=True) if not gap.strip()]
     for some in (begin_lines, labels):
-        series: dict[
-            tuple[str, ...], list[re.Match[str]]
-        ] = {}  # to its end, by the first label and the style
+        series: dict[tuple[str, ...], list[re.Match[str]]] = {}  # to its end, by first label and style
         found = []
         for match in reversed(some):
             label, style = match[2] or match[3], (match[1], match[4])
@@ -353,9 +347,9 @@ def _in_word(character: str) -> str:
 def _read_choice(text: str, options: Sequence[str]) -> str:
     named: dict[str, str] = {}
     for position, option in enumerate(options):
-        match = re.match(r"\s*\(?([A-Za-z])\s*[.):]\s*(.*)", option, re.DOTALL)  # "B. the man sits"
-        letter, option_text = (match[1].upper(), match[2]) if match else (chr(ord("A") + position), option)
-        named[letter] = _plain(option_text)
+        match = re.match(r"\s*\(?([A-Za-z])\s*[.):]\s*", option)  # "B. the man sits"
+        letter = match[1].upper() if match else chr(ord("A") + position)
+        named[letter] = _plain(option[match.end() if match else 0 :])
     letters = "".join(named) or _LETTERS_WITHOUT_OPTIONS
 
     bare = re.sub(r"\\boxed|\\text|[\s*_`$(){}\[\]\"'.:,;!]", "", text)
@@ -416,13 +410,10 @@ def _texts_in(text: str, named: Mapping[str, str]) -> list[tuple[str, int, int]]
     for letter, words in named.items():
         if words and words.upper() not in named:
             spelled = r"(?<!\w)" + r"\W+".join(map(re.escape, words.split())) + r"(?!\w)"
-            matches = list(re.finditer(spelled, text, re.IGNORECASE))
-            if matches:  # "A. dog" is a letter and a text, not the words "a dog"
-                found[letter] = [
-                    (letter, match.start(), match.end())
-                    for match in matches
-                    if not re.match(r"[A-Z][.:)]", match.group())
-                ]
+            if matches := list(re.finditer(spelled, text, re.IGNORECASE)):
+                # "A. dog" is a letter and a text, not the words "a dog".
+                spoken = [match for match in matches if not re.match(r"[A-Z][.:)]", match.group())]
+                found[letter] = [(letter, *match.span()) for match in spoken]
     hidden = {
         letter
         for letter in found

@@ -143,14 +143,10 @@ def run_check(
         _renumber(manifest, media_root, Path(renumber))
     checked = renumber or manifest
     samples, rows, problems = check_manifest(checked, media_root, allow_urls, allowed_roots=allowed_roots)
-    for problem in problems:
-        print(problem)
+    print(*problems, sep="\n", end="\n" * bool(problems))
     budget = FrameBudget(remote_cache=remote_cache, remote_bytes=int(remote_cache_gb * 1e9))
-    result = MediaCheck([], samples, 0, 0.0)
-    if media:
-        result = check_media(samples, budget, workers, rows)
-    for problem in result.problems:
-        print(problem)
+    result = check_media(samples, budget, workers, rows) if media else MediaCheck([], samples, 0, 0.0)
+    print(*result.problems, sep="\n", end="\n" * bool(result.problems))
     print(f"\n{format_counts(result.usable)}\n")
     if media:
         hours = result.video_seconds / 3600

@@ -240,10 +240,8 @@ def unpaid(
     problem_type: str, truth: str, score: Callable[[str, str, str], float] = correctness
 ) -> Iterator[str]:
     """Yield why a completion with a row's own truth as its answer would not earn the full reward."""
-    of_kind, shown = (
-        f"the solution of {'an' if problem_type == 'OCR' else 'a'} {problem_type} problem",
-        repr(truth[:80]),
-    )
+    of_kind = f"the solution of {'an' if problem_type == 'OCR' else 'a'} {problem_type} problem"
+    shown = repr(truth[:80])
     earned = score(problem_type, truth, truth)
     if problem_type in ("numerical", "regression") and parse_number(truth) is None:
         comma = "; a comma stands only before groups of three digits" * ("," in truth)

@@ -248,19 +248,16 @@ def load_manifest(
 ) -> list[Sample]:
     """Read and check a manifest.
 
-    Args:
-        source: path or URL of a JSON or JSON lines file; path, URL or glob pattern of Parquet files; a
-            Hugging Face dataset id or a folder that `datasets` reads; or a `datasets.Dataset`, an
-            `IterableDataset` (read to its end) or a list of dicts.
-        media_root: folder or URL that every `path` is relative to and must stay inside. Default: the folder
-            of the manifest, the dataset itself, or the current folder.
-        allow_urls: accept URLs (https://, s3://, hf://, …) outside the media root as `path`.
-        split: the split of a dataset that has several.
-        allowed_roots: further folders that absolute paths and links may lead to.
-        bad_rows: `leave_out` skips bad rows, and later rows with a repeated id, with a warning. None: `stop`,
-            where nobody can choose.
-        score: a row whose own solution does not get the full score is bad. None: published questions are
-            taken as they are, also with one option or equal ones.
+    source: path or URL of a JSON or JSON lines file; path, URL or glob pattern of Parquet files; a dataset id
+        of the hub or a folder that `datasets` reads; a Dataset, an IterableDataset or a list of dicts.
+    media_root: folder or URL that every `path` is relative to and must stay inside. Default: the folder of
+        the manifest, the dataset itself, or the current folder.
+    allow_urls: accept URLs (https://, s3://, hf://, …) outside the media root as `path`.
+    split: the split of a dataset that has several.
+    allowed_roots: further folders that absolute paths and links may lead to.
+    bad_rows: as in `CheckedManifest.without_problems`.
+    score: a row whose own solution does not get the full score is bad. None: published questions are taken
+        as they are, also with one option or equal ones.
 
     Raises:
         ManifestError: with all problems of all rows in `problems`.
@@ -614,17 +611,16 @@ def kept_samples(samples: Sequence[Sample], expression: str, quiet: bool = False
     keep = parse_keep(expression)
     rates = [pass_rates(sample) for sample in samples]
     there = sorted({name for each in rates for name in each})
-    if not there:
-        raise ConfigError(
-            f"keep {expression!r}: the manifest has no pass rates; video-r1 data audit writes one that has"
-        )
-    if unknown := sorted(keep.names.difference(there)):
-        raise ConfigError(
-            f"keep {expression!r}: no question has a pass rate {unknown[0]!r}; there are {', '.join(there)}"
-        )
     kept = [place for place, each in enumerate(rates) if keep.keeps(each)]
-    if not kept:
-        raise ConfigError(f"keep {expression!r}: none of the {len(samples):,} questions is kept")
+    problem = None
+    if not there:
+        problem = "the manifest has no pass rates; video-r1 data audit writes one that has"
+    elif unknown := sorted(keep.names.difference(there)):
+        problem = f"no question has a pass rate {unknown[0]!r}; there are {', '.join(there)}"
+    elif not kept:
+        problem = f"none of the {len(samples):,} questions is kept"
+    if problem:
+        raise ConfigError(f"keep {expression!r}: {problem}")
     if process_index() == 0 and not quiet:
         lacking = sum(not keep.names <= rates[place].keys() for place in kept)
         some = f", {lacking:,} of them without a rate that it names" if lacking else ""
@@ -725,17 +721,16 @@ def _file_rows(path: Path) -> Iterator[tuple[int, Any]]:
 
 def not_utf8(path: Path) -> str:
     """Describe the first line of a file that is not UTF-8."""
-    with path.open("rb") as lines:
-        coding = "utf-16" if lines.read(2) in (b"\xff\xfe", b"\xfe\xff") else "cp1252"
-        lines.seek(0)
-        for number, line in enumerate(lines, start=1):
-            try:
-                line.decode()
-            except UnicodeDecodeError as error:
-                return (
-                    f"line {number}, column {error.start + 1} is not UTF-8, and nothing after it is read; "
-                    f"save the file as UTF-8 (Excel: CSV UTF-8; iconv -f {coding} -t utf-8 OLD > NEW)"
-                )
+    text = path.read_bytes()
+    coding = "utf-16" if text.startswith((b"\xff\xfe", b"\xfe\xff")) else "cp1252"
+    try:
+        text.decode()
+    except UnicodeDecodeError as error:
+        line, column = text.count(b"\n", 0, error.start) + 1, error.start - text.rfind(b"\n", 0, error.start)
+        return (
+            f"line {line}, column {column} is not UTF-8, and nothing after it is read; save the file as "
+            f"UTF-8 (Excel: CSV UTF-8; iconv -f {coding} -t utf-8 OLD > NEW)"
+        )
     return "the file is not UTF-8"
 
 
