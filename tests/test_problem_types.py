@@ -91,7 +91,7 @@ def test_alias_in_a_table_of_prompts(tmp_path: Path, capsys: pytest.CaptureFixtu
 
 
 def test_renumber_gives_each_row_its_own_id(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    ids = [7, "7", "7-2", "x", 7, "x"]
+    ids = [7, "7", "7-2", "x", 7, "x", None, 3.5, "row-7"]
     (tmp_path / "m.json").write_text(
         json.dumps([{**ROW, "problem_id": n, "problem_type": "open"} for n in ids])
     )
@@ -99,10 +99,12 @@ def test_renumber_gives_each_row_its_own_id(tmp_path: Path, capsys: pytest.Captu
     assert main(check) == 1 and "--renumber OUT" in capsys.readouterr().out
     out = tmp_path / "out.json"
     assert main([*check, "--renumber", str(out)]) == 0
-    assert "3 of 6 rows got another id; the old one is kept as former_id" in capsys.readouterr().out
+    assert "5 of 9 rows got another id; the old one is kept as former_id" in capsys.readouterr().out
     rows = json.loads(out.read_text())
-    found = [(row["problem_id"], row.get("former_id")) for row in rows]
+    found = [(row["problem_id"], row.get("former_id")) for row in rows[:6]]
     assert found == [(7, None), ("7-3", "7"), ("7-2", None), ("x", None), ("7-4", 7), ("x-2", "x")]
+    assert [row["problem_id"] for row in rows[6:]] == ["row-8", "row-9", "row-7"]
+    assert "former_id" not in rows[6] and rows[7]["former_id"] == 3.5
     assert main([*check, "--renumber", str(out)]) == 2
 
 

@@ -219,7 +219,8 @@ def test_cases_of_a_video_table_show_the_clip(checkpoint: Path, manifest: Path, 
     ("answer", "solution", "problem_type"),
     [
         (3, "3", "numerical"), (3.5, "3.5", "numerical"), (np.int64(0), "0", "numerical"),
-        (True, "True", "free-form"), ("3", "3", "free-form"), ("<answer>3</answer>", "3", "free-form"),
+        (True, "True", "free-form"), (np.bool_(True), "True", "free-form"), (np.str_("3"), "3", "free-form"),
+        ("3", "3", "free-form"), ("<answer>3</answer>", "3", "free-form"),
         (float("nan"), "", "free-form"), (["a"], "", "free-form"), (None, "", "free-form"),
     ],
 )  # fmt: skip

@@ -152,7 +152,7 @@ def run_check(
         hours = result.video_seconds / 3600
         print(f"{result.files:,} media files or windows opened; {hours:.2f} hours of video")
     bad_rows = len({problem.row for problem in problems if problem.row})
-    if any("is used before" in problem.text for problem in problems):
+    if any(problem.text.startswith("problem_id is ") for problem in problems):
         print("--renumber OUT writes a manifest in which each row has an id of its own")
     summary = f"usable questions: {len(result.usable):,}; rows with problems: {bad_rows:,}"
     print(summary + (f"; questions with unusable media: {len(result.problems):,}" if media else ""))
@@ -160,19 +160,23 @@ def run_check(
 
 
 def _renumber(manifest: str | Path, root: str, out: Path) -> None:
-    """Write a manifest's rows; those with an id of an earlier row get a number appended."""
+    """Write a manifest's rows; those with an id of an earlier row get a number appended, those without an id
+    the row's number.
+    """
     if out.exists():
         raise RequestError(f"--renumber {out} exists; choose another file")
     rows = [row for _, row in placed_rows(manifest, "train", root) if isinstance(row, dict)]
-    taken, used = {str(row.get("problem_id")) for row in rows}, set[str]()
-    given = 0
+    taken, used, given = {str(row.get("problem_id")) for row in rows}, set[str](), 0
     for place, row in enumerate(rows):
         former = row.get("problem_id")
-        if former is not None and str(former) in used:
-            own = next(name for n in itertools.count(2) if (name := f"{former}-{n}") not in taken)
-            rows[place] = {**row, "problem_id": own, FORMER_ID: former}
-            taken.add(own)
-            given += 1
-        used.add(str(former))
+        is_id = type(former) in (int, str) and former != ""
+        if is_id and str(former) not in used:
+            used.add(str(former))
+            continue
+        begin, first = (f"{former}-", 2) if is_id else ("row-", place + 1)
+        own = next(name for n in itertools.count(first) if (name := f"{begin}{n}") not in taken)
+        rows[place] = {**row, "problem_id": own, **({} if former is None else {FORMER_ID: former})}
+        taken.add(own)
+        given += 1
     replace_rows(out, rows)
     print(f"{out}: {given:,} of {len(rows):,} rows got another id; the old one is kept as {FORMER_ID}")

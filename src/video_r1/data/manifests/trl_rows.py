@@ -23,6 +23,7 @@ from numbers import Number
 from pathlib import Path
 from typing import Any, Literal, cast
 
+import numpy as np
 from PIL import Image
 
 from video_r1.data.answers import extract_answer
@@ -240,6 +241,7 @@ def _answer(row: Mapping[str, Any]) -> tuple[str, ProblemType]:
         raise ValueError(f"problem_type is {row['problem_type']!r}; known are {', '.join(PROBLEM_TYPES)}")
     kind = cast("ProblemType | None", {BY_ROW: None, YES_NO: "free-form"}.get(named, named))
     for value in map(row.get, ANSWERS):
+        value = value.item() if isinstance(value, np.generic) else value
         text = str(value).strip() if isinstance(value, (str, Number)) else ""
         if text.lower() not in ("", "nan", "inf", "-inf"):
             answer = extract_answer(text) or text
