@@ -19,25 +19,14 @@ SIDE = 112  # pixels, both sides
 LABEL = SIDE // 4  # side of a mark's label: one patch of the lab model's tower
 
 COLOURS = {
-    "red": (225, 45, 45),
-    "green": (50, 200, 70),
-    "blue": (60, 90, 240),
-    "yellow": (240, 220, 50),
-    "purple": (180, 70, 220),
-    "white": (240, 240, 240),
-}
+    "red": (225, 45, 45), "green": (50, 200, 70), "blue": (60, 90, 240), "yellow": (240, 220, 50),
+    "purple": (180, 70, 220), "white": (240, 240, 240),
+}  # fmt: skip
 MARKS = {
-    "A": (220, 40, 40),
-    "B": (40, 170, 60),
-    "C": (50, 70, 230),
-    "D": (240, 220, 40),
-    "E": (210, 60, 220),
-    "F": (40, 220, 230),
-    "0": (250, 250, 250),
-    "1": (255, 170, 200),
-    "2": (250, 140, 20),
+    "A": (220, 40, 40), "B": (40, 170, 60), "C": (50, 70, 230), "D": (240, 220, 40), "E": (210, 60, 220),
+    "F": (40, 220, 230), "0": (250, 250, 250), "1": (255, 170, 200), "2": (250, 140, 20),
     "3": (150, 150, 150),
-}
+}  # fmt: skip
 """Marks (the letter of an option, or a number) and the colours of their labels."""
 SHAPES = ("circle", "square", "triangle", "cross")
 SIZES = {"small": 0.10, "medium": 0.16, "large": 0.23}  # radius as a share of the side

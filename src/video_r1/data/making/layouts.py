@@ -61,29 +61,18 @@ class Turn(NamedTuple):
     fields: Draft
 
 
-class Layout(NamedTuple):
-    """A layout of chats: the columns of its messages, of which a row has the first, and its source."""
-
-    columns: tuple[str, ...]
-    source: str
-
-
 LAYOUTS = {
-    "llava-video": Layout(
-        ("conversations",),
-        "https://huggingface.co/datasets/lmms-lab/LLaVA-Video-178K, also LLaMA-Factory's sharegpt",
-    ),
-    "swift": Layout(
-        ("messages",), "https://swift.readthedocs.io/en/latest/Customization/Custom-dataset.html"
-    ),
-    "trl": Layout(("prompt", "completion"), "https://huggingface.co/docs/trl/dataset_formats"),
+    "llava-video": ("conversations",),  # also LLaMA-Factory's sharegpt
+    "swift": ("messages",),
+    "trl": ("prompt", "completion"),
 }
-"""Layouts of chats. The columns of other tables, and those beside a chat, are guessed (columns.py)."""
+"""Columns of the messages by layout; a row has the first. The columns of other tables, and those beside a
+chat, are guessed (columns.py)."""
 
 
 def layout_of(row: Row) -> str:
     """Return the name of a row's layout; "table" where it has no chat."""
-    return next((name for name, of in LAYOUTS.items() if isinstance(row.get(of.columns[0]), list)), "table")
+    return next((name for name, columns in LAYOUTS.items() if isinstance(row.get(columns[0]), list)), "table")
 
 
 def conversation(row: Row, columns: tuple[str, ...]) -> Iterator[Draft]:

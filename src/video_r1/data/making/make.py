@@ -156,9 +156,9 @@ def _understood(
     if not rows:
         raise ManifestError(f"{settings.table}: it has no rows{' with fields' * bool(numbered)}")
     layout = settings.layout if settings.layout != "auto" else layout_of(rows[0])
-    chat = LAYOUTS[layout].columns if layout != "table" else ()
+    chat = LAYOUTS.get(layout, ())
     if chat:
-        print(f"layout: {layout} ({LAYOUTS[layout].source}; change with --layout)\n")
+        print(f"layout: {layout} (change with --layout)\n")
     else:
         numbered[:] = [
             (number, question)
@@ -203,12 +203,12 @@ def _drafts_of(row: Any, layout: str, columns: Columns) -> Iterator[Draft]:
         raise Rejected("unreadable row", f"it is {row!r:.60}, not an object with fields")
     if isinstance(row.get("history"), list) and row["history"]:
         raise Rejected("several questions", f"a history of {len(row['history'])} earlier messages")
-    if layout != "table" and not isinstance(row.get(LAYOUTS[layout].columns[0]), list):
+    if layout != "table" and not isinstance(row.get(LAYOUTS[layout][0]), list):
         raise Rejected("unreadable row", f"it does not have the layout {layout}: fields {', '.join(row)}")
     rest = {n: row[n] for n in columns.unused if not is_empty(row.get(n)) and n not in FIELDS}
     rest |= columns.values(row)
     try:
-        drafts = [rest] if layout == "table" else list(conversation(row, LAYOUTS[layout].columns))
+        drafts = [rest] if layout == "table" else list(conversation(row, LAYOUTS[layout]))
     except (AttributeError, TypeError) as error:
         raise Rejected("unreadable row", f"it does not have the layout {layout} ({error})") from error
     for place, draft in enumerate(drafts, start=1):
