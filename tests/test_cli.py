@@ -81,7 +81,7 @@ def test_every_example_of_the_help_is_a_valid_request(
     (["--use_vllm"], [], {"use_vllm": True}),
     (["--use_vllm", "false", "lab.yaml"], ["lab.yaml"], {"use_vllm": "false"}),
     (["--length_range", "1", "2", "--beta", "1"], [], {"length_range": ["1", "2"], "beta": "1"}),
-    (["--warmup_steps", "10", "lab.yaml"], ["lab.yaml"], {"warmup_steps": "10"}),  # not this project's own
+    (["--save_total_limit", "3", "lab.yaml"], ["lab.yaml"], {"save_total_limit": "3"}),  # transformers'
     (["--full_determinism", "--beta", "1"], [], {"full_determinism": True, "beta": "1"}),
     (["--train_manifest=a=b"], [], {"train_manifest": "a=b"}),
 ])  # fmt: skip
@@ -146,7 +146,7 @@ def test_missing_files_are_refused_before_torch_is_imported(tmp_path: Path) -> N
         "eval lab-base --bench mvbnch": "'mvbnch' is neither a benchmark nor a manifest file",
         "serve some.json": "some.json: this is a file",
         "merge runs/none out": "runs/none: there is no such folder",
-        "plan lab-tgrpo --model_config runs/none": "runs/none: no such folder",
+        "plan lab-sft --model_config runs/none": "runs/none: no such folder",
     }
     code = "import sys\nfrom video_r1.cli import main\nfor words in sys.argv[1:]: main(words.split())\n"
     code += "assert not {'torch', 'transformers'} & sys.modules.keys()"

@@ -158,7 +158,7 @@ def test_options_override_the_recipe(tmp_path: Path) -> None:
     settings = resolved.section(TGRPOSettings)
     assert (settings.learning_rate, settings.beta, settings.temporal_rule) == (1e-5, 0.1, "off")
     assert settings.reward_weights == {"format": 0.5}
-    assert resolved.training == {"warmup_steps": 5.0, "eval_strategy": "no"}
+    assert resolved.training == {"eval_strategy": "no"}
     assert resolved.section(DataSettings).train_manifest == "t.json"
     with pytest.raises(KeyError):
         resolved.section(EvalSettings)

@@ -50,7 +50,7 @@ def command_help(name: str, everything: bool = False) -> str:
         paragraphs = [
             "A recipe is a YAML file of `key: value` lines; options override it. video-r1 recipes lists the "
             "packaged ones.",
-            "Every field of transformers.TrainingArguments is a setting too, for example warmup_steps, "
+            "Every field of transformers.TrainingArguments is a setting too, for example "
             "eval_strategy, eval_steps, save_total_limit, deepspeed, fsdp.",
         ]
         if name in TRAINS:

@@ -273,22 +273,17 @@ ALL_EXPERTS_FUNCTIONS.register(EXPERTS_NAME, experts)
 
 
 BLOCK = 64  # 4-bit weights that share a scale, a byte
-SCALES = 256  # scales that share a float32
-STATES = 256  # optimizer states of 8 bits that share a float32
+GROUP = 256  # scales, or optimizer states of 8 bits, that share a float32
 SMALLEST = 4096  # weights of a tensor whose states are in 8 bits; smaller ones have float32
 
 
 def four_bit_bytes(count: int) -> int:
-    scales = math.ceil(count / BLOCK)
-    return math.ceil(count / 2) + scales + 4 * math.ceil(scales / SCALES)
+    return math.ceil(count * (0.5 + (1 + 4 / GROUP) / BLOCK))
 
 
 def eight_bit_states(model: nn.Module) -> int:
     """Return the bytes of 8-bit AdamW's two moments; small tensors and embeddings have float32 ones."""
     embeddings = {module.weight for module in model.modules() if isinstance(module, nn.Embedding)}
-    total = 0
-    for weight in (weight for weight in model.parameters() if weight.requires_grad):
-        count = weight.numel()
-        in_full = count < SMALLEST or weight in embeddings
-        total += 2 * (4 * count if in_full else count + 4 * math.ceil(count / STATES))
-    return total
+    trained = [weight for weight in model.parameters() if weight.requires_grad]
+    exact = {weight for weight in trained if weight.numel() < SMALLEST or weight in embeddings}
+    return int(sum(2 * each.numel() * (4 if each in exact else 1 + 4 / GROUP) for each in trained))

@@ -3,7 +3,10 @@
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal, NamedTuple
+
+import yaml
 
 from video_r1.settings.base import Problem, Settings, setting
 from video_r1.settings.shared import (
@@ -106,20 +109,8 @@ class GPU(NamedTuple):
     link: float
 
 
-GPUS = {  # of equal memory, the last one is assumed for a recipe
-    "a100": GPU(312, 80, 2.04, 300),
-    "h100": GPU(989, 80, 3.35, 450),
-    "h200": GPU(989, 141, 4.8, 450),
-    "b200": GPU(2250, 180, 8.0, 900),
-    "h20": GPU(148, 96, 4.0, 450),
-    "rtx-pro-6000": GPU(504, 96, 1.79, 64),
-    "a6000": GPU(155, 48, 0.77, 32),
-    "l40s": GPU(362, 48, 0.86, 32),
-    "a10": GPU(125, 24, 0.6, 32),
-    "l4": GPU(121, 24, 0.3, 32),
-    "rtx-3090": GPU(71, 24, 0.94, 32),
-    "rtx-4090": GPU(165, 24, 1.01, 32),
-}
+_MAKERS = yaml.safe_load(Path(__file__).with_name("gpus.yaml").read_text(encoding="utf-8"))
+GPUS = {name: GPU(*figures) for name, figures in _MAKERS.items()}
 
 
 def gpu_named(text: str) -> str | None:

@@ -15,8 +15,6 @@ import itertools
 import math
 import operator
 from collections.abc import Callable, Mapping
-from functools import lru_cache
-from typing import Any
 
 from video_r1.errors import ConfigError
 
@@ -26,13 +24,8 @@ LONGEST = 500  # characters, so that nothing is nested too deeply
 ROUNDING = 1e-9  # 4/10 − 3/10 is not above 0.1, whatever binary fractions make of it
 FALSE, UNKNOWN, TRUE = 0.0, 0.5, 1.0  # so that and, or and not are min, max and 1 − x
 
-_ARITHMETIC: dict[type, Callable[..., Any]] = {
-    ast.Add: operator.add,
-    ast.Sub: operator.sub,
-    ast.Mult: operator.mul,
-    ast.USub: operator.neg,
-    ast.UAdd: operator.pos,
-}
+_ARITHMETIC = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul}
+_SIGNS = {ast.USub: operator.neg, ast.UAdd: operator.pos}
 _COMPARED: dict[type, Callable[[float], bool]] = {  # takes the difference left − right
     ast.Gt: lambda by: by > ROUNDING,
     ast.GtE: lambda by: by >= -ROUNDING,
@@ -47,17 +40,13 @@ class Keep:
     """A parsed expression. names: the pass rates that it uses. Raises ValueError for anything else."""
 
     def __init__(self, body: ast.expr) -> None:
+        self.body = body
         self.names = frozenset(node.id for node in ast.walk(body) if isinstance(node, ast.Name))
-        self._order = tuple(self.names)
-        # many questions have the same rates
-        self._cached = lru_cache(1 << 14)(
-            lambda *rates: _truth(body, dict(zip(self._order, rates, strict=True)))
-        )
         self.truth({})
 
     def truth(self, rates: Mapping[str, float | None]) -> float:
         """Evaluate the expression: TRUE, FALSE, or UNKNOWN because a rate is missing."""
-        return self._cached(*map(rates.get, self._order))
+        return _truth(self.body, rates)
 
     def keeps(self, rates: Mapping[str, float | None]) -> bool:
         return self.truth(rates) != FALSE
@@ -66,31 +55,31 @@ class Keep:
 def _truth(node: ast.expr, rates: Mapping[str, float | None]) -> float:
     match node:
         case ast.Compare(left=left, ops=ops, comparators=others) if {*map(type, ops)} <= _COMPARED.keys():
-            numbers = [_number(each, rates) for each in (left, *others)]
-            differences = [first - second for first, second in itertools.pairwise(numbers)]
+            pairs = itertools.pairwise(_number(each, rates) for each in (left, *others))
+            differences = [first - second for first, second in pairs]
             return min(
                 UNKNOWN if math.isnan(by) else float(_COMPARED[type(op)](by))
                 for op, by in zip(ops, differences, strict=True)
             )
         case ast.BoolOp(op=op, values=values):
-            truths = [_truth(each, rates) for each in values]
-            return min(truths) if isinstance(op, ast.And) else max(truths)
+            return (min if isinstance(op, ast.And) else max)(_truth(each, rates) for each in values)
         case ast.UnaryOp(op=ast.Not(), operand=operand):
             return TRUE - _truth(operand, rates)
     raise ValueError(f"{ast.unparse(node)!r} is no comparison")
 
 
 def _number(node: ast.expr, rates: Mapping[str, float | None]) -> float:
+    """Evaluate a sum or product of rates; NaN if one is missing."""
     match node:
         case ast.Name(id=name):
-            rate = rates[name]
+            rate = rates.get(name)
             return math.nan if rate is None else rate
         case ast.Constant(value=int() | float() as value) if not isinstance(value, bool):
             if not abs(value) <= 1e9:
                 raise ValueError(f"{ast.unparse(node)[:20]} is out of the range of pass rates")
             return float(value)
-        case ast.UnaryOp(op=op, operand=operand) if type(op) in _ARITHMETIC:
-            return _ARITHMETIC[type(op)](_number(operand, rates))
+        case ast.UnaryOp(op=op, operand=operand) if type(op) in _SIGNS:
+            return _SIGNS[type(op)](_number(operand, rates))
         case ast.BinOp(left=left, op=op, right=right) if type(op) in _ARITHMETIC:
             return _ARITHMETIC[type(op)](_number(left, rates), _number(right, rates))
     raise ValueError(f"{ast.unparse(node)!r} is no pass rate, number, sum or product")

@@ -37,6 +37,7 @@ class TrainingSettings(Settings):
     seed: int = setting(42, "seed of everything random")
     learning_rate: float = setting(1e-6, "peak learning rate of AdamW", at_least=0)
     lr_scheduler_type: Schedule = setting("cosine", "learning-rate schedule")
+    warmup_steps: float = setting(0, "steps, or a share of all below 1, in which the rate rises", at_least=0)
     weight_decay: float = setting(0.01, "AdamW's weight decay", at_least=0)
     max_grad_norm: float = setting(5.0, "gradients are scaled down to this norm", at_least=0)
     per_device_train_batch_size: int = setting(1, "questions per device and forward pass", above=0)
