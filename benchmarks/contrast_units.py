@@ -26,6 +26,7 @@ from video_r1.data.decoding.media import decode_media
 from video_r1.data.manifests.records import load_manifest
 from video_r1.data.prompts import PromptBuilder
 from video_r1.data.reading import Question, build_question, derived_generator
+from video_r1.data.rollouts import Rollouts
 from video_r1.lab.clips import write_lab
 from video_r1.lab.model import base_folder
 from video_r1.models.loading import load_model, load_processor
@@ -33,7 +34,7 @@ from video_r1.rollout.engine import SamplingSettings
 from video_r1.rollout.transformers import TransformersEngine
 from video_r1.settings.commands import LabSettings
 from video_r1.settings.frames import Contrast, ContrastUnit, FrameBudget
-from video_r1.training.logprob_contrast import logprob_drops
+from video_r1.training.logprob_contrast import token_contrasts
 
 SIDE, BATCH = 56, 16
 KEY_SHARE = 5  # one token in five of a response is a key token
@@ -64,7 +65,8 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     ordered = engine.sample([question.ordered for question in questions("reversed", "frame")], sampling)
 
     def drops(contrast: Contrast, unit: ContrastUnit, seed: int = 0) -> list[Tensor]:
-        found = logprob_drops(model, questions(contrast, unit, seed), ordered, 1.0, BATCH)
+        pairs = zip(questions(contrast, unit, seed), ordered, strict=True)
+        found = token_contrasts(model, [Rollouts(*pair) for pair in pairs], 1.0, BATCH)
         return [each for group in found for each in group or []]
 
     patches = {contrast: drops(contrast, "patch") for contrast in ("shuffled", "reversed")}

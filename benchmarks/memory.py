@@ -30,7 +30,7 @@ from video_r1.plan.memory import MemoryPlan, memory_plan
 from video_r1.recipe import Recipe, load_recipe
 from video_r1.rollout.engine import SamplingSettings
 from video_r1.rollout.transformers import TransformersEngine
-from video_r1.training.objective import policy_loss
+from video_r1.training.objective import surrogate_loss
 from video_r1.training.reference import frozen_adapters, frozen_copy, starting_adapters
 
 CASES = ("full", "full-checkpointing", "lora", "lora-checkpointing")
@@ -81,7 +81,7 @@ def measured(arguments: argparse.Namespace, lora: bool, checkpointing: bool) -> 
         with torch.no_grad(), starting_adapters(policy, adapters):
             judged = group_logprobs(reference, [prompt], completions).logprobs
         advantages = torch.linspace(-1, 1, group, device=device)
-        policy_loss(
+        surrogate_loss(
             result.logprobs, result.logprobs.detach(), advantages, result.lengths,
             normaliser=1.0, loss_type="grpo", beta=0.04, ref_logprobs=judged,
         ).loss.backward()  # fmt: skip

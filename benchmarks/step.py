@@ -34,19 +34,19 @@ from video_r1.data.decoding.media import decode_media
 from video_r1.data.manifests.records import Sample
 from video_r1.data.prompts import Prompt, PromptBuilder
 from video_r1.data.reading import Question, build_question
-from video_r1.data.rollouts import Rollout, RolloutGroup
+from video_r1.data.rollouts import Group, Rollout, Rollouts
 from video_r1.lab.model import base_folder
 from video_r1.models.group_forward import VisionFeatures, encode_vision, group_logprobs
 from video_r1.models.loading import freeze_vision, load_processor
-from video_r1.rewards.scoring import RewardTerms, reward_terms, score_groups
-from video_r1.rollout.engine import SamplingSettings, sample_rollouts
+from video_r1.rewards.scoring import RewardTerms, reward_terms
 from video_r1.rollout.transformers import TransformersEngine
 from video_r1.settings.frames import ContrastUnit, FrameBudget
 from video_r1.settings.training import TGRPOSettings
-from video_r1.training.advantages import group_advantages
-from video_r1.training.logprob_contrast import logprob_drops, samples_as_it_scores
-from video_r1.training.objective import policy_loss
+from video_r1.training import step
+from video_r1.training.logprob_contrast import samples_as_it_scores
+from video_r1.training.objective import surrogate_loss
 from video_r1.training.reference import frozen_copy
+from video_r1.training.step import advantages, sample, score
 
 Vision = list[VisionFeatures | None] | None
 SIDES = {"lab": 56, "small": 224}  # pixels of a frame as the model sees it
@@ -102,25 +102,16 @@ class Step:
             for sample in self.samples
         ]  # fmt: skip
 
-    def scored(
-        self,
-        questions: list[Question],
-        ordered: list[list[Rollout]],
-        shuffled: list[list[Rollout]],
-        settings: TGRPOSettings,
-        drops: list[list[Tensor] | None] | None = None,
-    ) -> list[RolloutGroup]:
-        text = self.builder.question
-        groups = score_groups(questions, ordered, shuffled, self.terms, settings, text, drops)
-        advantages = group_advantages(torch.stack([group.total_reward for group in groups]), "group")
-        for group, row in zip(groups, advantages, strict=True):
-            group.advantages = row + torch.linspace(-1, 1, len(row))  # random answers earn nothing
-        return groups
+    def scored(self, rollouts: list[Rollouts], settings: TGRPOSettings) -> list[Group]:
+        rewards = score(rollouts, self.terms, settings, self.builder.question)
+        groups = advantages(rollouts, rewards, settings)
+        # random answers earn nothing
+        return [replace(g, advantages=g.advantages + torch.linspace(-1, 1, len(g.ordered))) for g in groups]
 
-    def learn(self, groups: list[RolloutGroup], logprobs: Tensor, judged: Tensor, lengths: Tensor) -> None:
+    def learn(self, groups: list[Group], logprobs: Tensor, judged: Tensor, lengths: Tensor) -> None:
         settings = self.settings
         advantages = torch.cat([group.advantages for group in groups]).to(logprobs.device)
-        loss = policy_loss(
+        loss = surrogate_loss(
             logprobs, logprobs.detach(), advantages, lengths, normaliser=float(len(lengths)),
             loss_type=settings.loss_type, beta=settings.beta, ref_logprobs=judged,
         ).loss  # fmt: skip
@@ -128,12 +119,10 @@ class Step:
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
 
-    def ours(self) -> list[RolloutGroup]:
+    def ours(self) -> list[Group]:
         settings = self.settings
         questions = self.questions()
-        sampling = SamplingSettings(n=settings.num_generations, max_tokens=settings.max_completion_length)
-        rollouts = sample_rollouts(self.engine, questions, sampling, settings.shuffled_generations)
-        groups = self.scored(questions, *rollouts, settings)
+        groups = self.scored(sample(self.engine, questions, settings), settings)
         return self.updated(groups, self.vision([group.prompt for group in groups]))
 
     def vision(self, prompts: list[Prompt]) -> Vision:
@@ -141,7 +130,7 @@ class Step:
         with torch.no_grad():
             return encode_vision(self.model, prompts) if self.frozen else None
 
-    def updated(self, groups: list[RolloutGroup], vision: Vision) -> list[RolloutGroup]:
+    def updated(self, groups: list[Group], vision: Vision) -> list[Group]:
         prompts = [group.prompt for group in groups]
         completions = [[rollout.token_ids for rollout in group.ordered] for group in groups]
         policy = group_logprobs(self.model, prompts, completions, with_entropy=True, vision_features=vision)
@@ -150,19 +139,16 @@ class Step:
         self.learn(groups, policy.logprobs, judged, policy.lengths)
         return groups
 
-    def gated(self, unit: ContrastUnit) -> list[RolloutGroup]:
+    def gated(self, unit: ContrastUnit) -> list[Group]:
         """As `ours`, by the gate: completions are scored with the contrast clip; none are sampled from it."""
         settings = self.gate[unit]
         questions = self.questions(settings)
-        sampling = SamplingSettings(n=settings.num_generations, max_tokens=settings.max_completion_length)
-        ordered, shuffled = sample_rollouts(self.engine, questions, sampling, settings.shuffled_generations)
-        vision = self.vision([question.ordered for question in questions])
+        rollouts = sample(self.engine, questions, settings)
         exact = samples_as_it_scores(self.model)
-        drops = logprob_drops(
-            self.model, questions, ordered, settings.temperature, len(questions),
-            [[part] for part in vision] if vision and (unit == "patch" or not exact) else None, exact,
-        )  # fmt: skip
-        return self.updated(self.scored(questions, ordered, shuffled, settings, drops), vision)
+        rollouts = step.compare(self.model, rollouts, settings, len(questions), exact, self.frozen)
+        vision = [one.vision[0] for one in rollouts if one.vision is not None]
+        shared = vision or self.vision([question.ordered for question in questions])
+        return self.updated(self.scored(rollouts, settings), shared)
 
     def generate(self, prompt: Prompt, count: int) -> list[Rollout]:
         inputs = {name: value.to(self.model.device) for name, value in prompt.features.items()}
@@ -188,13 +174,15 @@ class Step:
     def expanded(self) -> None:
         settings = self.settings
         questions = self.questions()
-        ordered = [self.generate(question.ordered, settings.num_generations) for question in questions]
-        shuffled = [
-            self.generate(question.shuffled, settings.shuffled_generations)
+        rollouts = [
+            Rollouts(
+                question,
+                self.generate(question.ordered, settings.num_generations),
+                self.generate(question.contrast, settings.contrast_generations) if question.contrast else [],
+            )
             for question in questions
-            if question.shuffled is not None
         ]
-        groups = self.scored(questions, ordered, shuffled, settings)
+        groups = self.scored(rollouts, settings)
         prompts = [group.prompt for group in groups]
         completions = [[rollout.token_ids for rollout in group.ordered] for group in groups]
         policy = expanded_logprobs(self.model, prompts, completions)
@@ -245,7 +233,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
             "prompt": len(step.questions()[0].ordered.input_ids),
             "completion": arguments.completion,
             "group": arguments.group,
-            "shuffled": step.settings.shuffled_generations,
+            "shuffled": step.settings.contrast_generations,
             "questions": arguments.questions,
             "frozen": arguments.frozen,
         }

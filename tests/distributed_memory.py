@@ -24,7 +24,7 @@ from torch.distributed.fsdp import FSDPModule
 from video_r1.models.group_forward import attending_in_rows, group_logprobs
 from video_r1.rollout.engine import SamplingSettings
 from video_r1.rollout.transformers import TransformersEngine
-from video_r1.training.objective import policy_loss
+from video_r1.training.objective import surrogate_loss
 from video_r1.training.reference import frozen_copy, prepare_reference
 from video_r1.training.sharded import keep_figures_exact, whole_weights
 
@@ -50,7 +50,7 @@ def measure(folder: Path, hidden: int, layers: int) -> None:
             result = group_logprobs(model, [prompt], COMPLETIONS, with_entropy=True)
             with torch.no_grad():
                 judged = group_logprobs(reference, [prompt], COMPLETIONS).logprobs
-        loss = policy_loss(
+        loss = surrogate_loss(
             result.logprobs, result.logprobs.detach(), torch.linspace(-1, 1, 8), result.lengths,
             normaliser=1.0, loss_type="grpo", beta=0.04, ref_logprobs=judged,
         ).loss  # fmt: skip

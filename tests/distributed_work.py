@@ -177,8 +177,8 @@ def mixed(folder: Path, processes: int, name: str) -> None:
     completions = [[rollout.token_ids for rollout in group.ordered] for group in batch.trained]
     with torch.no_grad():
         exact = group_logprobs(plain, [group.prompt for group in batch.trained], completions).logprobs
-    assert batch.old_logprobs is not None and batch.ref_logprobs is not None
-    found = {"exact": exact, "policy": batch.old_logprobs, "reference": batch.ref_logprobs}
+    kept = trainer.references[batch.number]
+    found = {"exact": exact, "policy": kept.old_logprobs, "reference": kept.ref_logprobs}
     torch.save(found, folder / name / f"logprobs-{os.environ.get('RANK', '0')}.pt")
 
 

@@ -15,7 +15,8 @@ from torch import Tensor
 from video_r1.data.decoding.media import Media
 from video_r1.data.manifests.records import Sample
 from video_r1.data.prompts import Prompt
-from video_r1.data.rollouts import Rollout, RolloutGroup
+from video_r1.data.reading import Question
+from video_r1.data.rollouts import Correct, Group, Rewards, Rollout, Rollouts
 from video_r1.evaluation.summary import summarise
 from video_r1.settings.frames import CONTROLS
 from video_r1.training.recording import save_strip
@@ -332,9 +333,7 @@ def plain_frames(*levels: int, size: tuple[int, int] = (28, 28)) -> torch.Tensor
     return torch.stack([torch.full((3, *size), level, dtype=torch.uint8) for level in levels])
 
 
-def group_of(
-    problem_id: str | int = 7, rewards: list[float] | None = None, video: bool = True
-) -> RolloutGroup:
+def group_of(problem_id: str | int = 7, rewards: list[float] | None = None, video: bool = True) -> Group:
     rewards = rewards or [1.0, 0.0]
     permutation = torch.tensor([2, 0, 1])
     frames = plain_frames(10, 120, 240) if video else plain_frames(10)
@@ -347,25 +346,17 @@ def group_of(
     def rollout(text: str, length: int) -> Rollout:
         return Rollout(torch.arange(length), torch.zeros(length), text, "stop")
 
-    return RolloutGroup(
-        sample=Sample(
-            problem_id,
-            "Which way?",
-            "video" if video else "image",
-            "multiple choice",
-            "<answer>B</answer>",
-            "/data/set/videos/7.mp4",
-            ("A. left", "B. right"),
-            data_source="lab/direction",
-        ),
-        prompt=prompt,
-        ordered=[rollout("<think>x</think><answer>B</answer>", 5), rollout("A", 3)],
-        shuffled_prompt=shuffled_prompt if video else None,
-        shuffled=[rollout("C", 2)] if video else [],
-        rewards={"accuracy": torch.tensor(rewards)},
-        total_reward=torch.tensor(rewards),
-        advantages=torch.tensor([0.7, -0.7]),
-        shuffled_rewards={"accuracy": torch.tensor([0.0])} if video else {},
-        p=0.5,
-        p_shuffled=0.0 if video else None,
+    total = torch.tensor(rewards)
+    right = Correct(total > 0.5, torch.zeros(int(video), dtype=torch.bool))
+    sample = Sample(
+        problem_id, "Which way?", "video" if video else "image", "multiple choice", "<answer>B</answer>",
+        "/data/set/videos/7.mp4", ("A. left", "B. right"), data_source="lab/direction",
+    )  # fmt: skip
+    question = Question(sample, prompt, shuffled_prompt if video else None, 0)
+    ordered = [rollout("<think>x</think><answer>B</answer>", 5), rollout("A", 3)]
+    contrast_terms = {"accuracy": torch.tensor([0.0])} if video else {}
+    return Group(
+        Rollouts(question, ordered, [rollout("C", 2)] if video else []),
+        Rewards({"accuracy": total}, total, {}, right, contrast_terms),
+        torch.tensor([0.7, -0.7]),
     )

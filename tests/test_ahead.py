@@ -116,14 +116,14 @@ def test_the_same_questions_in_the_same_order(
         folder = tmp_path / str(ahead)
         with monkeypatch.context() as patch:
             asked: list[list[Any]] = []
-            roll_out = TGRPOTrainer.roll_out
+            new_step = TGRPOTrainer.new_step
 
-            def noted(self: TGRPOTrainer, pending: Any, asked: Any = asked, roll_out: Any = roll_out) -> Any:
-                step = roll_out(self, pending)
+            def noted(self: TGRPOTrainer, reading: Any, asked: Any = asked, new_step: Any = new_step) -> Any:
+                step = new_step(self, reading)
                 asked.append([batch.problem_ids for batch in step.batches])
                 return step
 
-            patch.setattr(TGRPOTrainer, "roll_out", noted)
+            patch.setattr(TGRPOTrainer, "new_step", noted)
             run(
                 checkpoint, manifest, folder, patch, async_rollouts=ahead, gradient_accumulation_steps=3,
                 num_iterations=2, beta=0.04,

@@ -186,7 +186,7 @@ def test_a_clip_that_does_not_move_loses_nothing(
     monkeypatch.setattr("video_r1.training.logprob_contrast.group_logprobs", heard)
     batches, _ = first_step(trainer)
     groups = [group for batch in batches for group in batch["batch"].groups]
-    drops = torch.cat([drops for group in groups for drops in group.token_drops])
+    drops = torch.cat([drops for group in groups for drops in group.rollouts.token_contrasts])
     if case == "float32":
         assert len(scored) == 2 and drops.abs().max() < 1e-4
         return

@@ -13,7 +13,8 @@ from tgrpo_trainers import make_trainer, weights
 from tiny_questions import read_lines
 from torch import equal
 
-from video_r1.training.questions import Slot, teaches_nothing
+from video_r1.training.questions import Slot
+from video_r1.training.selection import Answered
 from video_r1.training.tgrpo import TGRPOTrainer
 
 
@@ -27,19 +28,21 @@ def test_groups_without_variance_are_replaced(
 ) -> None:
     """Until the step is full or the rounds are used up; the share is a series."""
     asked: list[list[Slot]] = []
-    ask = TGRPOTrainer.ask
+    answer = TGRPOTrainer.answer
 
     def counted(self: TGRPOTrainer, ready: Any) -> Any:
         asked.append([entry.slot for entry in ready])
-        return ask(self, ready)
+        return answer(self, ready)
 
-    monkeypatch.setattr(TGRPOTrainer, "ask", counted)
+    monkeypatch.setattr(TGRPOTrainer, "answer", counted)
     trainer = make_trainer(
         checkpoint, str(manifest), tmp_path, rewards=mostly_equal, dynamic_sampling=rounds, max_steps=1,
         per_device_train_batch_size=4, gradient_accumulation_steps=2,
     )  # fmt: skip
     trainer.train()
-    flat = [teaches_nothing(group) for group in step_groups(trainer)]
+    flat = [
+        Answered(Slot(0, 0), group.rollouts, group.rewards).teaches_nothing for group in step_groups(trainer)
+    ]
     (line,) = read_lines(tmp_path / "metrics.jsonl")
     assert line["groups/no_variance"] == sum(flat) / 8
     if rounds == 20:

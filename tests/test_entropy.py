@@ -12,7 +12,7 @@ from test_tgrpo import assert_same_step, plain_logits
 from tgrpo_trainers import first_step, make_trainer, policy_of
 from torch import Tensor
 
-from video_r1.data.rollouts import RolloutGroup
+from video_r1.data.rollouts import Group
 
 
 def nothing(completions: list[str], **columns: Any) -> list[float]:
@@ -20,7 +20,7 @@ def nothing(completions: list[str], **columns: Any) -> list[float]:
     return [1.0] * len(completions)
 
 
-def plain_entropies(model: Any, groups: Sequence[RolloutGroup], temperature: float) -> Tensor:
+def plain_entropies(model: Any, groups: Sequence[Group], temperature: float) -> Tensor:
     """float64 [N], of the groups' tokens, one completion after the other."""
     entropies = []
     for group in groups:

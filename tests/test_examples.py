@@ -75,3 +75,11 @@ def test_evaluate_any(checkpoint: Path, manifest: Path, tmp_path: Path) -> None:
     found = run("evaluate_any", checkpoint, manifest, tmp_path, **settings)
     assert list(found) == ["ordered", "shuffled", "reversed", "blind"]
     assert all(0 <= accuracy <= 1 for accuracy in found.values())
+
+
+def test_plain_loop(checkpoint: Path, manifest: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Three steps on the packaged model and synthetic clips; one on a manifest."""
+    run("plain_loop")
+    run("plain_loop", checkpoint, manifest, steps=1, questions=2)
+    lines = re.findall(r"^step (\d): mean reward \d\.\d+ of (\d)", capsys.readouterr().out, re.MULTILINE)
+    assert lines == [("1", "4"), ("2", "4"), ("3", "4"), ("1", "2")]

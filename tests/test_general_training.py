@@ -55,7 +55,7 @@ def test_tgrpo_learns_and_its_checkpoint_is_plain(
     before = weights(trainer)
     trainer.train()
     groups = [group for batch in trainer.step.batches for group in batch.groups]
-    assert any(group.shuffled for group in groups)
+    assert any(group.rollouts.contrast for group in groups)
     lines = read_lines(tmp_path / "metrics.jsonl")
     assert all(line["updates/skipped"] == 0 for line in lines if "loss" in line)
     after = AutoModelForImageTextToText.from_pretrained(tmp_path / "checkpoint-2").state_dict()

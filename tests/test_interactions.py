@@ -11,7 +11,6 @@ import math
 from dataclasses import dataclass, field
 from itertools import combinations
 from statistics import fmean, stdev
-from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
@@ -20,16 +19,16 @@ from torch import Tensor
 
 from video_r1.data.manifests.records import Sample
 from video_r1.data.reading import Question
-from video_r1.data.rollouts import Rollout, ToolCall, ToolTurn
+from video_r1.data.rollouts import Group, Rollout, Rollouts, ToolCall, ToolTurn
 from video_r1.errors import ConfigError
 from video_r1.models.group_forward import GroupLogprobs
-from video_r1.rewards.scoring import reward_terms, score_groups
+from video_r1.rewards.scoring import reward_terms
 from video_r1.settings.base import flat_types, is_group, own_field_types
 from video_r1.settings.training import JudgeSettings, TGRPOSettings, TrainingSettings
 from video_r1.training.advantages import TaskMoments
-from video_r1.training.objective import ClipRange
-from video_r1.training.questions import teaches_nothing, with_shuffled_options
-from video_r1.training.tgrpo import TGRPOTrainer, credit, step_of
+from video_r1.training.questions import Slot, with_shuffled_options
+from video_r1.training.selection import Answered
+from video_r1.training.step import MicroBatch, References, advantages, micro_batches, policy_loss, score
 
 
 def own(completions: list[str], **columns: Any) -> list[float | None]:
@@ -168,7 +167,7 @@ class World:
             "teacher": 5.0 * noise(0.3), "sampler": noise(0.3).exp(), "entropy": noise(1.0).abs(),
         }  # fmt: skip
 
-    def groups(self) -> list[Any]:
+    def groups(self) -> list[Group]:
         about, settings = self.about, self.settings
         graded = about.get("graded")
         samples = []
@@ -189,7 +188,7 @@ class World:
             names += ["temporal"] if settings.paid_rule != "off" else []
             rewards = [*names, *(["judge"] if about.get("judge") == "reward" else []), own]
         terms = reward_terms(rewards, settings)
-        ordered, contrast, drops, questions = [], [], [], []
+        answered, contrast = [], []
         for number, sample in enumerate(samples):
             texts = {option[3:]: option[0] for option in sample.options}
             letters = dict(GRADED) if graded else {"right": texts["bee"], "wrong": texts["cat"]}
@@ -201,15 +200,14 @@ class World:
                 reason = "length" if CUT[number][place] else "stop"
                 made.append(Rollout(torch.zeros(length, dtype=torch.long), torch.zeros(length),
                                     text(kind, letters), reason, turns))  # fmt: skip
-            ordered.append(made)
-            sampled = number == 0 and settings.shuffled_generations
+            sampled = number == 0 and settings.contrast_generations
             contrast.append(
                 [Rollout(torch.zeros(1), torch.zeros(1), text(kind, letters), "stop") for kind in CONTRAST]
                 if sampled
                 else []
             )
             scored, first = settings.paid_rule == "likelihood_gate", DROPS[number]
-            drops.append(
+            drops = (
                 [
                     torch.cat([torch.tensor([d]), torch.zeros(n - 1)])
                     for d, n in zip(first, LENGTHS[0], strict=True)
@@ -217,59 +215,52 @@ class World:
                 if scored and first
                 else None
             )
-            questions.append(Question(sample, cast(Any, None), cast(Any, None), 0,
-                                      teacher=cast(Any, "t") if about.get("teacher") else None))  # fmt: skip
+            question = Question(sample, cast(Any, None), cast(Any, None), 0,
+                                teacher=cast(Any, "t") if about.get("teacher") else None)  # fmt: skip
+            answered.append(Rollouts(question, made, contrast[number], drops))
 
         def judge(asked: Any) -> list[Tensor]:
             both = settings.judge.use == "accuracy"
             judged = [[*JUDGED[n], 0.9, 0.2][: 4 + both * len(contrast[n])] for n in range(2)]
             return [torch.tensor(scores) for scores in judged] if asked else []
 
-        return score_groups(questions, ordered, contrast, terms, settings, lambda sample: "what?", drops,
-                            judge if about.get("judge") else None)  # fmt: skip
+        moments = TaskMoments() if settings.scale_rewards == "task" else None
+        rewards = score(
+            answered, terms, settings, lambda sample: "what?", judge if about.get("judge") else None
+        )
+        return advantages(answered, rewards, settings, moments)
 
 
 def package_loss(world: World) -> tuple[float, Tensor, list[bool]]:
     """The loss, its gradient by each token's log-prob, and which groups dynamic sampling would replace."""
     settings, about = world.settings, world.about
     groups = world.groups()
-    moments = TaskMoments() if settings.scale_rewards == "task" else None
-    credit(groups, settings, moments)
-    step = step_of(groups, about.get("sizes", [2]), None, settings)
+    step = micro_batches(groups, about.get("sizes", [2]), settings)
     everything = torch.cat([t["policy"] for question in world.tokens for t in question]).requires_grad_()
     parts = iter(everything.split([len(t["policy"]) for question in world.tokens for t in question]))
     policy = {id(group): [next(parts) for _ in group.ordered] for group in groups}
     tokens = {id(group): own for group, own in zip(groups, world.tokens, strict=True)}
 
-    def of(batch: Any, name: str) -> Tensor:
+    def of(batch: MicroBatch, name: str) -> Tensor:
         return torch.cat([each[name] for group in batch.trained for each in tokens[id(group)]])
 
-    def logprobs(model: Any, batch: Any, with_entropy: bool) -> GroupLogprobs:
-        values = torch.cat([part for group in batch.trained for part in policy[id(group)]])
-        lengths = torch.tensor([len(part) for group in batch.trained for part in policy[id(group)]])
-        return GroupLogprobs(values, lengths, of(batch, "entropy"))
-
-    def set_references(batch: Any, model: Any, values: Tensor) -> None:
-        batch.old_logprobs = of(batch, "old") if about.get("old") else values
-        batch.ref_logprobs = of(batch, "ref") if settings.beta else None
-        batch.sampler_weights = of(batch, "sampler") if about.get("sampler") else None
-        batch.teacher_credits = (
-            settings.teacher.weight * of(batch, "teacher") if about.get("teacher") else None
-        )
-
-    clip = ClipRange(settings.epsilon, settings.epsilon_high or settings.epsilon, settings.delta)
-    trainer: Any = SimpleNamespace(
-        settings=settings, logprobs=logprobs, set_references=set_references, clip=clip,
-        meter=SimpleNamespace(add=lambda *given: None), watched=lambda loss, ids: loss,
-    )  # fmt: skip
     loss = torch.zeros((), dtype=torch.float64)
     for batch in step.batches:
-        inputs = {"batch": batch, "step": step}
-        loss = loss + TGRPOTrainer.compute_loss(trainer, cast(Any, None), inputs, False, step.normaliser)
+        values = torch.cat([part for group in batch.trained for part in policy[id(group)]])
+        lengths = torch.tensor([len(part) for group in batch.trained for part in policy[id(group)]])
+        references = References(
+            of(batch, "old") if about.get("old") else values.detach(),
+            of(batch, "ref") if settings.beta else None,
+            of(batch, "sampler") if about.get("sampler") else None,
+            settings.teacher.weight * of(batch, "teacher") if about.get("teacher") else None,
+        )
+        logprobs = GroupLogprobs(values, lengths, of(batch, "entropy"))
+        loss = loss + policy_loss(logprobs, batch, references, step, settings).loss
     if loss.requires_grad:
         loss.backward()
     gradient = torch.zeros_like(everything) if everything.grad is None else everything.grad
-    return float(loss.detach()), gradient, [teaches_nothing(group) for group in groups]
+    flat = [Answered(Slot(0, 0), group.rollouts, group.rewards).teaches_nothing for group in groups]
+    return float(loss.detach()), gradient, flat
 
 
 # ---- The same by hand

@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -22,7 +22,9 @@ from torch.multiprocessing.spawn import spawn
 
 from video_r1 import chat_client as client
 from video_r1.data.manifests.records import Sample
-from video_r1.data.rollouts import Rollout
+from video_r1.data.reading import Question
+from video_r1.data.rollouts import Rollout, Rollouts
+from video_r1.data.scores import correctness
 from video_r1.errors import ConfigError, VideoR1Error
 from video_r1.processes import Interrupted
 from video_r1.rewards import judge as judge_module
@@ -34,8 +36,9 @@ from video_r1.rewards.judge import (
     read_score,
     recorded_scores,
 )
-from video_r1.rewards.scoring import correctness, reward_terms, score_groups
+from video_r1.rewards.scoring import reward_terms
 from video_r1.settings.training import JudgeSettings, TGRPOSettings
+from video_r1.training import step
 from video_r1.training.metrics import Meter
 from video_r1.training.tgrpo import TGRPOTrainer
 
@@ -58,7 +61,7 @@ def group(*answers: str, kind: Any = "free-form", number: int = 1) -> Any:
     sample = Sample(number, "Which way?", "video", kind, "<answer>it moves right</answer>", "/a.mp4")
     texts = [f"<think>so</think><answer>{answer}</answer>" if answer else "so" for answer in answers]
     none = torch.zeros(0)
-    return SimpleNamespace(sample=sample, ordered=[Rollout(none, none, text, "stop") for text in texts])
+    return SimpleNamespace(sample=sample, rollouts=[Rollout(none, none, text, "stop") for text in texts])
 
 
 def open_judge(
@@ -284,21 +287,20 @@ def test_the_judge_says_what_is_correct(endpoint: JudgeEndpoint, tmp_path: Path,
     judge = Judge(settings.judge, tmp_path, Meter(), lambda: False)
     judge.open()
     own, choice = group(*answers), group("B", "A", kind="multiple choice", number=2)
-    question: Any = SimpleNamespace(sample=own.sample, ordered=None, shuffled=None, teacher=None)
-    other: Any = SimpleNamespace(sample=choice.sample, ordered=None, shuffled=None, teacher=None)
-    free, chosen = score_groups(
-        [question, other], [own.ordered[:2], choice.ordered], [own.ordered[2:], []],
-        reward_terms(None, settings), settings, lambda sample: "", judge=judge,
+    questions = [Question(one.sample, cast(Any, None), None, 0) for one in (own, choice)]
+    free, chosen = step.score(
+        [Rollouts(questions[0], own.rollouts[:2], own.rollouts[2:]), Rollouts(questions[1], choice.rollouts)],
+        reward_terms(None, settings), settings, lambda sample: "", judge,
     )  # fmt: skip
     expected = list(answers.values())
     if said is not None:
         expected = [correctness("free-form", answer, "it moves right") for answer in answers]
         assert expected[1] > 0.5  # ROUGE takes left for right
-    found = [*free.rewards["accuracy"].tolist(), *free.shuffled_rewards["accuracy"].tolist()]
-    assert found == pytest.approx(expected) and "judge" not in free.rewards
-    assert (free.p, free.p_shuffled) == (0.5, 0.5)
+    found = [*free.terms["accuracy"].tolist(), *free.contrast_terms["accuracy"].tolist()]
+    assert found == pytest.approx(expected) and "judge" not in free.terms
+    assert (free.correct.p, free.correct.p_contrast) == (0.5, 0.5)
     assert sorted(endpoint.asked()) == sorted(answers)  # each once, none of the other question
-    assert chosen.rewards["accuracy"].tolist() == [0.0, 0.0]
+    assert chosen.terms["accuracy"].tolist() == [0.0, 0.0]
 
 
 # ---- Whole runs

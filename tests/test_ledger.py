@@ -6,11 +6,9 @@ import logging
 from typing import Any
 
 import pytest
-from test_temporal import credited, scored
+from test_temporal import credited, scored, with_advantages
 
-from video_r1.settings.training import TGRPOSettings
 from video_r1.training.ledger import Ledger
-from video_r1.training.tgrpo import credit
 
 
 def untagged(letter: str) -> str:
@@ -55,11 +53,11 @@ def test_ledger_of_a_gate_and_of_what_it_multiplies() -> None:
 
 
 def test_ledger_takes_no_gate_for_a_fault(caplog: pytest.LogCaptureFixture) -> None:
-    settings, ledger = TGRPOSettings(temporal_rule="likelihood_gate", length_reward=0.0), Ledger()
+    ledger = Ledger()
     for _ in range(21):
         group = scored(["A", "A", "A", "B"], [0.0, 0.0, 9.0, 0.0], temporal_rule="likelihood_gate")
         with caplog.at_level(logging.WARNING):
-            series = credit([group], settings, None, ledger)
+            series = ledger.add(with_advantages([group], temporal_rule="likelihood_gate"), gated=True)
     assert series["credit_sign/temporal"] < -0.2
     assert not [record for record in caplog.records if "against accuracy" in record.message]
 
@@ -82,13 +80,12 @@ def test_ledger_warns_after_twenty_steps(
     rewards: Any, weights: Any, said: list[str], caplog: pytest.LogCaptureFixture
 ) -> None:
     answers, names = rewards
-    settings = TGRPOSettings(temporal_rule="margin", length_reward=0.0)
     ledger, warned = Ledger(), []
     for step in range(22):
         group = scored(answers, contrast=["B"], rewards=names, reward_weights=weights)
         caplog.clear()
         with caplog.at_level(logging.WARNING):
-            credit([group], settings, None, ledger)
+            ledger.add(with_advantages([group], temporal_rule="margin"))
         warned += [(step, record.message) for record in caplog.records if "reward " in record.message]
     assert [step for step, _ in warned] == [19] * len(said)
     assert all(part in line for part, (_, line) in zip(said, warned, strict=True))

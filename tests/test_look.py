@@ -592,8 +592,8 @@ def test_a_step_trains_on_episodes(checkpoint: Path, manifest: Path, tmp_path: P
     own = torch.cat([rollout.logprobs for group in groups for rollout in group.ordered])
     torch.testing.assert_close(found["policy"].logprobs, own, atol=1e-5, rtol=0)
     loss.backward()
-    groups[0].teacher_logprobs = [rollout.logprobs - 1 for rollout in groups[0].ordered]
-    record_group(tmp_path, 1, groups[0], trainer.builder.tokenizer)
+    taught = [rollout.logprobs - 1 for rollout in groups[0].ordered]
+    record_group(tmp_path, 1, groups[0], trainer.builder.tokenizer, taught)
     (line,) = map(json.loads, (tmp_path / "rollouts.jsonl").read_text().splitlines())
     recorded = [completion.get("turns", []) for completion in line["ordered"]]
     assert [len(turns) for turns in recorded] == [0, 1, 2, 0]
@@ -611,13 +611,17 @@ def test_a_step_trains_on_episodes(checkpoint: Path, manifest: Path, tmp_path: P
         assert not is_video or (tmp_path / turn["frames"]["strip"]).is_file()
     assert [turn["failed"] for turn in shown] == [not is_video] * 2
     assert all(str(turn["strip"]).startswith("data:image/jpeg;base64,") == is_video for turn in shown)
-    contrasts = [group for group in groups if group.shuffled_prompt is not None and group.token_drops]
+    contrasts = [
+        group
+        for group in groups
+        if group.rollouts.question.contrast is not None and group.rollouts.token_contrasts
+    ]
     assert bool(contrasts) == (rule == "likelihood_gate")
     for group in contrasts:
-        for rollout, drops in zip(group.ordered, group.token_drops, strict=True):
+        for rollout, drops in zip(group.ordered, group.rollouts.token_contrasts, strict=True):
             with torch.no_grad():
                 kept = alone(policy_of(trainer), group.prompt, rollout)
-                lost = alone(policy_of(trainer), group.shuffled_prompt, rollout, contrast=True)
+                lost = alone(policy_of(trainer), group.rollouts.question.contrast, rollout, contrast=True)
             torch.testing.assert_close(drops, kept - lost, atol=1e-5, rtol=0)
 
 

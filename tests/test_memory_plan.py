@@ -40,7 +40,7 @@ from video_r1.plan.memory import MemoryPlan, memory_plan, sharding_of
 from video_r1.recipe import Recipe, load_recipe
 from video_r1.rollout.engine import SamplingSettings
 from video_r1.rollout.transformers import TransformersEngine
-from video_r1.training.objective import policy_loss
+from video_r1.training.objective import surrogate_loss
 from video_r1.training.reference import frozen_adapters, frozen_copy, starting_adapters
 
 TOLERANCE = 0.05  # 15 % is what the plan promises
@@ -270,7 +270,7 @@ def test_the_plan_agrees_with_a_measured_update(
         result = group_logprobs(policy, [prompt], COMPLETIONS, with_entropy=True)
         with torch.no_grad(), starting_adapters(policy, adapters):
             judged = group_logprobs(reference, [prompt], COMPLETIONS).logprobs
-        loss = policy_loss(
+        loss = surrogate_loss(
             result.logprobs, result.logprobs.detach(), torch.linspace(-1, 1, 8), result.lengths,
             normaliser=1.0, loss_type="grpo", beta=0.04, ref_logprobs=judged,
         ).loss  # fmt: skip

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from video_r1.errors import ConfigError
-from video_r1.training.objective import ClipRange, k3_kl, loss_normaliser, policy_loss
+from video_r1.training.objective import ClipRange, k3_kl, loss_normaliser, surrogate_loss
 
 LN2 = math.log(2.0)
 # Two responses of 2 and 1 tokens with the ratios 1.5, 1 | 0.5 and the advantages 1 | −1. With ε = 0.2 the
@@ -19,7 +19,7 @@ LENGTHS = torch.tensor([2, 1])
 
 def worked(loss_type, **settings):
     normaliser = loss_normaliser(loss_type, responses=2, tokens=3, max_completion_length=4)
-    return policy_loss(
+    return surrogate_loss(
         OLD + RATIO.log(), OLD, ADVANTAGES, LENGTHS, normaliser=normaliser, loss_type=loss_type, **settings
     )
 
@@ -56,7 +56,7 @@ def test_interaction_of_a_teacher_and_the_ratio_of_a_sequence(off_policy: float)
     old = torch.tensor([-1.0, -2.0, -1.0, -1.0], dtype=torch.float64)
     policy = (old + off_policy * torch.tensor([1.0, -1.0, 1.0, 0.0])).requires_grad_()
     credits = torch.tensor([5.0, -5.0, 0.0, 0.0], dtype=torch.float64)
-    policy_loss(
+    surrogate_loss(
         policy, old, torch.zeros(1, dtype=torch.float64), torch.tensor([4]), normaliser=1.0,
         importance_sampling_level="sequence", token_credits=credits,
     ).loss.backward()  # fmt: skip
@@ -122,7 +122,7 @@ def random_case(seed: int, responses: int = 12):
 def test_sizes_that_do_not_fit_are_refused(arguments, message: str) -> None:
     settings = {"logprobs": OLD, "old_logprobs": OLD, "advantages": ADVANTAGES, "lengths": LENGTHS}
     with pytest.raises(ValueError, match=message):
-        policy_loss(**(settings | arguments), normaliser=1.0)
+        surrogate_loss(**(settings | arguments), normaliser=1.0)
 
 
 def test_normalisers() -> None:

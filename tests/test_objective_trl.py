@@ -15,7 +15,7 @@ from video_r1.training.objective import (
     entropy_sum,
     high_entropy,
     loss_normaliser,
-    policy_loss,
+    surrogate_loss,
 )
 
 with warnings.catch_warnings():
@@ -97,7 +97,7 @@ def test_values_and_gradients_are_those_of_trl(loss_type: str, chosen: dict[str,
         kept = high_entropy(entropy, entropy[by_token], chosen["quantile"])
         assert 0.3 < kept[by_token].double().mean() < 0.5
         weights = weights * kept
-    ours = policy_loss(
+    ours = surrogate_loss(
         logprobs, old, advantages, lengths,
         normaliser=loss_normaliser(loss_type, len(lengths), int(lengths[finished].sum()), LONGEST),
         loss_type=loss_type, clip=ClipRange(chosen["epsilon"], chosen["epsilon_high"], chosen["delta"]),

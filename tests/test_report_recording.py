@@ -15,7 +15,7 @@ from tiny_models import tiny_processor
 
 from video_r1.files import append_line
 from video_r1.report.run_data import read_groups, read_run
-from video_r1.training.recording import by_word, group_facts, record_group, save_strip
+from video_r1.training.recording import by_word, record_group, save_strip, skipped_facts
 
 
 @pytest.mark.parametrize(
@@ -60,9 +60,11 @@ def test_recorded_group(tmp_path: Path) -> None:
 def test_a_contrast_has_its_name(tmp_path: Path) -> None:
     """In the record and in the page's data; a record of an older run has none, and is of shuffled frames."""
     group = group_of()
-    assert group.shuffled_prompt is not None
-    blind = replace(group.shuffled_prompt, permutation=torch.tensor([], dtype=torch.long), contrast="blind")
-    record_group(tmp_path, 1, replace(group, shuffled_prompt=blind))
+    question = group.rollouts.question
+    assert question.contrast is not None
+    blind = replace(question.contrast, permutation=torch.tensor([], dtype=torch.long), contrast="blind")
+    rollouts = replace(group.rollouts, question=replace(question, contrast=blind))
+    record_group(tmp_path, 1, replace(group, rollouts=rollouts))
     record_group(tmp_path, 2, group)
     record_group(tmp_path, 3, group)
     lines = [json.loads(line) for line in (tmp_path / "rollouts.jsonl").read_text().splitlines()]
@@ -79,11 +81,12 @@ def test_a_contrast_has_its_name(tmp_path: Path) -> None:
 
 def test_a_clip_played_backwards_says_so(tmp_path: Path) -> None:
     group = group_of()
-    record_group(tmp_path, 1, replace(group, sample=replace(group.sample, play="reversed")))
+    question = replace(group.rollouts.question, sample=replace(group.sample, play="reversed"))
+    record_group(tmp_path, 1, replace(group, rollouts=replace(group.rollouts, question=question)))
     record_group(tmp_path, 2, group)
     groups, _ = read_groups(read_run(tmp_path, tmp_path), 1_000_000)
     assert [shown["play"] for shown in groups] == ["reversed", "forward"]
-    assert "play" not in group_facts(group)
+    assert "play" not in skipped_facts(group.sample, group.rewards)
 
 
 def test_recording_survives_a_killed_run_and_bad_values(tmp_path: Path) -> None:
@@ -116,10 +119,12 @@ def test_words_have_what_they_lose_with_the_contrast(tmp_path: Path) -> None:
     assert sum(drop for _, drop, _ in words) == pytest.approx(float(drops.sum()))
     assert all(drop == -other for _, drop, other in words)
     group = group_of()
-    group.teacher_logprobs = [torch.full((len(rollout.token_ids),), -1.0) for rollout in group.ordered]
-    group.token_drops = [torch.full((len(rollout.token_ids),), 0.5) for rollout in group.ordered]
-    record_group(tmp_path, 1, group, tokenizer=tokenizer)
-    record_group(tmp_path, 2, replace(group, token_drops=None), tokenizer=tokenizer)
+    taught, contrasts = (
+        [torch.full((len(rollout.token_ids),), value) for rollout in group.ordered] for value in (-1.0, 0.5)
+    )
+    with_contrasts = replace(group.rollouts, token_contrasts=contrasts)
+    record_group(tmp_path, 1, replace(group, rollouts=with_contrasts), tokenizer, taught)
+    record_group(tmp_path, 2, group, tokenizer, taught)
     told, plain = (json.loads(line) for line in (tmp_path / "rollouts.jsonl").read_text().splitlines())
     losses = [sum(drop for _, drop in item["word_drops"]) for item in told["ordered"]]
     assert losses == pytest.approx([0.5 * item["tokens"] for item in told["ordered"]])

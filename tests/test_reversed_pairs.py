@@ -14,7 +14,7 @@ from tiny_models import moving_square, write_clip
 from video_r1.cli import main
 from video_r1.data.making.reversal import Reversals, Unknown
 from video_r1.data.manifests.records import load_manifest
-from video_r1.data.reading import derived_generator
+from video_r1.data.reading import Question, derived_generator
 from video_r1.training.metrics import Meter, describe_groups
 from video_r1.training.questions import epoch_order, pair_of
 
@@ -169,7 +169,11 @@ def test_twins_are_asked_in_one_step(tmp_path: Path, monkeypatch: pytest.MonkeyP
         )
     meter = Meter()
     answers = zip(samples[:3], ("AABB", "ABBB", "AAAA"), strict=True)
-    *twins, single = [replace(scored([*letters]), sample=sample) for sample, letters in answers]
+    groups = [(scored([*letters]), sample) for sample, letters in answers]
+    *twins, single = [
+        replace(group, rollouts=replace(group.rollouts, question=Question(sample, None, None, 0)))  # type: ignore[arg-type]
+        for group, sample in groups
+    ]
     describe_groups(meter, [*twins, single], ())
     assert meter.drain()["temporal/pair_accuracy"] == 0.125
     key = pair_of(samples[0])  # its other half is asked on another rank

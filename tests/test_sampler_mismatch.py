@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import math
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -24,16 +23,16 @@ SAMPLED = [[-1.5, -1.0], [-2.0]]
 TRAINER = torch.tensor([-1.0, -2.0, -2.0])
 
 
-def group(*completions: list[float]) -> Any:
+def rollouts(*completions: list[float]) -> list[Rollout]:
     ids = [torch.ones(len(logprobs), dtype=torch.long) for logprobs in completions]
     pairs = zip(ids, completions, strict=True)
-    return SimpleNamespace(ordered=[Rollout(i, torch.tensor(values), "", "stop") for i, values in pairs])
+    return [Rollout(i, torch.tensor(values), "", "stop") for i, values in pairs]
 
 
 def test_weights_and_series() -> None:
     meter = Meter()
     weights = sampler_weights(
-        TRAINER, [group(*SAMPLED)], VLLMSettings(importance_sampling_clip_max=1.2), meter
+        TRAINER, rollouts(*SAMPLED), VLLMSettings(importance_sampling_clip_max=1.2), meter
     )
     assert weights is not None
     # exp(0.5) = 1.649 is capped, exp(-1) = 0.368 and exp(0) = 1 are not
@@ -61,7 +60,7 @@ def test_modes_by_hand(mode: Any, bounds: tuple[float | None, float | None], exp
         importance_sampling_mode=mode, importance_sampling_clip_min=low,
         importance_sampling_clip_max=high,
     )  # fmt: skip
-    weights = sampler_weights(TRAINER, [group(*SAMPLED)], settings, Meter())
+    weights = sampler_weights(TRAINER, rollouts(*SAMPLED), settings, Meter())
     torch.testing.assert_close(weights, torch.tensor(expected))
 
 

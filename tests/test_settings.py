@@ -111,10 +111,10 @@ def test_each_temporal_rule_has_its_own_defaults() -> None:
     paper, gate = TGRPOSettings(), TGRPOSettings(temporal_rule="likelihood_gate")
     assert (paper.temporal_rule, paper.alpha, paper.contrast) == ("margin", 0.3, "shuffled")
     assert (gate.alpha, gate.contrast) == (0.9, "frozen")
-    assert (gate.shuffled_generations, paper.shuffled_generations) == (0, 4)
+    assert (gate.contrast_generations, paper.contrast_generations) == (0, 4)
     for rule in ("margin", "likelihood_gate"):  # a size of 0 needs no contrast
         off = TGRPOSettings(temporal_rule=rule, temporal_alpha=0.0)
-        assert (off.paid_rule, off.shuffled_generations) == ("off", 0)
+        assert (off.paid_rule, off.contrast_generations) == ("off", 0)
     assert TGRPOSettings(temporal_rule="likelihood_gate", contrast_unit="patch").contrast == "shuffled"
 
 

@@ -19,14 +19,14 @@ from video_r1.data.decoding.media import Media, Shown
 from video_r1.data.manifests.records import Sample
 from video_r1.data.prompts import Prompt, PromptBuilder, TextPrompts, contrast_order, contrast_prompt
 from video_r1.data.reading import build_question
-from video_r1.data.rollouts import Rollout
+from video_r1.data.rollouts import Rollout, Rollouts
 from video_r1.errors import PromptError
 from video_r1.models.families import find_family
 from video_r1.models.group_forward import encode_vision, group_logprobs
 from video_r1.rollout.endpoint_engine import chat_request
 from video_r1.rollout.engine import SamplingSettings
 from video_r1.rollout.engine_factory import in_process_engine
-from video_r1.training.logprob_contrast import logprob_drops
+from video_r1.training.logprob_contrast import token_contrasts
 
 torch.set_num_threads(1)
 
@@ -223,7 +223,7 @@ def test_contrasts_and_drops(family: str, unit: Any) -> None:
     """Frames stay in their clips; features of permuted pairs are those of the tower's, for unequal sizes."""
     clips, builder = clips_of(side(family)), PromptBuilder(PROCESSORS[family])
     question = build_question(TWO, clips, builder, torch.Generator().manual_seed(2), "shuffled", unit)
-    contrast = question.shuffled
+    contrast = question.contrast
     assert contrast is not None and contrast.permutation is not None
     assert not torch.equal(contrast.permutation, torch.arange(12))
     for media, clip, first in zip(contrast.media, clips, (0, 8), strict=True):
@@ -233,11 +233,12 @@ def test_contrasts_and_drops(family: str, unit: Any) -> None:
     if unit == "frame":
         return
     model = build_model(family)
-    rollouts = [[Rollout(tokens, torch.zeros(len(tokens)), "", "stop") for tokens in tokens_of(5, 3)]]
+    rollouts = [Rollout(tokens, torch.zeros(len(tokens)), "", "stop") for tokens in tokens_of(5, 3)]
+    given = Rollouts(question, rollouts)
     with torch.no_grad():
         vision = encode_vision(model, [question.ordered])
-    apart = logprob_drops(model, [question], rollouts, 0.8, batch_size=1)
-    shared = logprob_drops(model, [question], rollouts, 0.8, batch_size=1, vision=[vision])
+    apart = token_contrasts(model, [given], 0.8, batch_size=1)
+    shared = token_contrasts(model, [replace(given, vision=vision)], 0.8, batch_size=1)
     torch.testing.assert_close(shared[0], apart[0], rtol=0, atol=1e-5)
 
 

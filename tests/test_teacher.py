@@ -17,7 +17,7 @@ from tiny_questions import read_lines, write_manifest
 from video_r1.errors import ConfigError
 from video_r1.models.loading import load_model
 from video_r1.report.page import build_report, page_data
-from video_r1.training.objective import policy_loss
+from video_r1.training.objective import surrogate_loss
 from video_r1.training.teacher import TeacherScores, teacher_credits
 from video_r1.training.tgrpo import TGRPOConfig
 
@@ -33,7 +33,7 @@ def test_credits_are_bounded_gaps() -> None:
 def test_credits_join_the_advantages() -> None:
     """Two responses of 2 and 1 tokens, advantages 1 and -1; worked out by hand for the loss type grpo."""
     logprobs = torch.tensor([-1.0, -2.0, -3.0], requires_grad=True)
-    result = policy_loss(
+    result = surrogate_loss(
         logprobs, None, torch.tensor([1.0, -1.0]), torch.tensor([2, 1]), normaliser=2.0,
         token_credits=torch.tensor([0.5, -2.0, 0.25]),
     )  # fmt: skip
@@ -59,7 +59,9 @@ def test_distillation_follows_the_reverse_kl(
     )  # fmt: skip
     batches, normaliser = first_step(trainer)
     groups = batches[0]["batch"].groups
-    frames = {(g.prompt.frames, g.teacher_prompt.frames) for g in groups if g.sample.data_type == "video"}
+    frames = {
+        (g.prompt.frames, g.rollouts.question.teacher.frames) for g in groups if g.sample.data_type == "video"
+    }
     assert frames == {(4, 8)}
     loss = trainer.compute_loss(policy_of(trainer), batches[0], num_items_in_batch=normaliser)
     loss.backward()
@@ -67,11 +69,11 @@ def test_distillation_follows_the_reverse_kl(
     student, judge = (load_model(path, "float64") for path in (checkpoint, teacher))
     total = torch.zeros((), dtype=torch.float64)
     for group in groups:
-        assert not group.total_reward.any() and not group.advantages.any()
+        assert not group.rewards.total.any() and not group.advantages.any()
         for rollout in group.ordered:
             own = alone(student, group.prompt, rollout.token_ids)
             with torch.no_grad():
-                taught = alone(judge, group.teacher_prompt, rollout.token_ids)
+                taught = alone(judge, group.rollouts.question.teacher, rollout.token_ids)
             gaps = (own.detach() - taught).clamp(-5, 5)
             total = total + 0.5 * (own * gaps).sum() / len(own) / (2 * len(groups))
     total.backward()
@@ -203,6 +205,6 @@ def test_a_teacher_of_text_and_clips(family: str, tmp_path: Path) -> None:
         teacher_model_name_or_path=str(teacher), per_device_train_batch_size=2, **ALONE,
     )  # fmt: skip
     trainer.train()
-    for group in trainer.step.batches[0].groups:
-        for rollout, taught in zip(group.ordered, group.teacher_logprobs or [], strict=True):
-            assert len(taught) == len(rollout.token_ids) and bool(taught.isfinite().all())
+    taught = trainer.references[0].teacher_logprobs
+    assert taught is not None and bool(taught.isfinite().all())
+    assert len(taught) == sum(len(rollout.token_ids) for rollout in trainer.step.batches[0].rollouts)

@@ -16,14 +16,15 @@ from tgrpo_trainers import first_step, make_trainer, policy_of
 
 from video_r1.data.manifests.records import Sample
 from video_r1.data.reading import Question
-from video_r1.data.rollouts import Rollout, RolloutGroup
+from video_r1.data.rollouts import Group, Rollout, Rollouts
 from video_r1.errors import ConfigError
-from video_r1.rewards.scoring import reward_terms, score_groups
-from video_r1.rewards.temporal import RULES, logprob_contrast, warn_of_cancelled_bonus
+from video_r1.rewards.scoring import reward_terms
+from video_r1.rewards.temporal import RULES, logprob_contrast, rule_of, warn_of_cancelled_bonus
 from video_r1.settings.training import SampledRule, TemporalRule, TGRPOSettings
 from video_r1.training.advantages import TaskMoments
 from video_r1.training.ledger import Ledger
-from video_r1.training.tgrpo import TGRPOConfig, credit
+from video_r1.training.step import advantages, score
+from video_r1.training.tgrpo import TGRPOConfig
 
 
 def test_every_rule_of_the_settings_is_defined() -> None:
@@ -44,7 +45,7 @@ def scored(
     rewards: Any = None,
     sample: Sample = SAMPLE,
     **settings: Any,
-) -> RolloutGroup:
+) -> Group:
     """A group of whole texts or letters. drops: one d_t a completion, its Δ as well; contrast: answers to the
     contrast clip.
     """
@@ -56,15 +57,21 @@ def scored(
     chosen = TGRPOSettings(**{"length_reward": 0.0, **settings})
     question = Question(sample, cast(Any, None), cast(Any, None), 0)
     tokens = None if drops is None else [torch.tensor([drop]) for drop in drops]
-    (made,) = score_groups(
-        [question], [rollouts(answers)], [rollouts(contrast or [])], reward_terms(rewards, chosen), chosen,
-        lambda sample: sample.problem, [tokens],
-    )  # fmt: skip
-    return made
+    given = [Rollouts(question, rollouts(answers), rollouts(contrast or []), tokens)]
+    terms = reward_terms(rewards, chosen)
+    scores = score(given, terms, chosen, lambda sample: sample.problem)
+    return Group(given[0], scores[0], torch.zeros(len(answers)))
 
 
-def credited(groups: list[RolloutGroup], **settings: Any) -> dict[str, float]:
-    return credit(groups, TGRPOSettings(**settings), None, Ledger())
+def with_advantages(groups: list[Group], moments: TaskMoments | None = None, **settings: Any) -> list[Group]:
+    """The groups of one step, by these settings."""
+    rollouts, rewards = ([getattr(group, name) for group in groups] for name in ("rollouts", "rewards"))
+    return advantages(rollouts, rewards, TGRPOSettings(**settings), moments)
+
+
+def credited(groups: list[Group], **settings: Any) -> dict[str, float]:
+    chosen = TGRPOSettings(**settings)
+    return Ledger().add(with_advantages(groups, **settings), rule_of(chosen).gate is not None)
 
 
 @pytest.mark.parametrize(
@@ -89,9 +96,9 @@ def test_rewards_by_shares(rule: Any, mu: float, ordered: str, shuffled: str, am
         [letters[mark] for mark in ordered], contrast=[letters[mark] for mark in shuffled],
         temporal_rule=rule, temporal_threshold_mu=mu,
     )  # fmt: skip
-    torch.testing.assert_close(found.rewards["temporal"], amount * found.rewards["accuracy"])
-    assert found.p == ordered.count("1") / len(ordered)
-    assert found.p_shuffled == (shuffled.count("1") / len(shuffled) if shuffled else None)
+    torch.testing.assert_close(found.rewards.terms["temporal"], amount * found.rewards.terms["accuracy"])
+    assert found.rewards.correct.p == ordered.count("1") / len(ordered)
+    assert found.rewards.correct.p_contrast == (shuffled.count("1") / len(shuffled) if shuffled else None)
 
 
 def mine(prompts: Any, completions: list[str], **columns: Any) -> list[float]:
@@ -123,18 +130,17 @@ def test_credit_that_cancels_is_warned_of(
 
 def test_credit_reaches_the_gradient_with_the_deviation_of_a_task() -> None:
     """The bonus enters the moments with weight 0.01 from the second step on: it no longer cancels."""
-    tasks = TaskMoments()
-    settings = TGRPOSettings(temporal_rule="margin", scale_rewards="task")
+    tasks, settings = TaskMoments(), {"temporal_rule": "margin", "scale_rewards": "task"}
     plain, paid = (
         scored(["A", "A", "B", "B"], contrast=["A", other], rewards=["accuracy", "temporal"])
         for other in "AB"
     )
-    credit([replace(plain)], settings, tasks)  # E[R] = E[R²] = 1/2, deviation 1/2
-    paid.rewards["temporal"], paid.total_reward = (
-        0.15 * paid.rewards["accuracy"],
-        1.15 * paid.rewards["accuracy"],
-    )
-    credit([paid], settings, tasks)  # E[R] = 0.50075, E[R²] = 0.5016125
+    with_advantages([plain], tasks, **settings)  # E[R] = E[R²] = 1/2, deviation 1/2
+    accuracy = paid.rewards.terms["accuracy"]
+    terms = {"accuracy": accuracy, "temporal": 0.15 * accuracy}
+    rewards = replace(paid.rewards, terms=terms, total=1.15 * accuracy)
+    # E[R] = 0.50075, E[R²] = 0.5016125
+    (paid,) = with_advantages([replace(paid, rewards=rewards)], tasks, **settings)
     std = (0.5016125 - 0.50075**2) ** 0.5
     assert paid.advantages[0].item() == pytest.approx(0.575 / (std + 1e-4), rel=1e-5)
     assert paid.advantages_without["temporal"][0].item() == pytest.approx(0.5 / (std + 1e-4), rel=1e-5)
@@ -155,10 +161,10 @@ def test_a_list_of_rewards_is_all_that_is_paid(rule: Any, rewards: Any) -> None:
     terms = reward_terms(None if settings.reward_funcs else rewards, settings)
     assert "temporal" not in terms.names
     found = scored(["A", "A", "B", "B"], drops=[0.1, 0.0, 0.0, 0.0], rewards=rewards, temporal_rule=rule)
-    right, wrong = found.total_reward[:2], found.total_reward[2:]
+    right, wrong = found.rewards.total[:2], found.rewards.total[2:]
     assert right.min() >= wrong.max() and torch.equal(right[:1], right[1:])
     by_name = TGRPOSettings(temporal_rule=rule, reward_funcs=["format"])
-    assert by_name.paid_rule == "off" and by_name.shuffled_generations == 0
+    assert by_name.paid_rule == "off" and by_name.contrast_generations == 0
 
 
 def test_a_list_given_to_the_trainer_switches_the_rule_off(
@@ -169,7 +175,9 @@ def test_a_list_given_to_the_trainer_switches_the_rule_off(
     )
     batches, _ = first_step(trainer)
     groups = [each for batch in batches for each in batch["batch"].groups]
-    assert all(each.shuffled_prompt is None and each.token_drops is None for each in groups)
+    assert all(
+        each.rollouts.question.contrast is None and each.rollouts.token_contrasts is None for each in groups
+    )
 
 
 @pytest.mark.parametrize(
@@ -204,10 +212,10 @@ def test_a_gate_multiplies_what_right_answers_earn() -> None:
         ["A", "A", "B", "A"], [math.log(2), -0.5, 2.0, 50.0], temporal_rule="likelihood_gate",
         temporal_alpha=1.0, length_reward=0.2, length_range=[1, 9], max_completion_length=9,
     )  # fmt: skip
-    torch.testing.assert_close(found.total_reward, torch.tensor([0.6 + 1, 0.0 + 1, 0.0 + 1, 1.2 + 1]))
-    torch.testing.assert_close(found.rewards["temporal"], torch.tensor([-0.6, -1.2, 0.0, 0.0]))
-    torch.testing.assert_close(found.rewards_without["temporal"], torch.tensor([2.2, 2.2, 1.0, 2.2]))
-    torch.testing.assert_close(found.rewards_without["accuracy"], torch.tensor([1.1, 1.0, 1.0, 1.2]))
+    torch.testing.assert_close(found.rewards.total, torch.tensor([0.6 + 1, 0.0 + 1, 0.0 + 1, 1.2 + 1]))
+    torch.testing.assert_close(found.rewards.terms["temporal"], torch.tensor([-0.6, -1.2, 0.0, 0.0]))
+    torch.testing.assert_close(found.rewards.without["temporal"], torch.tensor([2.2, 2.2, 1.0, 2.2]))
+    torch.testing.assert_close(found.rewards.without["accuracy"], torch.tensor([1.1, 1.0, 1.0, 1.2]))
 
 
 @pytest.mark.parametrize(
@@ -225,14 +233,14 @@ def test_no_gate_makes_a_right_answer_worth_less_than_a_wrong_one(
         temporal_alpha=alpha, reward_weights=weights, length_reward=0.2, length_range=[1, 9],
         max_completion_length=9,
     )  # fmt: skip
-    assert found.correct is not None and found.correct.tolist() == [True, True, False, False]
-    assert found.total_reward[:2].min() >= found.total_reward[2:].max()
+    assert found.rewards.correct.ordered.tolist() == [True, True, False, False]
+    assert found.rewards.total[:2].min() >= found.rewards.total[2:].max()
     assert credited([found], temporal_rule="likelihood_gate")["credit_sign/temporal"] >= -1e-6 or alpha > 0
 
 
 def test_a_group_without_contrast_has_no_gate() -> None:
     found = scored(["A", "B"], None, temporal_rule="likelihood_gate")
-    assert found.total_reward.tolist() == [2.0, 1.0] and found.gate_deviation == 0.0
+    assert found.rewards.total.tolist() == [2.0, 1.0] and found.rewards.gate_deviation == 0.0
 
 
 def test_equal_gates_are_plain_grpo() -> None:
@@ -240,10 +248,10 @@ def test_equal_gates_are_plain_grpo() -> None:
     for text in ("A", "<answer>A</answer>"):
         answers = [text, "A", "A", "A", "B", "B", "B", "B"]
         plain = scored(answers, temporal_rule="off")
-        credit([plain], TGRPOSettings(temporal_rule="off"))
+        (plain,) = with_advantages([plain], temporal_rule="off")
         for drop in (0.0, 20.0):
             gated = scored(answers, [drop] * 8, temporal_rule="likelihood_gate", temporal_alpha=0.9)
-            credit([gated], TGRPOSettings(temporal_rule="likelihood_gate"))
+            (gated,) = with_advantages([gated], temporal_rule="likelihood_gate")
             if text == "A" or drop:
                 torch.testing.assert_close(gated.advantages, plain.advantages, atol=2e-3, rtol=0)
     assert plain.advantages[1].item() == pytest.approx(0.9354 if text == "A" else plain.advantages[1].item())
@@ -255,7 +263,7 @@ def test_small_differences_between_right_responses_stay_small() -> None:
     """
     alike = scored(["A"] * 4, [0.01, 0.02, 0.02, 0.03], temporal_rule="likelihood_gate")
     mixed = scored(["A", "A", "B", "B"], temporal_rule="likelihood_gate")
-    credit([alike, mixed], TGRPOSettings(temporal_rule="likelihood_gate"))
+    alike, mixed = with_advantages([alike, mixed], temporal_rule="likelihood_gate")
     assert alike.advantages.tolist() == pytest.approx([-0.0825, 0.0002, 0.0002, 0.0821], abs=2e-4)
     assert mixed.advantages[0].item() == pytest.approx(0.5 / ((1 / 3) ** 0.5 + 1e-4))
 
@@ -265,7 +273,7 @@ def test_what_the_gate_alone_adds_to_the_deviation() -> None:
     1, 0, 0 (and format 1) of 0.486. So 0.1 · 0.367 ÷ 0.486 is added.
     """
     found = scored(["A", "A", "B", "B"], [0.0, 50.0, 0.0, 0.0], temporal_rule="likelihood_gate")
-    credit([found], TGRPOSettings(temporal_rule="likelihood_gate"))
+    (found,) = with_advantages([found], temporal_rule="likelihood_gate")
     own, gated = torch.tensor([0.1, 1.0, 0.0, 0.0]).std(), torch.tensor([-0.45, 0.45, 0.0, 0.0]).std()
     expected = (torch.tensor([0.1, 1.0, 0.0, 0.0]) - 0.275) / (own + 0.1 * gated / own + 1e-4)
     torch.testing.assert_close(found.advantages, expected)
@@ -313,20 +321,28 @@ def test_drops_and_gradient_of_a_scored_rule(checkpoint: Path, manifest: Path, t
     assert {each.sample.data_type for each in groups} == {"video", "image"}
     shift = 0.2 * (torch.arange(10) % 3)
     trainer.settings.engine = "vllm"  # after sampling
-    for each in groups:
-        each.ordered = [replace(r, logprobs=r.logprobs - shift[: len(r.logprobs)]) for r in each.ordered]
+    for batch in batches:
+
+        def shifted(group: Group) -> Group:
+            ordered = [replace(r, logprobs=r.logprobs - shift[: len(r.logprobs)]) for r in group.ordered]
+            return replace(group, rollouts=replace(group.rollouts, ordered=ordered))
+
+        batch["batch"] = replace(batch["batch"], trained=[shifted(group) for group in batch["batch"].trained])
+    groups = [each for batch in batches for each in batch["batch"].trained]
     model = copy.deepcopy(policy_of(trainer)).double()
     expected = torch.zeros((), dtype=torch.float64)
     for each in groups:
-        assert each.shuffled == [] and each.p_shuffled is None  # scored, not sampled
+        assert each.rollouts.contrast == [] and each.rewards.correct.p_contrast is None  # scored, not sampled
         for place, (rollout, advantage) in enumerate(zip(each.ordered, each.advantages, strict=True)):
             scored = plain_logprobs(model, each, rollout.token_ids, 0.7)
-            if each.shuffled_prompt is not None:
-                behind = plain_logprobs(
-                    model, replace(each, prompt=each.shuffled_prompt), rollout.token_ids, 0.7
-                )
+            question = each.rollouts.question
+            if question.contrast is not None:
+                changed = replace(each.rollouts, question=replace(question, ordered=question.contrast))
+                behind = plain_logprobs(model, replace(each, rollouts=changed), rollout.token_ids, 0.7)
                 drops = (scored - behind).detach().float()
-                torch.testing.assert_close(cast(Any, each.token_drops)[place], drops, rtol=0, atol=5e-5)
+                torch.testing.assert_close(
+                    cast(Any, each.rollouts.token_contrasts)[place], drops, rtol=0, atol=5e-5
+                )
             weights = shift[: len(scored)].exp()
             expected = expected - (weights * advantage * scored).mean()
     (expected / sum(len(each.ordered) for each in groups)).backward()

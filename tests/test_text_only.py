@@ -97,7 +97,7 @@ def test_rl_on_a_mixture(family: str, mixture: Path, tmp_path: Path) -> None:
             own = next(found)
             torch.testing.assert_close(own, rollout.logprobs, atol=1e-5, rtol=0)
             if group.sample.data_type == "text":
-                assert group.shuffled_prompt is None and not group.prompt.media
+                assert group.rollouts.question.contrast is None and not group.prompt.media
                 ids = torch.cat([group.prompt.input_ids, rollout.token_ids])[None]
                 logits = policy_of(trainer)(input_ids=ids).logits[0, len(group.prompt.input_ids) - 1 : -1]
                 exact = logits.log_softmax(-1).gather(1, rollout.token_ids[:, None])[:, 0]

@@ -16,21 +16,21 @@ from torch import Tensor
 from transformers import TrainerCallback
 
 from video_r1.data.manifests.records import load_manifest
-from video_r1.data.rollouts import RolloutGroup
+from video_r1.data.rollouts import Group
 from video_r1.errors import ConfigError
 from video_r1.models.loading import freeze_vision, load_model
 from video_r1.rollout.transformers import TransformersEngine
-from video_r1.training.objective import ClipRange, policy_loss
+from video_r1.training.objective import ClipRange, surrogate_loss
 from video_r1.training.tgrpo import TGRPOConfig
 
 
-def plain_logprobs(model: Any, group: RolloutGroup, token_ids: Tensor, temperature: float) -> Tensor:
+def plain_logprobs(model: Any, group: Group, token_ids: Tensor, temperature: float) -> Tensor:
     """float64 log-probs [L] of `plain_logits` at the completion's tokens."""
     scores = (plain_logits(model, group, token_ids) / temperature).log_softmax(-1)
     return scores.gather(-1, token_ids[:, None])[:, 0]
 
 
-def plain_logits(model: Any, group: RolloutGroup, token_ids: Tensor) -> Tensor:
+def plain_logits(model: Any, group: Group, token_ids: Tensor) -> Tensor:
     """float64 [L, V] by the model's own forward on prompt and completion, nothing shared or packed."""
     prompt = group.prompt
     ids = torch.cat([prompt.input_ids, token_ids])[None]
@@ -50,12 +50,12 @@ def plain_logits(model: Any, group: RolloutGroup, token_ids: Tensor) -> Tensor:
 
 
 def plain_loss(
-    policy: Any, reference: Any, groups: Sequence[RolloutGroup], args: TGRPOConfig, old: Any = None
+    policy: Any, reference: Any, groups: Sequence[Group], args: TGRPOConfig, old: Any = None
 ) -> Tensor:
     """The objective of one optimizer step as it stands in the papers, one completion after the other."""
     total, tokens, responses = torch.zeros((), dtype=torch.float64), 0, 0
     for group in groups:
-        rewards = group.total_reward.double()
+        rewards = group.rewards.total.double()
         advantages = (rewards - rewards.mean()) / (rewards.std() + 1e-4)
         for rollout, advantage in zip(group.ordered, advantages, strict=True):
             new = plain_logprobs(policy, group, rollout.token_ids, args.temperature)
@@ -137,13 +137,17 @@ def test_groups_of_equal_rewards_count_in_the_mean_of_a_micro_batch(
         temporal_rule="off", per_device_train_batch_size=2, gradient_accumulation_steps=2,
     )  # fmt: skip
     batches, normaliser = first_step(trainer)
-    parts = [batch["batch"].groups for batch in batches]
-    groups = [group for part in parts for group in part]
+    groups = [group for batch in batches for group in batch["batch"].groups]
     assert [bool(group.advantages.any()) for group in groups] == [True, False, False, True]
-    for group in groups[1:3]:  # of other lengths than the rest
-        group.ordered = [
-            replace(r, token_ids=r.token_ids[:3], logprobs=r.logprobs[:3]) for r in group.ordered
-        ]
+
+    def shortened(group: Group) -> Group:
+        ordered = [replace(r, token_ids=r.token_ids[:3], logprobs=r.logprobs[:3]) for r in group.ordered]
+        return replace(group, rollouts=replace(group.rollouts, ordered=ordered))
+
+    for batch in batches:  # flat groups have other lengths than the rest
+        parts = [one if one.advantages.any() else shortened(one) for one in batch["batch"].groups]
+        batch["batch"] = replace(batch["batch"], groups=parts, trained=parts)
+    parts = [batch["batch"].groups for batch in batches]
     policy = copy.deepcopy(policy_of(trainer)).double()
     expected = torch.stack([plain_loss(policy, None, part, trainer.settings) for part in parts]).mean()
     assert_same_step(trainer, batches, normaliser, policy, expected)
@@ -154,7 +158,7 @@ def test_second_update_on_the_same_rollouts(checkpoint: Path, manifest: Path, tm
     are clipped, and a policy that has left the reference."""
     lines: list[dict[str, float]] = []
     states: list[Any] = []
-    groups: list[list[RolloutGroup]] = []
+    groups: list[list[Group]] = []
 
     class Watch(TrainerCallback):
         def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
@@ -221,15 +225,15 @@ def test_shuffled_prompts_differ_in_frame_order_alone(
     batches, normaliser = first_step(trainer)
     prefill = seen[0]
     group = batches[0]["batch"].groups[0]
-    assert group.shuffled_prompt is not None
+    assert group.rollouts.question.contrast is not None
 
-    assert torch.equal(group.prompt.input_ids, group.shuffled_prompt.input_ids)
+    assert torch.equal(group.prompt.input_ids, group.rollouts.question.contrast.input_ids)
     text = [row[group.prompt.features["mm_token_type_ids"] == 0] for row in prefill["inputs_embeds"]]
     torch.testing.assert_close(text[0], text[1], rtol=0, atol=0)
     torch.testing.assert_close(prefill["position_ids"][:, 0], prefill["position_ids"][:, 1], rtol=0, atol=0)
     (grid,) = group.prompt.features["video_grid_thw"]
     frames = [frames_of(part, grid) for part in pixels[0].split(len(pixels[0]) // 2)]
-    permutation = group.shuffled_prompt.permutation
+    permutation = group.rollouts.question.contrast.permutation
     assert permutation is not None and permutation.tolist() != sorted(permutation.tolist())
     torch.testing.assert_close(frames[1], frames[0][permutation], rtol=0, atol=0)
     assert all(not torch.equal(a, b) for a, b in pairwise(frames[0]))  # or the order would not show
@@ -260,7 +264,9 @@ def test_a_step_with_a_users_reward_function(checkpoint: Path, manifest: Path, t
     batch = batches[0]["batch"]
     groups = batch.groups
     # only ordered completions are trained on, and the scored policy is the sampled one
-    assert [len(group.shuffled) for group in groups] == [3 * (g.sample.data_type == "video") for g in groups]
+    assert [len(group.rollouts.contrast) for group in groups] == [
+        3 * (g.sample.data_type == "video") for g in groups
+    ]
     sampled = torch.cat([rollout.logprobs for group in groups for rollout in group.ordered])
     with torch.no_grad():
         scored = trainer.logprobs(policy_of(trainer), batch).logprobs
@@ -268,9 +274,9 @@ def test_a_step_with_a_users_reward_function(checkpoint: Path, manifest: Path, t
     (call,) = calls
     assert len(call["completions"]) == 12 and call["problem_id"][::4] == [g.sample.problem_id for g in groups]
     assert call["prompts"][0].startswith(groups[0].sample.problem)
-    assert groups[0].rewards["mine"].isnan().tolist() == [True, False, False, False]
-    others = groups[0].rewards["accuracy"] + groups[0].rewards["temporal"]
-    torch.testing.assert_close(groups[0].total_reward, torch.tensor([0.0, 0.5, 1.0, 1.5]) + others)
+    assert groups[0].rewards.terms["mine"].isnan().tolist() == [True, False, False, False]
+    others = groups[0].rewards.terms["accuracy"] + groups[0].rewards.terms["temporal"]
+    torch.testing.assert_close(groups[0].rewards.total, torch.tensor([0.0, 0.5, 1.0, 1.5]) + others)
 
 
 def test_settings_of_the_objective_reach_it(
@@ -280,9 +286,9 @@ def test_settings_of_the_objective_reach_it(
 
     def heard(*args: Any, **options: Any) -> Any:
         asked.append(options)
-        return policy_loss(*args, **options)
+        return surrogate_loss(*args, **options)
 
-    monkeypatch.setattr("video_r1.training.tgrpo.policy_loss", heard)
+    monkeypatch.setattr("video_r1.training.step.surrogate_loss", heard)
     changes = {"loss_type": "cispo", "epsilon_high": 4.0, "delta": 6.0, "sapo_temperature_neg": 1.5}
     changes |= {"importance_sampling_level": "sequence", "mask_truncated_completions": True}
     trainer = make_trainer(

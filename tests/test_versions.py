@@ -22,8 +22,9 @@ from video_r1.rollout.engine_factory import in_process_engine
 from video_r1.rollout.general import GeneralEngine
 from video_r1.rollout.shared_prefix import SharedPrefixCache
 from video_r1.rollout.transformers import TransformersEngine
+from video_r1.training.run_trainer import check_replaced
 from video_r1.training.tgrpo import TGRPOTrainer
-from video_r1.training.trainer import QuestionTrainer, check_replaced
+from video_r1.training.trainer import QuestionTrainer
 
 ROW, DECODING = "a group in one row", "decoding over a shared prompt"
 Patch = pytest.MonkeyPatch

@@ -31,7 +31,8 @@ from video_r1.data.reading import build_question, derived_generator
 from video_r1.files import replace_json
 from video_r1.recipe import load_recipe
 from video_r1.training.runs import run_recipe
-from video_r1.training.tgrpo import PolicyBatch, TGRPOConfig, TGRPOTrainer
+from video_r1.training.step import MicroBatch, References
+from video_r1.training.tgrpo import TGRPOConfig, TGRPOTrainer
 
 LESSONS, QUESTIONS, TEST = 2500, 1500, 500
 RL_SEED, TEST_SEED = 1000, 2000  # added to the seed: other questions than those of the cold starts
@@ -72,20 +73,22 @@ class WeightedTrainer(TimedTrainer):
     log-prob that the teacher's token loses when the teacher's clip is shuffled. w is 1 if no token loses any.
     """
 
-    def set_references(self, batch: PolicyBatch, model: nn.Module, logprobs: Tensor) -> None:
-        super().set_references(batch, model, logprobs)
-        teacher = self.teacher
-        assert teacher is not None and batch.teacher_credits is not None
+    def reference_logprobs(self, model: nn.Module, batch: MicroBatch, logprobs: Tensor) -> References:
+        references, teacher = super().reference_logprobs(model, batch, logprobs), self.teacher
+        assert teacher is not None and references.teacher_credits is not None
+        assert references.teacher_logprobs is not None
         shuffled = []
         for group in batch.trained:
             generator = derived_generator(self.args.seed, "teacher", group.sample.problem_id)
             media = teacher.reader.media(group.sample)
             question = build_question(group.sample, media, teacher.builder, generator, "shuffled")
-            shuffled.append(replace(group, teacher_prompt=question.shuffled))
+            asked = replace(group.rollouts.question, teacher=question.contrast)
+            shuffled.append(replace(group, rollouts=replace(group.rollouts, question=asked)))
         without = teacher.scores(model, shuffled).logprobs.cpu()
-        own = [part for group in batch.trained for part in group.teacher_logprobs or []]
-        drops = (torch.cat(own) - without).split([len(part) for part in own])
-        batch.teacher_credits = batch.teacher_credits * token_weights(drops).to(logprobs)
+        lengths = [len(rollout.token_ids) for rollout in batch.rollouts]
+        drops = (references.teacher_logprobs.float().cpu() - without).split(lengths)
+        weighted = references.teacher_credits * token_weights(drops).to(logprobs)
+        return replace(references, teacher_credits=weighted)
 
 
 def token_weights(drops: Sequence[Tensor]) -> Tensor:

@@ -208,12 +208,12 @@ def test_every_answer_is_also_scored_without_frames(lab: Path, tmp_path: Path) -
     """One step from the packaged base: d_t of the frozen clip, then as many without frames."""
     seen: list[tuple[int, int]] = []
 
-    def gate(group: Any, correct: torch.Tensor, settings: Any) -> torch.Tensor:
-        pairs = zip(group.token_drops, group.ordered, strict=True)
+    def gate(group: Any, correct: Any, settings: Any) -> torch.Tensor:
+        pairs = zip(group.token_contrasts, group.ordered, strict=True)
         seen.extend((len(drops), len(rollout.token_ids)) for drops, rollout in pairs)
-        frozen, blind = zip(*(drops.chunk(2) for drops in group.token_drops), strict=True)
+        frozen, blind = zip(*(drops.chunk(2) for drops in group.token_contrasts), strict=True)
         assert not torch.equal(torch.cat(frozen), torch.cat(blind))
-        return torch.ones(len(correct))
+        return torch.ones(len(correct.ordered))
 
     with (
         variant("gate-follows"),
@@ -233,7 +233,7 @@ def test_a_variant_takes_the_gates_place() -> None:
     def paid() -> list[float]:
         group = scored([*"AB"], [float(np.log(4)), 1.0], rewards=["accuracy", "temporal"],
                        temporal_rule="likelihood_gate", temporal_contrast="frozen")  # fmt: skip
-        return group.rewards["temporal"].tolist()
+        return group.rewards.terms["temporal"].tolist()
 
     before = paid()
     with variant("gate-sum"):

@@ -20,11 +20,11 @@ from torch import Tensor
 from research.temporal_credit.variants import key_drops
 from video_r1.data.prompts import Prompt, blind_prompt
 from video_r1.data.reading import Question
-from video_r1.data.rollouts import RolloutGroup
+from video_r1.data.rollouts import Correct, Rollouts
 from video_r1.rewards import temporal
 from video_r1.rewards.temporal import TemporalRule, logprob_contrast
 from video_r1.settings.training import TGRPOSettings
-from video_r1.training import tgrpo
+from video_r1.training import step, tgrpo
 
 CONCLUSION = 24
 """Last tokens of a completion: the conclusion, the closing tag and the answer."""
@@ -69,11 +69,11 @@ def variant(name: str) -> Iterator[None]:
         yield
         return
 
-    def gate(group: RolloutGroup, correct: Tensor, settings: TGRPOSettings) -> Tensor:
-        if group.token_drops is None:
-            return torch.ones(len(correct))
-        shut = 1.0 - OPENINGS[name](group.token_drops)
-        return 1.0 - settings.alpha * torch.where(correct, shut, torch.ones_like(shut))
+    def gate(rollouts: Rollouts, correct: Correct, settings: TGRPOSettings) -> Tensor:
+        if rollouts.token_contrasts is None:
+            return torch.ones(len(correct.ordered))
+        shut = 1.0 - OPENINGS[name](rollouts.token_contrasts)
+        return 1.0 - settings.alpha * torch.where(correct.ordered, shut, torch.ones_like(shut))
 
     with ExitStack() as changes:
         rule = TemporalRule("scored", gate=gate, floor=temporal.RULES["likelihood_gate"].floor)
@@ -86,7 +86,7 @@ def variant(name: str) -> Iterator[None]:
 
 def _blind_too() -> list[Any]:
     """Return patches with which every completion is also scored without frames: its d_t double in length."""
-    built, compared = tgrpo.build_question, tgrpo.logprob_drops
+    built, compared = tgrpo.build_question, step.token_contrasts
     blind: dict[int, Prompt] = {}  # by the question's seed
 
     def build_question(sample: Any, media: Any, builder: Any, *rest: Any) -> Question:
@@ -94,13 +94,15 @@ def _blind_too() -> list[Any]:
         blind[question.seed] = blind_prompt(sample, media, builder)
         return question
 
-    def logprob_drops(
-        model: Any, questions: Sequence[Question], ordered: Any, temperature: float, size: int,
-        vision: Any = None, as_sampled: bool = True,
-    ) -> list[list[Tensor] | None]:  # fmt: skip
-        frozen = compared(model, questions, ordered, temperature, size, vision, as_sampled)
-        unseen = [replace(question, shuffled=blind.pop(question.seed)) for question in questions]
-        without = compared(model, unseen, ordered, temperature, size, None, as_sampled)
+    def token_contrasts(
+        model: Any, rollouts: Sequence[Rollouts], temperature: float, size: int, as_sampled: bool = True
+    ) -> list[list[Tensor] | None]:
+        frozen = compared(model, rollouts, temperature, size, as_sampled)
+        unseen = [
+            replace(one, vision=None, question=replace(one.question, contrast=blind.pop(one.question.seed)))
+            for one in rollouts
+        ]
+        without = compared(model, unseen, temperature, size, as_sampled)
         return [
             None if one is None or two is None
             else [torch.cat(both) for both in zip(one, two, strict=True)]
@@ -109,5 +111,5 @@ def _blind_too() -> list[Any]:
 
     return [
         patch.object(tgrpo, "build_question", build_question),
-        patch.object(tgrpo, "logprob_drops", logprob_drops),
+        patch.object(step, "token_contrasts", token_contrasts),
     ]

@@ -92,14 +92,14 @@ class EndpointTeacher:
     ) -> None:
         self.settings, self.endpoint, self.model = settings, endpoint, model
         self.frames_as: FramesAs = frames_as
-        self._prompts = TextPrompts(settings.prompt_template, settings.subtitles)
         budget = settings.frame_budget(FrameBudget().size_multiple)
         cache = open_frame_cache(settings.frame_cache, settings.frame_cache_gb)
+        toolbox = Toolbox(settings, budget, (), cache) if settings.tools else None
+        self._prompts = TextPrompts(settings.prompt_template, settings.subtitles, toolbox)
         self._reader = Reader(budget, cache)
         self._client = ChatClient(endpoint, settings.concurrency, held=2 * settings.workers)
         self._episodes: ToolEngine | None = None
         if settings.tools:
-            self._prompts.toolbox = Toolbox(settings, budget, (), cache)
             self._engine = EndpointEngine(endpoint, model, frames_as, fields=settings.request_fields)
             self._episodes = ToolEngine(self._engine, self._prompts)
             self._threads = ThreadPoolExecutor(2 * settings.workers, thread_name_prefix="episodes")

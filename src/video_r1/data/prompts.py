@@ -141,11 +141,14 @@ class TextPrompts:
 
     processor: Any = None
     tokenizer: Any = None
-    toolbox: Any = None  # a Toolbox (tools.py) whose tools the prompts offer
     takes_videos = True
 
-    def __init__(self, template: str | Path | None = None, subtitles: bool = False) -> None:
+    def __init__(
+        self, template: str | Path | None = None, subtitles: bool = False, toolbox: Any = None
+    ) -> None:
+        """toolbox: the Toolbox (tools.py) whose tools the prompts offer."""
         self.template = load_template(template, subtitles)
+        self.toolbox = toolbox
 
     def without_tools(self) -> Self:
         """Return the same prompts without an offer of tools."""
@@ -265,6 +268,7 @@ class PromptBuilder(TextPrompts):
     template: path of a template file; None for the built-in template.
     max_prompt_length: in tokens, visual ones included. A longer prompt is an error; it is never truncated.
     subtitles: add a line for subtitles to the template.
+    toolbox: the Toolbox (tools.py) whose tools the prompts offer.
     """
 
     def __init__(
@@ -273,8 +277,9 @@ class PromptBuilder(TextPrompts):
         template: str | Path | None = None,
         max_prompt_length: int = 16384,
         subtitles: bool = False,
+        toolbox: Any = None,
     ) -> None:
-        super().__init__(template, subtitles)
+        super().__init__(template, subtitles, toolbox)
         self.processor = processor
         self.tokenizer = processor.tokenizer
         self.max_prompt_length = max_prompt_length

@@ -153,7 +153,7 @@ class Question:
 
     sample: Sample
     ordered: Prompt
-    shuffled: Prompt | None  # with the contrast clip; None without a contrast
+    contrast: Prompt | None  # with the contrast clip; None without one
     seed: int  # of its completions, independent of the other questions in the batch
     teacher: Prompt | None = None  # with the teacher's clips
 
@@ -168,7 +168,7 @@ def build_question(
 ) -> Question:
     """Build a sample's prompts: ordered, and with the contrast clip (images: None). Raises PromptError."""
     seed = int(torch.randint(2**62, (), generator=generator))
-    shuffled = None
+    changed = None
     if contrast is not None:
-        shuffled = contrast_prompt(sample, media, builder, contrast, generator, unit)
-    return Question(sample, builder.build(sample, media), shuffled, seed)
+        changed = contrast_prompt(sample, media, builder, contrast, generator, unit)
+    return Question(sample, builder.build(sample, media), changed, seed)

@@ -1,14 +1,16 @@
-"""Records of a question's sampled completions and their rewards."""
+"""Records of a question's completions, rewards and advantages. Each is made once, by one function of
+training/step.py."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from torch import Tensor
 
 from video_r1.data.decoding.media import Media
 from video_r1.data.manifests.records import Sample, Work
 from video_r1.data.prompts import Prompt
+from video_r1.data.reading import Question
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,43 +89,77 @@ class Rollout:
         return [*pieces, self.token_ids[done:]]
 
 
-@dataclass(slots=True)
-class RolloutGroup:
-    """Rollouts of a question (G ordered, G_s shuffled), their rewards and advantages.
+class Correct(NamedTuple):
+    """Whether each completion of a question is right: [G] bool with the frames in order, [H] bool without."""
 
-    Rewards are unweighted terms by name ("accuracy", "format", "temporal", "length", …); advantages are
-    computed from their weighted sum, `total_reward`. Only the ordered completions are trained on; the
-    shuffled ones measure the share of correct answers without the frame order. `rewards_without` and
-    `advantages_without` leave one term out, to show its effect.
+    ordered: Tensor
+    contrast: Tensor
+
+    @property
+    def p(self) -> float:
+        """Share of right completions with the frames in order."""
+        return int(self.ordered.sum()) / len(self.ordered)
+
+    @property
+    def p_contrast(self) -> float | None:
+        """p̃, the share of right completions of the contrast clip; None where none was sampled."""
+        return int(self.contrast.sum()) / len(self.contrast) if len(self.contrast) else None
+
+
+@dataclass(frozen=True, slots=True)
+class Rollouts:
+    """Completions of one question: G with its frames in order, which are trained on, and H of its contrast.
+
+    H is 0 without a contrast clip, and for rules that sample none.
     """
 
-    sample: Sample
-    # fmt: off
-    prompt: Prompt                      # the ordered prompt
-    ordered: list[Rollout]              # G
-    shuffled_prompt: Prompt | None      # None: an image, or no temporal reward
-    shuffled: list[Rollout]             # G_s, empty where shuffled_prompt is None
-    rewards: dict[str, Tensor]          # each term [G] float32, of the ordered completions
-    total_reward: Tensor                # [G] float32
-    advantages: Tensor                  # [G] float32
-    shuffled_rewards: dict[str, Tensor] = field(default_factory=dict)  # each term [G_s] float32
-    p: float = float("nan")             # share of correct ordered completions
-    p_shuffled: float | None = None     # share of correct shuffled completions; None: not sampled
-    token_drops: list[Tensor] | None = None  # G of [L] float32, nats that each token loses with the contrast
-    teacher_prompt: Prompt | None = None  # with the clips that the teacher sees
-    teacher_logprobs: list[Tensor] | None = None  # G of [L] float32, log π_teacher of each token
-    correct: Tensor | None = None       # [G] bool, of the ordered completions
-    rewards_without: dict[str, Tensor] = field(default_factory=dict)  # by term: total [G] without it
-    advantages_without: dict[str, Tensor] = field(default_factory=dict)  # by term: [G] float32
-    gate_deviation: float = 0.0         # of a temporal gate among the correct completions
-    # fmt: on
+    question: Question
+    ordered: Sequence[Rollout]  # G
+    contrast: Sequence[Rollout] = ()  # H
+    token_contrasts: Sequence[Tensor] | None = None  # d_it: G of [L] float32, nats (rewards/temporal.py)
+    vision: Sequence[Any] | None = (
+        None  # features of prompt and tool turns, where a frozen tower has made them
+    )
 
     @property
-    def margin(self) -> float | None:
-        """p − p̃; None where no contrast was sampled."""
-        return None if self.p_shuffled is None else self.p - self.p_shuffled
+    def sample(self) -> Sample:
+        return self.question.sample
+
+
+@dataclass(frozen=True, slots=True)
+class Rewards:
+    """Rewards of one question's G ordered completions; each term [G] float32, before its weight."""
+
+    terms: Mapping[str, Tensor]  # "accuracy", "format", "temporal", …; nan: does not apply
+    total: Tensor  # R_i, the weighted sum
+    without: Mapping[str, Tensor]  # by term: the total without it
+    correct: Correct
+    contrast_terms: Mapping[str, Tensor] = field(default_factory=dict)  # each [H], of the contrast clip
+    gate_deviation: float = 0.0  # what a gate adds to the deviation of the total (`gate_deviation`)
 
     @property
-    def base_reward(self) -> Tensor:
-        """[G] float32, the total reward without the temporal term."""
-        return self.rewards_without.get("temporal", self.total_reward)
+    def base(self) -> Tensor:
+        """[G] float32, the total without the temporal rule."""
+        return self.without.get("temporal", self.total)
+
+
+@dataclass(frozen=True, slots=True)
+class Group:
+    """What one question teaches: its rollouts, rewards and advantages."""
+
+    rollouts: Rollouts
+    rewards: Rewards
+    advantages: Tensor  # A_i, [G] float32
+    advantages_without: Mapping[str, Tensor] = field(default_factory=dict)  # by term: [G] without it
+
+    @property
+    def sample(self) -> Sample:
+        return self.rollouts.question.sample
+
+    @property
+    def prompt(self) -> Prompt:
+        return self.rollouts.question.ordered
+
+    @property
+    def ordered(self) -> Sequence[Rollout]:
+        return self.rollouts.ordered

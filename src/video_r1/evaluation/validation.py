@@ -151,7 +151,7 @@ def _scores(
 
     Scores one greedy answer, or the mean of `num_generations_eval` answers sampled as in training.
     """
-    asked = [(q.seed, (q.ordered, q.shuffled, elsewhere)) for q, elsewhere in questions]
+    asked = [(q.seed, (q.ordered, q.contrast, elsewhere)) for q, elsewhere in questions]
     seeded = [(seed + n, p) for seed, prompts in asked for n, p in enumerate(prompts) if p is not None]
     sampling = SamplingSettings(n=1, temperature=0.0, max_tokens=settings.max_completion_length)
     if settings.num_generations_eval is not None:
@@ -163,7 +163,7 @@ def _scores(
     for question, elsewhere in questions:
         ordered, sample = next(rollouts), question.sample
         accuracy, formatted = answer_scores(sample, ordered).mean(), format_scores(sample, ordered).mean()
-        contrast = None if question.shuffled is None else answer_scores(sample, next(rollouts)).mean().item()
+        contrast = None if question.contrast is None else answer_scores(sample, next(rollouts)).mean().item()
         looked = None if elsewhere is None else next(rollouts)
         if elsewhere is None or looked is None or not all(is_control(elsewhere, r) for r in looked):
             control = None

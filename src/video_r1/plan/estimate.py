@@ -97,9 +97,9 @@ def _rollout_seconds(
     training, ours = plan.recipe.section(TGRPOSettings), plan.recipe.section(EngineSettings)
     row, text = plan.row, config.get_text_config()
     shared = ours.vllm.tensor_parallel_size if plan.vllm is not None else 1
-    orders = 2 if training.shuffled_generations else 1
+    orders = 2 if training.contrast_generations else 1
     prompts = groups * orders
-    sequences = groups * (training.num_generations + training.shuffled_generations)
+    sequences = groups * (training.num_generations + training.contrast_generations)
     # the general path samples one question at a time and repeats its prompt
     turns, prefilled = (prompts, sequences) if row.repeated else (1, prompts)
     weights = 2 * turns * plan.traced.text_linear / shared

@@ -116,8 +116,8 @@ def vllm_share(
     text, vision, parts = config.get_text_config(), config.vision_config, settings.tensor_parallel_size
     heads = math.ceil(text.num_key_value_heads / parts)
     of_a_token = 2 * BYTES * text.num_hidden_layers * heads * head_size(text)
-    orders = 2 if training.shuffled_generations else 1
-    completions = training.num_generations + training.shuffled_generations
+    orders = 2 if training.contrast_generations else 1
+    completions = training.num_generations + training.contrast_generations
     tokens = orders * row.prompt + completions * (row.completion + row.returned)
     tower = max(row.patches, math.prod(row.look_grid)) * (
         4 * vision.hidden_size + 2 * vision.intermediate_size
@@ -196,11 +196,11 @@ def memory_plan(
     questions = training.per_device_train_batch_size * training.gradient_accumulation_steps
     sampled = prompts = sequences = 0
     if rl and not known:  # one question at a time, the prompt repeated for each completion
-        prompts = sequences = max(training.num_generations, training.shuffled_generations)
+        prompts = sequences = max(training.num_generations, training.contrast_generations)
         sampled = min(prompts, MAX_SEQUENCES)
     elif rl and vllm is None:
-        prompts = questions * (2 if training.shuffled_generations else 1)
-        sequences = questions * (training.num_generations + training.shuffled_generations)
+        prompts = questions * (2 if training.contrast_generations else 1)
+        sequences = questions * (training.num_generations + training.contrast_generations)
         sampled = max(1, min(prompts, MAX_PREFILL_TOKENS // row.prompt))
     traced = trace(config, policy, row, sampled)
     teacher = _teacher(config, recipe, policy, text_tokens, processor) if rl else None

@@ -36,7 +36,7 @@ from video_r1.chat_client import (
 )
 from video_r1.data.answers import extract_answer
 from video_r1.data.manifests.records import Sample
-from video_r1.data.rollouts import Rollout, RolloutGroup
+from video_r1.data.rollouts import Rollout
 from video_r1.errors import ConfigError, VideoR1Error, first_line
 from video_r1.files import append_line, part_of, parts_of, tolerated
 from video_r1.fingerprint import digest
@@ -77,10 +77,10 @@ class SampleAnswers(NamedTuple):
     """A question and any number of completions that answer it."""
 
     sample: Sample
-    ordered: Sequence[Rollout]
+    rollouts: Sequence[Rollout]
 
 
-JudgeScores = Callable[[Sequence[RolloutGroup | SampleAnswers]], list[Tensor]]
+JudgeScores = Callable[[Sequence[SampleAnswers]], list[Tensor]]
 """Returns [G] in [0, 1] for each group, nan throughout where it is not judged."""
 
 
@@ -128,10 +128,10 @@ class Judge:
         self.model = decided_by_first(self._trial)
         self.scores = recorded_scores([self.path, *parts_of(self.path)])
 
-    def __call__(self, groups: Sequence[RolloutGroup | SampleAnswers]) -> list[Tensor]:
+    def __call__(self, groups: Sequence[SampleAnswers]) -> list[Tensor]:
         """Return [G] float32 in [0, 1] for each group, or nan throughout; no answer: 0. Raises JudgeAway."""
         requests = [
-            [self.request(group.sample, extract_answer(rollout.text)) for rollout in group.ordered]
+            [self.request(group.sample, extract_answer(rollout.text)) for rollout in group.rollouts]
             if group.sample.problem_type == JUDGED_TYPE
             else []
             for group in groups
@@ -146,7 +146,7 @@ class Judge:
         for group in filter(None, found):
             self.meter.add("judge/skipped", None in group)
         return [
-            torch.full((len(group.ordered),), math.nan)
+            torch.full((len(group.rollouts),), math.nan)
             if not scores or None in scores
             else torch.tensor(scores, dtype=torch.float32)
             for group, scores in zip(groups, found, strict=True)

@@ -1,23 +1,22 @@
-"""Every reward term of a question's completions, and their weighted sum."""
+"""Reward terms of a run, and every term's scores of a question's completions."""
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor
 
 from video_r1.data.answers import extract_answer
 from video_r1.data.manifests.records import Sample
-from video_r1.data.reading import Question
-from video_r1.data.rollouts import Rollout, RolloutGroup
+from video_r1.data.rollouts import Correct, Rollout, Rollouts
 from video_r1.data.scores import correctness, format_reward, is_correct
 from video_r1.errors import ConfigError
 from video_r1.processes import process_index
 from video_r1.rewards.custom import RewardFunction, as_said, call_reward_function, named_rewards
 from video_r1.rewards.judge import JudgeScores, SampleAnswers
-from video_r1.rewards.temporal import GATED, gate_deviation, rule_of, total_reward
+from video_r1.rewards.temporal import rule_of
 from video_r1.settings.training import TGRPOSettings
 
 logger = logging.getLogger(__name__)
@@ -147,125 +146,80 @@ def length_reward(
     return omega * (correct.to(torch.bool) & inside).to(torch.float32)
 
 
-def score_groups(
-    questions: Sequence[Question],
-    ordered: Sequence[list[Rollout]],
-    shuffled: Sequence[list[Rollout]],
+class Scores(NamedTuple):
+    """Reward terms of one question before the temporal rule: each [G], of the contrast clip [H]."""
+
+    terms: dict[str, Tensor]
+    contrast_terms: dict[str, Tensor]
+    correct: Correct
+
+
+def score_terms(
+    rollouts: Sequence[Rollouts],
     terms: RewardTerms,
     settings: TGRPOSettings,
     question_text: Callable[[Sample], str],
-    drops: Sequence[list[Tensor] | None] | None = None,
     judge: JudgeScores | None = None,
-) -> list[RolloutGroup]:
-    """Score every reward term of every completion, and their weighted sum. Advantages are still 0.
+) -> list[Scores]:
+    """Score every term but the temporal one. p and p̃ of a question are its own shares of right completions.
 
-    drops: of each question, for the temporal rules that need them. question_text: returns a sample's text for
-    the user's functions. judge: for the term of that name, or for the accuracy of free-form answers
-    (`judge_use`); every rank calls it, even without groups. Raises RewardError, and what the judge raises.
+    question_text: returns a sample's text for the user's functions. judge: for the term of that name, or for
+    the accuracy of free-form answers (`judge_use`); every rank calls it, even without questions. Raises
+    RewardError, and what the judge raises.
     """
-    if not questions:
-        if judge is not None:
-            judge([])
-        return []
-    drops = [None] * len(questions) if drops is None else drops
-    judged: Sequence[Tensor | None] = [None] * len(questions)
-    if judge is not None and settings.judge.use == "accuracy":
-        both = [[*own, *others] for own, others in zip(ordered, shuffled, strict=True)]
-        judged = judge([SampleAnswers(one.sample, all_) for one, all_ in zip(questions, both, strict=True)])
-    groups = [
-        score_group(question, own, others, terms, settings, drop, scores)
-        for question, own, others, drop, scores in zip(
-            questions, ordered, shuffled, drops, judged, strict=True
-        )
+    judged: Sequence[Tensor | None] = [None] * len(rollouts)
+    as_accuracy = settings.judge.use == "accuracy"
+    if judge is not None:
+        answers = [
+            SampleAnswers(one.sample, [*one.ordered, *(one.contrast if as_accuracy else ())])
+            for one in rollouts
+        ]
+        judged = judge(answers)
+    scores = [
+        _built_in(one, terms, settings, own if as_accuracy else None)
+        for one, own in zip(rollouts, judged, strict=True)
     ]
-    rollouts = [(group.sample, rollout) for group in groups for rollout in group.ordered]
-    texts = {id(group.sample): question_text(group.sample) for group in groups} if terms.custom else {}
-    for name, function in terms.custom.items():
+    every = [(one.sample, rollout) for one in rollouts for rollout in one.ordered]
+    for name, function in terms.custom.items() if every else ():
         rewards = call_reward_function(
             function,
             name,
-            [sample for sample, _ in rollouts],
-            prompts=[as_said(sample, texts[id(sample)], "user") for sample, _ in rollouts],
-            completions=[as_said(sample, rollout.transcript, "assistant") for sample, rollout in rollouts],
-            completion_ids=[rollout.token_ids.tolist() for _, rollout in rollouts],
+            [sample for sample, _ in every],
+            prompts=[as_said(sample, question_text(sample), "user") for sample, _ in every],
+            completions=[as_said(sample, rollout.transcript, "assistant") for sample, rollout in every],
+            completion_ids=[rollout.token_ids.tolist() for _, rollout in every],
         )
-        for group, values in zip(groups, rewards.split([len(g.ordered) for g in groups]), strict=True):
-            group.rewards[name] = values
-    if judge is not None and settings.judge.use == "reward":
-        for group, values in zip(groups, judge(groups), strict=True):
-            group.rewards["judge"] = values
-    for group in groups:
-        _add_up(group, terms, settings)
-    return groups
+        for one, own in zip(scores, rewards.split([len(one.ordered) for one in rollouts]), strict=True):
+            one.terms[name] = own
+    if judge is not None and not as_accuracy:
+        for one, own in zip(scores, judged, strict=True):
+            one.terms["judge"] = cast(Tensor, own)
+    return scores
 
 
-def _add_up(group: RolloutGroup, terms: RewardTerms, settings: TGRPOSettings) -> None:
-    """Set the temporal term, the total reward, and the total without each term."""
-    correct, rule, gate = group.correct, rule_of(settings), None
-    assert correct is not None
-    if "temporal" in terms.built_in and rule.bonus is not None:
-        group.rewards["temporal"] = rule.bonus(group, correct, settings)
-    elif "temporal" in terms.built_in and rule.gate is not None:
-        gate = rule.gate(group, correct, settings)
-        gated = {name: values for name, values in group.rewards.items() if name in GATED}
-        paid = total_reward(gated, terms.weights)
-        group.rewards["temporal"] = (gate - 1.0) * paid
-        group.gate_deviation = gate_deviation(gate, paid)
-    add = partial(total_reward, group.rewards, terms.weights, gate)
-    group.total_reward = add().expand(len(correct))
-    group.rewards_without = {name: add(without=name).expand(len(correct)) for name in group.rewards}
-
-
-def score_group(
-    question: Question,
-    ordered: list[Rollout],
-    shuffled: list[Rollout],
-    terms: RewardTerms,
-    settings: TGRPOSettings,
-    drops: list[Tensor] | None = None,
-    judged: Tensor | None = None,
-) -> RolloutGroup:
-    """Score one question's completions by its type: every built-in term but the temporal one. G ordered,
-    H shuffled.
-
-    judged: [G + H] scores that replace correctness, unless None or nan. p and p̃ are this question's shares of
-    correct completions.
+def _built_in(
+    rollouts: Rollouts, terms: RewardTerms, settings: TGRPOSettings, judged: Tensor | None
+) -> Scores:
+    """Score the built-in terms by the question's type. judged: [G + H] scores that replace correctness,
+    unless None or nan.
     """
-    sample = question.sample
+    sample, ordered = rollouts.sample, rollouts.ordered
     if judged is None or judged.isnan().any():
-        judged = answer_scores(sample, [*ordered, *shuffled])
-    accuracy, accuracy_shuffled = judged.split([len(ordered), len(shuffled)])  # [G], [H]
-    correct = correct_mask(sample, accuracy, settings.correct_threshold)
-    correct_shuffled = correct_mask(sample, accuracy_shuffled, settings.correct_threshold)
+        judged = answer_scores(sample, [*ordered, *rollouts.contrast])
+    accuracy = judged.split([len(ordered), len(rollouts.contrast)])  # [G], [H]
+    correct = Correct(*(correct_mask(sample, scores, settings.correct_threshold) for scores in accuracy))
     lengths = torch.tensor([len(rollout.token_ids) for rollout in ordered])
     every = {
-        "accuracy": accuracy,
+        "accuracy": accuracy[0],
         "format": format_scores(sample, ordered),
-        "length": length_reward(correct, lengths, settings.length_reward, *settings.length_bounds),
+        "length": length_reward(correct.ordered, lengths, settings.length_reward, *settings.length_bounds),
     }
-    group = RolloutGroup(
-        sample=sample,
-        prompt=question.ordered,
-        ordered=ordered,
-        shuffled_prompt=question.shuffled,
-        shuffled=shuffled,
-        rewards={},
-        total_reward=torch.zeros(len(ordered)),
-        advantages=torch.zeros(len(ordered)),
-        shuffled_rewards={"accuracy": accuracy_shuffled, "format": format_scores(sample, shuffled)}
-        if shuffled
-        else {},
-        p=int(correct.sum()) / len(correct),
-        p_shuffled=int(correct_shuffled.sum()) / len(correct_shuffled) if shuffled else None,
-        token_drops=drops,
-        teacher_prompt=question.teacher,
-        correct=correct,
-    )
-    group.rewards = {name: every[name] for name in terms.built_in if name in every}
+    chosen = {name: every[name] for name in terms.built_in if name in every}
     if settings.look_cost:
         calls = torch.tensor([len(rollout.calls) for rollout in ordered], dtype=torch.float32)
-        group.rewards["look_cost"] = -settings.look_cost * calls
-    return group
+        chosen["look_cost"] = -settings.look_cost * calls
+    others = {"accuracy": accuracy[1], "format": format_scores(sample, rollouts.contrast)}
+    return Scores(chosen, others if rollouts.contrast else {}, correct)
 
 
 def answer_scores(sample: Sample, rollouts: Sequence[Rollout]) -> Tensor:

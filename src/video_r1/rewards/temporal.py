@@ -21,7 +21,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from video_r1.data.rollouts import RolloutGroup
+from video_r1.data.rollouts import Correct, Rollouts
 from video_r1.processes import process_index
 from video_r1.settings.training import TGRPOSettings
 
@@ -31,8 +31,8 @@ EXTREMES = 8  # tokens at either end of a completion's d_t
 GATED = ("accuracy", "length", "judge")
 """Reward terms that are paid for being right: a gate multiplies them."""
 
-Rule = Callable[[RolloutGroup, Tensor, TGRPOSettings], Tensor]
-"""(group, correct [G] bool, settings) -> r_t or g [G] float32."""
+Rule = Callable[[Rollouts, Correct, TGRPOSettings], Tensor]
+"""(rollouts, which of them are right, settings) -> r_t or g [G] float32."""
 
 
 @dataclass(frozen=True)
@@ -56,47 +56,46 @@ def rule_of(settings: TGRPOSettings) -> TemporalRule:
 # ---- Rules
 
 
-def margin(group: RolloutGroup, correct: Tensor, settings: TGRPOSettings) -> Tensor:
+def margin(rollouts: Rollouts, correct: Correct, settings: TGRPOSettings) -> Tensor:
     """r_t = α·(p − p̃) if p > p̃, else 0, for each correct completion (arXiv 2503.21776 v1)."""
-    return settings.alpha * max(0.0, group.margin or 0.0) * correct.float()
+    gap = 0.0 if correct.p_contrast is None else correct.p - correct.p_contrast
+    return settings.alpha * max(0.0, gap) * correct.ordered.float()
 
 
-def threshold(group: RolloutGroup, correct: Tensor, settings: TGRPOSettings) -> Tensor:
+def threshold(rollouts: Rollouts, correct: Correct, settings: TGRPOSettings) -> Tensor:
     """r_t = α if p ≥ μ·p̃, else 0, for each correct completion (arXiv 2503.21776 v4; μ = 1)."""
-    if group.p_shuffled is None:
-        return torch.zeros(len(correct))
+    if correct.p_contrast is None:
+        return torch.zeros(len(correct.ordered))
     # 0.8 × 3/4 is a rounding error above 3/5: compare shares with more tolerance than that.
-    reached = group.p >= settings.temporal_threshold_mu * group.p_shuffled - 1e-9
-    return (settings.alpha if reached else 0.0) * correct.float()
+    reached = correct.p >= settings.temporal_threshold_mu * correct.p_contrast - 1e-9
+    return (settings.alpha if reached else 0.0) * correct.ordered.float()
 
 
-def likelihood_gate(group: RolloutGroup, correct: Tensor, settings: TGRPOSettings) -> Tensor:
+def likelihood_gate(rollouts: Rollouts, correct: Correct, settings: TGRPOSettings) -> Tensor:
     """g_i = 1 − α·exp(−max(0, Δ_i)) for a correct completion, 1 − α for another; 1 without a contrast.
 
     A graded answer that is not correct may still earn something. It gets the lowest factor, so that no gate
     makes a correct completion worth less than it.
     """
-    if group.token_drops is None:
-        return torch.ones(len(correct))
-    kept = torch.exp(-logprob_contrast(group.token_drops).clamp(min=0.0))
-    return 1.0 - settings.alpha * torch.where(correct, kept, torch.ones_like(kept))
+    if rollouts.token_contrasts is None:
+        return torch.ones(len(correct.ordered))
+    kept = torch.exp(-logprob_contrast(rollouts.token_contrasts).clamp(min=0.0))
+    return 1.0 - settings.alpha * torch.where(correct.ordered, kept, torch.ones_like(kept))
 
 
-def logprob_contrast(token_drops: Sequence[Tensor]) -> Tensor:
+def logprob_contrast(token_contrasts: Sequence[Tensor]) -> Tensor:
     """[G] float32, nats: Δ of each completion's d_t [L], the mean of the 8 largest plus the mean of the 8
     smallest, each of at most half of the tokens.
 
     Noise around 0 cancels between the two ends, and the length of the rest does not matter.
     """
-    found = []
-    for drops in token_drops:
-        ordered, size = drops.float().sort(descending=True).values, len(drops)
-        largest, smallest = (
-            ordered[: min(EXTREMES, -(-size // 2))],
-            ordered[size - min(EXTREMES, size // 2) :],
-        )
-        found.append(sum((ends.mean() for ends in (largest, smallest) if len(ends)), torch.zeros(())))
-    return torch.stack(found)
+    contrasts = []
+    for tokens in token_contrasts:
+        ordered, size = tokens.float().sort(descending=True).values, len(tokens)
+        largest = ordered[: min(EXTREMES, -(-size // 2))]
+        smallest = ordered[size - min(EXTREMES, size // 2) :]
+        contrasts.append(sum((ends.mean() for ends in (largest, smallest) if len(ends)), torch.zeros(())))
+    return torch.stack(contrasts)
 
 
 RULES: dict[str, TemporalRule] = {

@@ -15,7 +15,6 @@ from torch import Tensor, nn
 from transformers import GenerationConfig
 
 from video_r1.data.prompts import Prompt
-from video_r1.data.reading import Question
 from video_r1.data.rollouts import Rollout
 from video_r1.data.templates import end_token_id
 from video_r1.errors import VideoR1Error
@@ -222,23 +221,6 @@ def wanted_counts(
     if len(wanted) != len(prompts):
         raise ValueError(f"{len(prompts)} prompts but {len(wanted)} counts")
     return wanted
-
-
-def sample_rollouts(
-    engine: RolloutEngine, questions: Sequence[Question], sampling: SamplingSettings, shuffled_n: int
-) -> tuple[list[list[Rollout]], list[list[Rollout]]]:
-    """Sample `sampling.n` completions a question with ordered frames, `shuffled_n` with shuffled ones.
-
-    Returns two lists in the questions' order; [] for a question without a shuffled prompt. One call samples
-    both, in the same way.
-    """
-    shuffled = [question.shuffled for question in questions if question.shuffled is not None]
-    prompts = [*(question.ordered for question in questions), *shuffled]
-    counts = [sampling.n] * len(questions) + [shuffled_n] * len(shuffled)
-    seeds = [q.seed for q in questions] + [q.seed + 1 for q in questions if q.shuffled is not None]
-    rollouts = engine.sample(prompts, replace(sampling, seed=tuple(seeds)), counts)
-    remaining = iter(rollouts[len(questions) :])
-    return rollouts[: len(questions)], [[] if q.shuffled is None else next(remaining) for q in questions]
 
 
 # ---- The sampling distribution

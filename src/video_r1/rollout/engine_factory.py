@@ -48,20 +48,22 @@ logger = logging.getLogger(__name__)
 
 def open_prompts(settings: DecodingSettings) -> tuple[TextPrompts, FrameBudget]:
     """Return a model's prompts, which offer the settings' tools, and its frame budget."""
+    template, subtitles = settings.prompt_template, settings.subtitles
     if is_endpoint(settings.engine):
-        builder, multiple = TextPrompts(settings.prompt_template, settings.subtitles), PIXELS_OF_ANY_MODEL
-    else:
-        assert settings.model is not None  # settings without it are refused
-        processor = load_processor(settings.model, settings.trust_remote_code)
-        builder = PromptBuilder(
-            processor, settings.prompt_template, settings.max_prompt_length, settings.subtitles
-        )
-        multiple = size_multiple(processor)
-    budget = settings.frame_budget(multiple)
-    if settings.tools:
-        cache = open_frame_cache(settings.frame_cache, settings.frame_cache_gb)
-        builder.toolbox = Toolbox(settings, budget, (), cache)
-    return builder, budget
+        budget = settings.frame_budget(PIXELS_OF_ANY_MODEL)
+        return TextPrompts(template, subtitles, toolbox_of(settings, budget)), budget
+    assert settings.model is not None  # settings without it are refused
+    processor = load_processor(settings.model, settings.trust_remote_code)
+    budget = settings.frame_budget(size_multiple(processor))
+    toolbox = toolbox_of(settings, budget)
+    return PromptBuilder(processor, template, settings.max_prompt_length, subtitles, toolbox), budget
+
+
+def toolbox_of(settings: DecodingSettings, budget: FrameBudget) -> Toolbox | None:
+    """Return the settings' tools, if any."""
+    if not settings.tools:
+        return None
+    return Toolbox(settings, budget, (), open_frame_cache(settings.frame_cache, settings.frame_cache_gb))
 
 
 def open_engine(settings: DecodingSettings, prompts: TextPrompts) -> RolloutEngine:

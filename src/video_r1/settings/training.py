@@ -219,7 +219,7 @@ class TGRPOSettings(TrainingSettings):
         yield from super().problems()
         if self.num_generations < 2:
             yield "num_generations", f"is {self.num_generations}; a group needs at least 2 completions"
-        if self.paid_rule in get_args(SampledRule) and self.shuffled_generations < 1:
+        if self.paid_rule in get_args(SampledRule) and self.contrast_generations < 1:
             said = f"is {self.num_shuffled_generations} while temporal_rule is {self.temporal_rule}"
             yield "num_shuffled_generations", f"{said}; use at least 1, or temporal_rule off"
         if self.temporal_rule == "likelihood_gate" and self.alpha > 1:
@@ -306,7 +306,7 @@ class TGRPOSettings(TrainingSettings):
         return [320 * longest // 768, 512 * longest // 768]
 
     @property
-    def shuffled_generations(self) -> int:
+    def contrast_generations(self) -> int:
         """Completions per video question with the contrast clip; 0 if the rule samples none."""
         if self.paid_rule not in get_args(SampledRule):
             return 0

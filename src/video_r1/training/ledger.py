@@ -9,12 +9,15 @@ and 1 for one that moved everything. sign is below 0 for a term that pays wrong 
 
 import logging
 from collections import defaultdict, deque
-from collections.abc import Mapping
+from collections.abc import Sequence
+from itertools import chain
 from statistics import fmean
 
-from torch import Tensor
+import torch
 
-from video_r1.processes import process_index
+from video_r1.data.rollouts import Group
+from video_r1.processes import gather_lists, process_index
+from video_r1.training.advantages import without_variance
 
 logger = logging.getLogger(__name__)
 STEPS = 20  # that a warning looks back on
@@ -29,37 +32,46 @@ class Ledger:
         self.signs: dict[str, deque[float]] = defaultdict(lambda: deque(maxlen=STEPS))
         self.warned: set[str] = set()
 
-    def add(
-        self,
-        advantages: Tensor,
-        without: Mapping[str, Tensor],
-        correct: Tensor,
-        varies: Mapping[str, bool],
-        gated: bool = False,
-    ) -> dict[str, float]:
-        """Return a step's series `credit/<term>` and `credit_sign/<term>`.
+    def add(self, groups: Sequence[Group], gated: bool = False) -> dict[str, float]:
+        """Return a step's series `credit/<term>` and `credit_sign/<term>`. Every rank calls it.
 
-        advantages, without: [Q, G] of all ranks. correct: [Q, G] bool. varies: whether a term's rewards
-        differ within any group. gated: `temporal` is a gate. Its sign is below 0 by design: it takes from
-        right answers, but never makes them worth less than wrong ones. Warns once of each term that did
-        nothing, or paid wrong answers, in 20 steps.
+        gated: `temporal` is a gate. Its sign is below 0 by design: it takes from right answers, but never
+        makes them worth less than wrong ones. Warns once of each term that did nothing, or paid wrong
+        answers, in 20 steps.
         """
+        mine = [
+            (
+                group.advantages,
+                group.advantages_without,
+                group.rewards.correct.ordered,
+                {
+                    name: not bool(without_variance((group.rewards.total - without)[None]))
+                    for name, without in group.rewards.without.items()
+                },
+            )
+            for group in groups
+        ]
+        all_advantages, parts, right, varying = zip(*gather_lists(mine)[0], strict=True)
+        advantages, correct = torch.stack(all_advantages), torch.stack(right).double()
+        right_minus_mean = correct - correct.mean(dim=1, keepdim=True)
         series = {}
-        for name, others in without.items():
+        for name in dict.fromkeys(chain(*parts)):
+            without = [part.get(name, whole) for part, whole in zip(parts, all_advantages, strict=True)]
+            others = torch.stack(without)
             moved, size = (advantages - others).double(), (advantages.abs() + others.abs()).double().sum()
             share = float(moved.abs().sum() / size) if size > 0 else 0.0
             self.shares[name].append(share)
             series[f"credit/{name}"] = share
-            right = correct.double() - correct.double().mean(dim=1, keepdim=True)
-            norms = float((moved.square().sum() * right.square().sum()).sqrt())
+            norms = float((moved.square().sum() * right_minus_mean.square().sum()).sqrt())
             if norms > 1e-9:
-                series[f"credit_sign/{name}"] = sign = float((moved * right).sum()) / norms
+                series[f"credit_sign/{name}"] = sign = float((moved * right_minus_mean).sum()) / norms
                 if not (gated and name == "temporal"):
                     self.signs[name].append(sign)
-            if name not in self.warned and (said := self._problem(name, varies[name])) is not None:
+            varies = any(own.get(name, False) for own in varying)
+            if name not in self.warned and (problem := self._problem(name, varies)) is not None:
                 self.warned.add(name)
                 if process_index() == 0:
-                    logger.warning("reward %s %s", name, said)
+                    logger.warning("reward %s %s", name, problem)
         return series
 
     def _problem(self, name: str, varies: bool) -> str | None:

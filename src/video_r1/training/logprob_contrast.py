@@ -1,23 +1,22 @@
-"""Log-prob drops: how much log-prob the tokens of a completion lose when the contrast clip replaces its clip.
+"""Token contrasts: how much log-prob the tokens of a completion lose behind the contrast clip.
 
-    d_it = log π(o_it | V) − log π(o_it | Ṽ),   Δ_i = mean over tokens t of d_it,   V in order, Ṽ its contrast
+    d_it = log π(o_it | V) − log π(o_it | Ṽ),   V the clip in order, Ṽ its contrast
 
 Each term takes one forward of the group in one row; nothing is sampled from the contrast clip (TaRO, arXiv
 2606.09248; Video-KTR, arXiv 2601.19686). In float32 the sampling log-probs serve as log π(o_it | V). Decoding
-in bf16, or in vLLM, rounds a log-prob by about 0.01: even a clip without motion would then show a drop.
+in bf16, or in vLLM, rounds a log-prob by about 0.01: even a clip without motion would then show a contrast.
 """
 
 from collections.abc import Sequence
-from functools import partial
-from typing import Any
+from dataclasses import replace
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from video_r1.data.prompts import Prompt
-from video_r1.data.reading import Question
-from video_r1.data.rollouts import Rollout
-from video_r1.models.group_forward import VisionFeatures, VisualFeatures, group_logprobs
+from video_r1.data.rollouts import Rollouts
+from video_r1.models.group_forward import VisionFeatures, VisualFeatures, encode_groups, group_logprobs
 from video_r1.rollout.engine import eval_mode
 
 
@@ -31,63 +30,68 @@ def samples_as_it_scores(model: nn.Module) -> bool:
 
 
 @torch.no_grad()
-def logprob_drops(
-    model: Any,
-    questions: Sequence[Question],
-    ordered: Sequence[list[Rollout]],
-    temperature: float,
-    batch_size: int,
-    vision: Sequence[list[VisualFeatures | None]] | None = None,
-    as_sampled: bool = True,
+def with_vision(model: nn.Module, rollouts: Sequence[Rollouts], batch_size: int) -> list[Rollouts]:
+    """Add the features of the ordered clips and of tool turns. batch_size: questions per forward."""
+    features: list[list[VisualFeatures | None]] = []
+    for start in range(0, len(rollouts), batch_size):
+        batch = rollouts[start : start + batch_size]
+        pieces = [[rollout.pieces() for rollout in one.ordered] for one in batch]
+        features += encode_groups(model, [one.question.ordered for one in batch], pieces)
+    return [replace(one, vision=own) for one, own in zip(rollouts, features, strict=True)]
+
+
+@torch.no_grad()
+def token_contrasts(
+    model: Any, rollouts: Sequence[Rollouts], temperature: float, batch_size: int, as_sampled: bool = True
 ) -> list[list[Tensor] | None]:
     """Compute d [L] float32 in nats of each of a question's G ordered completions; None without a contrast.
 
-    batch_size: questions per forward. vision: features of ordered prompts and tool turns (`encode_groups`),
-    of which those of contrasts that permute temporal patches are made. as_sampled: use the sampling log-probs
-    as log π(o | V).
+    batch_size: questions per forward. as_sampled: use the sampling log-probs as log π(o | V). Features that
+    the rollouts have (`vision`) serve both clips where the contrast permutes temporal patches.
     """
-    drops: list[list[Tensor] | None] = [None] * len(questions)
-    places = [place for place, question in enumerate(questions) if question.shuffled is not None]
+    contrasts: list[list[Tensor] | None] = [None] * len(rollouts)
+    places = [place for place, one in enumerate(rollouts) if one.question.contrast is not None]
     with eval_mode(model):
         for start in range(0, len(places), batch_size):
             chosen = places[start : start + batch_size]
-            score = partial(_scored, model, [ordered[place] for place in chosen], temperature)
-            contrasts = [prompt for place in chosen if (prompt := questions[place].shuffled) is not None]
-            permute = vision is not None and all(
-                prompt.patches is not None and len(vision[n]) == 1
-                for n, prompt in zip(chosen, contrasts, strict=True)
-            )
-            features = [_permuted(questions[n], vision[n][0]) for n in chosen] if vision and permute else None
-            without = score(contrasts, features, contrast=True)
+            batch = [rollouts[place] for place in chosen]
+            permute = all(one.vision is not None and len(one.vision) == 1 and _patches(one) for one in batch)
+            changed = [_permuted(one) for one in batch] if permute else None
+            without = _scored(model, batch, temperature, changed, contrast=True)
             if as_sampled:
-                own = [[rollout.logprobs for rollout in ordered[place]] for place in chosen]
+                own = [[rollout.logprobs for rollout in one.ordered] for one in batch]
             else:
-                known = None if vision is None else [part for n in chosen for part in vision[n]]
-                own = score([questions[n].ordered for n in chosen], known)
+                whole = all(one.vision is not None for one in batch)
+                known = [part for one in batch for part in one.vision or ()] if whole else None
+                own = _scored(model, batch, temperature, known)
             for place, before, after in zip(chosen, own, without, strict=True):
-                drops[place] = [b - a for b, a in zip(before, after, strict=True)]
-    return drops
+                contrasts[place] = [b - a for b, a in zip(before, after, strict=True)]
+    return contrasts
 
 
 def _scored(
     model: Any,
-    rollouts: Sequence[Sequence[Rollout]],
+    rollouts: Sequence[Rollouts],
     temperature: float,
-    prompts: Sequence[Prompt],
     features: Sequence[VisualFeatures | None] | None,
     contrast: bool = False,
 ) -> list[list[Tensor]]:
-    """Compute log π [L] float32 of each completion behind its prompt."""
-    completions = [[rollout.token_ids for rollout in group] for group in rollouts]
-    pieces = [[rollout.pieces(contrast) for rollout in group] for group in rollouts]
-    found = group_logprobs(model, prompts, completions, temperature, vision_features=features, pieces=pieces)
-    logprobs = iter(found.logprobs.float().cpu().split(found.lengths.tolist()))
-    return [[next(logprobs) for _ in group] for group in rollouts]
+    """Compute log π [L] float32 of each ordered completion behind its clip, or behind the contrast clip."""
+    prompts = [cast(Prompt, one.question.contrast if contrast else one.question.ordered) for one in rollouts]
+    completions = [[rollout.token_ids for rollout in one.ordered] for one in rollouts]
+    pieces = [[rollout.pieces(contrast) for rollout in one.ordered] for one in rollouts]
+    scored = group_logprobs(model, prompts, completions, temperature, vision_features=features, pieces=pieces)
+    logprobs = iter(scored.logprobs.float().cpu().split(scored.lengths.tolist()))
+    return [[next(logprobs) for _ in one.ordered] for one in rollouts]
 
 
-def _permuted(question: Question, vision: VisualFeatures | None) -> VisionFeatures:
+def _patches(rollouts: Rollouts) -> Any:
+    return rollouts.question.contrast is not None and rollouts.question.contrast.patches is not None
+
+
+def _permuted(rollouts: Rollouts) -> VisionFeatures:
     """Permute the features of a question's ordered clip into those of its contrast clip."""
-    assert isinstance(vision, VisionFeatures) and question.shuffled is not None
-    patches = question.shuffled.patches
+    question, (features,) = rollouts.question, cast(Sequence[VisionFeatures], rollouts.vision)
+    patches = cast(Prompt, question.contrast).patches
     assert patches is not None
-    return vision.permuted(patches, question.ordered.features["video_grid_thw"].cpu())
+    return features.permuted(patches, question.ordered.features["video_grid_thw"].cpu())

@@ -9,12 +9,12 @@ from contextlib import contextmanager
 from itertools import chain
 
 from video_r1.data.answers import extract_answer, option_prefix
-from video_r1.data.rollouts import Rollout, RolloutGroup
+from video_r1.data.rollouts import Group, Rollout
 from video_r1.models.group_forward import GroupLogprobs
 from video_r1.processes import gather, process_count, process_index
 from video_r1.rewards.temporal import logprob_contrast
 from video_r1.training.advantages import without_variance
-from video_r1.training.objective import PolicyLoss
+from video_r1.training.objective import SurrogateLoss
 from video_r1.training.questions import pair_of
 
 SKIPPED_GROUPS = "left_out.jsonl"  # in a run folder: groups that its steps learnt nothing from
@@ -46,9 +46,8 @@ class Meter:
         yield
         self.total(f"seconds/{phase}", time.perf_counter() - start)
 
-    def speeds(self, groups: Sequence[Sequence[Rollout]], seconds: float) -> None:
+    def speeds(self, rollouts: Sequence[Rollout], seconds: float) -> None:
         share = seconds / process_count()
-        rollouts = [rollout for group in groups for rollout in group]
         self.add("speed/rollouts_per_second", len(rollouts), share)
         self.add("speed/tokens_per_second", sum(len(rollout.token_ids) for rollout in rollouts), share)
 
@@ -78,30 +77,30 @@ class Meter:
 
 
 def describe_groups(
-    meter: Meter, groups: Sequence[RolloutGroup], phrases: Sequence[str], tools: bool = False
+    meter: Meter, groups: Sequence[Group], phrases: Sequence[str], tools: bool = False
 ) -> None:
     """Add one step's rewards, their deviations inside a group, temporal gap, completions, groups without
     variance before the temporal term; calls, if there are tools.
     """
     pairs: dict[tuple[str, int], list[float]] = defaultdict(list)
     for group in groups:
-        if pair := pair_of(group.sample):
-            pairs[pair].append(group.p)
-        sample = group.sample
-        for term, values in {**group.rewards, "total": group.total_reward}.items():
+        sample, rewards, correct = group.sample, group.rewards, group.rewards.correct
+        if pair := pair_of(sample):
+            pairs[pair].append(correct.p)
+        for term, values in {**rewards.terms, "total": rewards.total}.items():
             # A user's function may return no reward for a completion (nan).
             total, given = float(values.nansum()), int(values.isfinite().sum())
             for name in (term, f"{term}/{sample.problem_type}", f"{term}/{sample.data_type}"):
                 meter.add(f"reward/{name}", total, given)
             if given > 1:
                 meter.add(f"reward_std/{term}", float(values[values.isfinite()].std()))
-        if group.p_shuffled is not None:
-            meter.add("temporal/p", group.p)
-            meter.add("temporal/p_shuffled", group.p_shuffled)
-            meter.add("temporal/gap", group.p - group.p_shuffled)
-            meter.add("temporal/share_ordered_better", group.p > group.p_shuffled)
-        if group.token_drops is not None:
-            meter.add("temporal/drop", float(logprob_contrast(group.token_drops).mean()))
+        if correct.p_contrast is not None:
+            meter.add("temporal/p", correct.p)
+            meter.add("temporal/p_shuffled", correct.p_contrast)
+            meter.add("temporal/gap", correct.p - correct.p_contrast)
+            meter.add("temporal/share_ordered_better", correct.p > correct.p_contrast)
+        if (contrasts := group.rollouts.token_contrasts) is not None:
+            meter.add("temporal/drop", float(logprob_contrast(contrasts).mean()))
         letters = {option_prefix(option).strip(" (.):") for option in sample.options}
         for rollout in group.ordered:
             if (answer := extract_answer(rollout.text)) in letters:
@@ -114,8 +113,8 @@ def describe_groups(
             meter.add("completion/length", len(rollout.token_ids))
             meter.add("completion/truncated", rollout.finish_reason == "length")
             meter.add("completion/self_reflection", has_self_reflection(rollout.text, phrases))
-        if group.rewards:  # a teacher alone needs none
-            meter.add("groups/no_variance", bool(without_variance(group.base_reward[None])))
+        if rewards.terms:  # a teacher alone needs none
+            meter.add("groups/no_variance", bool(without_variance(rewards.base[None])))
     everywhere: dict[tuple[str, int], list[float]] = defaultdict(list)
     for pair, shares in chain(*(part.items() for part in gather(dict(pairs)))):
         everywhere[pair] += shares
@@ -124,7 +123,7 @@ def describe_groups(
             meter.add("temporal/pair_accuracy", math.prod(shares))
 
 
-def describe_update(meter: Meter, policy: GroupLogprobs, result: PolicyLoss) -> None:
+def describe_update(meter: Meter, policy: GroupLogprobs, result: SurrogateLoss) -> None:
     """Add one micro-batch's means over completion tokens."""
     tokens = len(policy.logprobs)
     assert policy.entropy is not None

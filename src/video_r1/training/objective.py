@@ -44,7 +44,7 @@ PPO_CLIP = ClipRange()
 
 
 @dataclass(frozen=True, slots=True)
-class PolicyLoss:
+class SurrogateLoss:
     """Loss (scalar with gradient) and detached scalars, means over this call's N tokens: the k3 estimate
     against the reference (0 without one), and the share of tokens whose ratio is clipped.
     """
@@ -54,7 +54,7 @@ class PolicyLoss:
     clip_ratio: Tensor
 
 
-def policy_loss(
+def surrogate_loss(
     logprobs: Tensor,
     old_logprobs: Tensor | None,
     advantages: Tensor,
@@ -69,7 +69,7 @@ def policy_loss(
     token_weights: Tensor | None = None,
     counted: Tensor | None = None,
     token_credits: Tensor | None = None,
-) -> PolicyLoss:
+) -> SurrogateLoss:
     """Compute the loss of some of a step's R responses with N tokens.
 
     logprobs: [N] of the policy, with gradient; old_logprobs: [N] of the policy that sampled (None: the policy
@@ -112,7 +112,7 @@ def policy_loss(
         below = (ratio < low) & (token_advantages < 0)
         above = (ratio > high) & (token_advantages > 0)
         tokens = max(1, len(logprobs))
-        return PolicyLoss(loss, kl.detach().sum() / tokens, (below | above).sum() / tokens)
+        return SurrogateLoss(loss, kl.detach().sum() / tokens, (below | above).sum() / tokens)
 
 
 def clipped(ratio: Tensor, logprobs: Tensor, advantages: Tensor, clip: ClipRange) -> Tensor:

@@ -8,7 +8,7 @@ from torch import nn
 from transformers import TrainerCallback, TrainerState
 
 from video_r1.data.prompts import Prompt
-from video_r1.data.rollouts import RolloutGroup
+from video_r1.data.rollouts import Rewards, Rollouts
 from video_r1.errors import VideoR1Error
 from video_r1.files import warn_once
 from video_r1.models.group_forward import group_logprobs
@@ -30,12 +30,12 @@ class StartChecks(TrainerCallback):
         self.check()
 
 
-def check_rewards(groups: list[RolloutGroup]) -> None:
-    """Raise VideoR1Error when no completion of any group, on any rank, earns a reward."""
+def check_rewards(rollouts: Sequence[Rollouts], rewards: Sequence[Rewards]) -> None:
+    """Raise VideoR1Error when no completion of any question, on any rank, earns a reward."""
     mine = [
         (float(total), rollout.finish_reason == "length", len(rollout.token_ids), rollout.text)
-        for group in groups
-        for rollout, total in zip(group.ordered, group.total_reward, strict=True)
+        for one, own in zip(rollouts, rewards, strict=True)
+        for rollout, total in zip(one.ordered, own.total, strict=True)
     ]
     completions, _ = gather_lists(mine)
     if not completions:

@@ -21,13 +21,8 @@ from torch.utils.data import Dataset, Sampler
 from video_r1.data.answers import option_prefix
 from video_r1.data.manifests.records import Sample
 from video_r1.data.reading import Reader, Unusable, derived_generator, quarantined
-from video_r1.data.rollouts import RolloutGroup
 from video_r1.errors import MediaError, PromptError, VideoR1Error
 from video_r1.files import append_line, warn_once
-from video_r1.models.group_forward import VisualFeatures
-from video_r1.processes import gather
-from video_r1.training.advantages import without_variance
-from video_r1.training.recording import group_facts
 
 Loaded = TypeVar("Loaded")
 Content = TypeVar("Content")
@@ -38,7 +33,7 @@ MAX_DRAWS = 100
 
 class Slot(NamedTuple):
     """A place in the stream of questions. `iteration` counts the updates on the same rollouts, from 0;
-    `round` counts the earlier questions of this slot (`select_groups`).
+    `round` counts the earlier questions of this slot (`selection.select`).
     """
 
     epoch: int
@@ -98,6 +93,10 @@ class Ready(Generic[Content]):
     content: Content
     skipped: int
     slot: Slot
+
+
+Reading = Future[Ready[Any]]
+"""A question that is being read."""
 
 
 @dataclass(eq=False)
@@ -264,57 +263,3 @@ def tensor_bytes(value: Any) -> int:
     elif not isinstance(value, (tuple, list)):
         return 0
     return sum(map(tensor_bytes, value))
-
-
-class Asked(NamedTuple):
-    """Scored groups of some slots; visual features of their ordered prompts, if they are known."""
-
-    slots: list[Slot]
-    groups: list[RolloutGroup]
-    vision: list[list[VisualFeatures | None]] | None
-
-
-class Selection(NamedTuple):
-    """The groups that a step learns from, and their visual features; groups without variance, as lines of
-    left_out.jsonl, each with its slot.
-    """
-
-    groups: list[RolloutGroup]
-    vision: list[list[VisualFeatures | None]] | None
-    skipped: list[tuple[Slot, dict[str, Any]]]
-
-
-def select_groups(first: Asked, ask: Callable[[list[Slot]], Asked], limit: int) -> Selection:
-    """Replace groups without variance by those of further questions (DAPO, arXiv 2503.14476), for at most
-    `limit` rounds; a slot that finds none keeps its first question.
-
-    Slot and round alone decide which question comes next (`QuestionSource.draw`): a run resumes exactly. ask:
-    reads, samples and scores the questions of some slots, [] too. Every rank calls it with its own slots.
-    """
-    groups, vision = list(first.groups), first.vision and list(first.vision)
-    flat_groups = [[group_facts(group)] if teaches_nothing(group) else [] for group in groups]  # by round
-    for number in range(1, limit + 1):
-        flat = [place for place, group in enumerate(groups) if teaches_nothing(group)]
-        if not any(gather(len(flat))):
-            break
-        further = ask([first.slots[place]._replace(round=number) for place in flat])
-        for n, place in enumerate(flat):
-            if teaches_nothing(further.groups[n]):
-                flat_groups[place].append(group_facts(further.groups[n]))
-                continue
-            groups[place] = further.groups[n]
-            if vision is not None and further.vision is not None:
-                vision[place] = further.vision[n]
-    skipped = []
-    for slot, group, tried in zip(first.slots, groups, flat_groups, strict=True):
-        by = None if teaches_nothing(group) else group.sample.problem_id
-        for n, facts in enumerate(tried):
-            reason = "tried" if n > 0 else "no variance" if by is None else "replaced"
-            line = {**facts, "reason": reason, "round": n, "replaced_by": by}
-            skipped.append((slot._replace(round=n), line))
-    return Selection(groups, vision, skipped)
-
-
-def teaches_nothing(group: RolloutGroup) -> bool:
-    """Whether a group's rewards without the temporal term are equal, and no teacher teaches it."""
-    return group.teacher_prompt is None and bool(without_variance(group.base_reward[None]))

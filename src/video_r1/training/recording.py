@@ -3,7 +3,7 @@
 import hashlib
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path, PurePath
 from typing import Any
 
@@ -11,7 +11,8 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 from video_r1.data.decoding.media import Media
-from video_r1.data.rollouts import Rollout, RolloutGroup
+from video_r1.data.manifests.records import Sample
+from video_r1.data.rollouts import Group, Rewards, Rollout
 from video_r1.files import append_line, draft_of
 
 JPEG_SIDE_LIMIT = 65_500  # the format stores a side in 16 bits
@@ -57,26 +58,35 @@ def save_shown(shown: Sequence[Media], path: Path) -> dict[str, Any]:
     return facts if len(shown) == 1 else {**facts, "clips": counts}
 
 
-def record_group(run_dir: Path, step: int, group: RolloutGroup, tokenizer: Any = None) -> None:
-    """Append a group to `run_dir`/rollouts.jsonl and save its frames in `run_dir`/frames. Raises OSError."""
-    sample, shown = group.sample, group.prompt.media
+def record_group(
+    run_dir: Path,
+    step: int,
+    group: Group,
+    tokenizer: Any = None,
+    teacher_logprobs: Sequence[Tensor] | None = None,
+) -> None:
+    """Append a group to `run_dir`/rollouts.jsonl and save its frames in `run_dir`/frames. Raises OSError.
+
+    teacher_logprobs: log π_T [L] of each ordered completion.
+    """
+    sample, rewards, rollouts, shown = group.sample, group.rewards, group.rollouts, group.prompt.media
     name = f"{run_dir / 'frames'}/{step}-{_file_name(sample.problem_id)}"
     frames: dict[str, Any] = save_shown(shown, Path(f"{name}.jpg")) if shown else {"count": 0}
     frames["timestamps"] = [round(float(t), 3) for media in shown for t in media.timestamps]
     names = [_short(path) for path in sample.paths]
-    contrast = group.shuffled_prompt
+    contrast = rollouts.question.contrast
     permutation = contrast.permutation if contrast else None
-    ordered = _completions(group.ordered, group.rewards, f"{name}-look")
-    for record, total, advantage in zip(ordered, group.total_reward, group.advantages, strict=True):
+    ordered = _completions(group.ordered, rewards.terms, f"{name}-look")
+    for record, total, advantage in zip(ordered, rewards.total, group.advantages, strict=True):
         record["total"], record["advantage"] = _number(total), _number(advantage)
     if "temporal" in group.advantages_without and contrast is not None:
         for record, advantage in zip(ordered, group.advantages_without["temporal"], strict=True):
             record["advantage_without_temporal"] = _number(advantage)
-    if group.token_drops is not None and tokenizer is not None:
-        for record, rollout, drops in zip(ordered, group.ordered, group.token_drops, strict=True):
-            _record_words(record, "word_drops", tokenizer, rollout, drops)
-    if group.teacher_logprobs is not None and tokenizer is not None:
-        for record, rollout, taught in zip(ordered, group.ordered, group.teacher_logprobs, strict=True):
+    if rollouts.token_contrasts is not None and tokenizer is not None:
+        for record, rollout, contrasts in zip(ordered, group.ordered, rollouts.token_contrasts, strict=True):
+            _record_words(record, "word_drops", tokenizer, rollout, contrasts)
+    if teacher_logprobs is not None and tokenizer is not None:
+        for record, rollout, taught in zip(ordered, group.ordered, teacher_logprobs, strict=True):
             _record_words(record, "word_logprobs", tokenizer, rollout, rollout.logprobs, taught)
     line = {
         "step": step,
@@ -86,25 +96,22 @@ def record_group(run_dir: Path, step: int, group: RolloutGroup, tokenizer: Any =
         "contrast": contrast.order if contrast else None,
         "permutation": None if permutation is None else [int(i) for i in permutation],
         "ordered": ordered,
-        "shuffled": _completions(group.shuffled, group.shuffled_rewards, f"{name}-shuffled"),
-        "p": group.p,
-        "p_shuffled": group.p_shuffled,
+        "shuffled": _completions(rollouts.contrast, rewards.contrast_terms, f"{name}-shuffled"),
+        "p": rewards.correct.p,
+        "p_shuffled": rewards.correct.p_contrast,
     }
     append_line(run_dir / "rollouts.jsonl", line)
 
 
-def group_facts(group: RolloutGroup) -> dict[str, Any]:
-    """Record of a group that a step learns nothing from; `reward` is that of all its ordered completions."""
+def skipped_facts(sample: Sample, rewards: Rewards) -> dict[str, Any]:
+    """Return the record of a question that a step learns nothing from: all its completions earn `reward`."""
+    names = [name for name in RECORDED if name not in ("options", "answer", "play")]
     return {
-        **{
-            name: getattr(group.sample, name)
-            for name in RECORDED
-            if name not in ("options", "answer", "play")
-        },
-        "problem": group.sample.problem[:PROBLEM],
-        "accuracy": _number(group.p),
-        "p_shuffled": group.p_shuffled,
-        "reward": _number(group.total_reward[0]),
+        **{name: getattr(sample, name) for name in names},
+        "problem": sample.problem[:PROBLEM],
+        "accuracy": _number(rewards.correct.p),
+        "p_shuffled": rewards.correct.p_contrast,
+        "reward": _number(rewards.total[0]),
     }
 
 
@@ -141,7 +148,7 @@ def by_word(tokenizer: Any, token_ids: Tensor, *values: Tensor) -> list[list[Any
 
 
 def _completions(
-    rollouts: Sequence[Rollout], rewards: dict[str, Tensor], strips: str
+    rollouts: Sequence[Rollout], rewards: Mapping[str, Tensor], strips: str
 ) -> list[dict[str, Any]]:
     """strips: beginning of the paths of the frames that tools returned."""
     return [

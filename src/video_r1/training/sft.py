@@ -29,7 +29,7 @@ from video_r1.recipe import Recipe
 from video_r1.settings.base import settings_docs
 from video_r1.settings.tools import TrainingToolSettings
 from video_r1.settings.training import SFTSettings
-from video_r1.training.questions import Ready
+from video_r1.training.questions import Reading, Ready
 from video_r1.training.runs import RunArguments, run_recipe
 from video_r1.training.trainer import QuestionTrainer
 
@@ -94,12 +94,11 @@ class SFTTrainer(QuestionTrainer):
     def build(self, sample: Sample, loaded: Example, generator: torch.Generator) -> Example:
         return loaded
 
-    def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: Any) -> tuple[list, Any]:
-        pending, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
-        ready = [self.ready(batch["pending"]) for batch in pending]
-        tokens = sum(len(entry.content.response) for part in ready for entry in part)
+    def step_inputs(self, reading: list[list[Reading]]) -> tuple[list[Any], float]:
+        batches = [self.ready(batch) for batch in reading]
+        tokens = sum(len(entry.content.response) for batch in batches for entry in batch)
         # Gradients are averaged over ranks, hence the division.
-        return [{"batch": part} for part in ready], sum(gather(tokens)) / process_count()
+        return [{"batch": batch} for batch in batches], sum(gather(tokens)) / process_count()
 
     def compute_loss(
         self, model: nn.Module, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from video_r1.data.manifests.records import Sample
 from video_r1.data.prompts import Prompt, PromptBuilder
 from video_r1.data.reading import Reader
-from video_r1.data.rollouts import RolloutGroup
+from video_r1.data.rollouts import Group
 from video_r1.errors import ConfigError
 from video_r1.models.group_forward import group_logprobs, vision_language_model
 from video_r1.models.loading import load_model, load_processor, size_multiple
@@ -75,8 +75,9 @@ class Teacher:
             dtype = "bfloat16" if settings.bf16 else "float32"
             model: Any = load_model(name, dtype, settings.attn_implementation, settings.trust_remote_code)
             self.model = prepare_reference(model.eval().requires_grad_(False), accelerator)
-        self.builder = PromptBuilder(processor, settings.prompt_template, longest, settings.subtitles)
-        self.builder.toolbox = builder.toolbox
+        self.builder = PromptBuilder(
+            processor, settings.prompt_template, longest, settings.subtitles, builder.toolbox
+        )
         budget = replace(
             reader.budget,
             max_frames=settings.teacher.frames or reader.budget.max_frames,
@@ -101,9 +102,9 @@ class Teacher:
         return self.builder.build(sample, self.reader.media(sample))
 
     @torch.no_grad()
-    def scores(self, policy: nn.Module, groups: Sequence[RolloutGroup]) -> TeacherScores:
+    def scores(self, policy: nn.Module, groups: Sequence[Group]) -> TeacherScores:
         """Score the groups' ordered completions, each group in one row. policy: as prepared for training."""
-        prompts = [cast(Prompt, group.teacher_prompt) for group in groups]
+        prompts = [cast(Prompt, group.rollouts.question.teacher) for group in groups]
         if self.server is not None:
             return self._served(self.server, prompts, groups)
         model = policy if self.model is None else self.model
@@ -119,7 +120,7 @@ class Teacher:
         return TeacherScores(found.logprobs, cast(Tensor, found.likeliest))
 
     def _served(
-        self, server: ServerEngine, prompts: Sequence[Prompt], groups: Sequence[RolloutGroup]
+        self, server: ServerEngine, prompts: Sequence[Prompt], groups: Sequence[Group]
     ) -> TeacherScores:
         answers = []
         for prompt, group in zip(prompts, groups, strict=True):
@@ -139,15 +140,15 @@ def teacher_credits(scores: TeacherScores, logprobs: Tensor, weight: float) -> T
     return weight * (scores.logprobs.to(logprobs) - logprobs).clamp(-BOUND, BOUND)
 
 
-def note_teacher(
-    meter: Meter, groups: Sequence[RolloutGroup], scores: TeacherScores, logprobs: Tensor
-) -> None:
-    """Add the series `teacher/…`, and log π_T to the groups for their records. logprobs: log π_S [N]."""
+def by_group(logprobs: Tensor, groups: Sequence[Group]) -> list[list[Tensor]]:
+    """Split values [N] of the groups' completion tokens: one tensor [L] a completion."""
+    parts = iter(logprobs.float().cpu().split([len(o.token_ids) for group in groups for o in group.ordered]))
+    return [[next(parts) for _ in group.ordered] for group in groups]
+
+
+def describe_teacher(meter: Meter, scores: TeacherScores, logprobs: Tensor) -> None:
+    """Add the series `teacher/…`. logprobs: log π_S [N]."""
     gaps, tokens = scores.logprobs.to(logprobs) - logprobs, len(logprobs)
     meter.add("teacher/kl", -float(gaps.sum()), tokens)
     meter.add("teacher/agreement", float(scores.likeliest.sum()), tokens)
     meter.add("teacher/clipped", float((gaps.abs() > BOUND).sum()), tokens)
-    lengths = [len(rollout.token_ids) for group in groups for rollout in group.ordered]
-    parts = iter(scores.logprobs.float().cpu().split(lengths))
-    for group in groups:
-        group.teacher_logprobs = [next(parts) for _ in group.ordered]
