@@ -42,8 +42,8 @@ GAIN, HARM = 0.05, -0.02  # least gain with wrong captions of a rule that recipe
 
 LOOKING, ALPHA, TIME = 0.8, 0.9, 9.0
 """q_T; the gate's α; time in units of one reward, after which GRPO without Z has a sixth of its T : S."""
-OPEN = {"gate": 0.85, "gate-follows": 0.85, "gate-fifth": 0.4, "gate-sum": 1.0, "pairs-gate": 0.85}
-"""1 − e^−Δ of a described clip; 0 for S, whose chain one frame shows."""
+OPEN = {"gate": 1.0, "gate-follows": 1.0, "gate-fifth": 0.8, "gate-sum": 1.0, "pairs-gate": 1.0}
+"""1 − e^−Δ of a described clip (a pilot of the base: Δ = 7); 0 for S, whose chain one frame shows."""
 
 
 def rewards(arm: str) -> tuple[float, float, float]:

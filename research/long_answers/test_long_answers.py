@@ -249,8 +249,8 @@ def test_a_variant_takes_the_gates_place() -> None:
 def test_predictions_by_hand() -> None:
     """GRPO: T earns q_T, S and Z the caption's accuracy; pairs halve theirs."""
     assert rewards("grpo") == (0.8, 1.0, 1.0) and rewards("pairs") == (0.8, 0.5, 0.5)
-    assert rewards("gate") == pytest.approx((0.8 * 0.865, 0.1, 0.865))
-    assert rewards("gate-follows")[2] == pytest.approx(0.8 * 0.865 + 0.2 * 0.1)
+    assert rewards("gate-fifth") == pytest.approx((0.8 * 0.82, 0.1, 0.82))
+    assert rewards("gate-follows")[2] == pytest.approx(0.8 * 1.0 + 0.2 * 0.1)
     odds = 0.6 / 0.4 * np.exp(-0.2 * 9)
     assert predicted("grpo", "without-z") == pytest.approx(0.8 * odds / (1 + odds))
     page = Path(__file__).with_name("README.md").read_text()
