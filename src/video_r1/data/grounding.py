@@ -1,11 +1,4 @@
-"""Grounding answers: a span in seconds, boxes, or both, as JSON inside the answer tags.
-
-| problem type               | answer                                                     |
-|----------------------------|------------------------------------------------------------|
-| temporal grounding         | {"time": [2.5, 6.0]}                                       |
-| spatial grounding          | {"boxes": [120, 300, 480, 910]}                            |
-| spatial-temporal grounding | {"time": [2.5, 4.2], "boxes": {"3": [120, 300, 480, 910]}} |
-| tracking                   | {"boxes": {"1": [120, 300, 480, 910]}}                     |
+"""Grounding answers: a span in seconds, boxes, or both, as JSON inside the answer tags (`GROUNDING_FORMS`).
 
 Seconds count from the beginning of the clip, or of the row's window. A box is [x1, y1, x2, y2] in thousandths
 of the picture's width and height from its top left corner, whatever the frame size; boxes of several frames

@@ -314,11 +314,10 @@ class PromptBuilder(TextPrompts):
             prompt_text(self.processor, chat, plain.thinks, tools)
             for chat in (plain.messages, [_without_words(turn) for turn in plain.messages])
         )
-        said = [
-            json.dumps(tools, ensure_ascii=False),
-            *("".join(_texts(turn["content"])) for turn in plain.messages),
-        ]
-        self._refuse_special_tokens(sample, "\n".join(said))  # also where visuals are left out
+        said = "\n".join("".join(_texts(turn["content"])) for turn in plain.messages)
+        self._refuse_special_tokens(
+            sample, said + json.dumps(tools, ensure_ascii=False)
+        )  # also without visuals
         self._refuse_special_tokens(sample, text, other)
         for shown in plain.media:
             self._check_frames(sample, shown)
@@ -390,9 +389,8 @@ class PromptBuilder(TextPrompts):
 
     def visual_tokens(self, input_ids: Tensor) -> int:
         """Count the image and video placeholders in `input_ids`."""
-        found = [getattr(self.processor, f"{kind}_token_id", None) for kind in ("image", "video")]
-        kinds = [number for number in found if number is not None]
-        return int(torch.isin(input_ids, torch.tensor(kinds)).sum())
+        kinds = [getattr(self.processor, f"{kind}_token_id", None) for kind in ("image", "video")]
+        return sum(int((input_ids == kind).sum()) for kind in {*kinds} - {None})
 
     def _check_frames(self, sample: Sample, media: Media) -> None:
         height, width = media.frames.shape[-2:]

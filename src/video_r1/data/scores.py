@@ -2,10 +2,7 @@
 
 The scores are those of Video-R1 (arXiv 2503.21776), except that equal numbers are equal however they are
 written: its code gives "3" the score 0 if the truth is "3.0", and "1,200" if it is "1200".
-
-Grounding types are scored by overlap, with the equations of OneThinker (arXiv 2512.03043): spans by their
-tIoU, boxes by their IoU, boxes over time by the mean of their IoUs: over the seconds that both have
-(spatial-temporal grounding), or over the truth's seconds, a missing one counting 0 (tracking).
+Grounding types are scored by overlap, with the equations of OneThinker (arXiv 2512.03043).
 """
 
 import os

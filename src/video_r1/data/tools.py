@@ -29,7 +29,7 @@ from video_r1.data.decoding.decoders import read_media_at
 from video_r1.data.decoding.frame_cache import FrameCache
 from video_r1.data.decoding.media import Media, fitted
 from video_r1.data.decoding.pictures import read_picture
-from video_r1.data.manifests.records import Sample
+from video_r1.data.manifests.records import Sample, is_deep
 from video_r1.data.prompts import Prompt, PromptBuilder
 from video_r1.data.rollouts import Rollout, ToolCall
 from video_r1.data.sources.media_types import ClipRef
@@ -73,7 +73,7 @@ def parse_calls(text: str) -> list[Asked]:
             asked = _parsed(call[1]) if call[2] else Asked("", {}, "the call has no </tool_call>")
             # No infinity, no half of a character: it is written to files and prompts.
             json.dumps(asked, allow_nan=False, ensure_ascii=False).encode()
-            deep = _is_deep(asked.arguments)
+            deep = is_deep(asked.arguments, DEEPEST_CALL)
             found.append(Asked("", {}, "the call is nested too deeply") if deep else asked)
         except (ValueError, RecursionError):
             found.append(Asked("", {}, "the call is not valid JSON"))
@@ -84,9 +84,8 @@ def _parsed(body: str) -> Asked:
     if len(body) > LONGEST_CALL:
         return Asked("", {}, f"the call is longer than {LONGEST_CALL} characters")
     if function := _FUNCTION.fullmatch(body):
-        return Asked(
-            function[1].strip(), {name.strip(): _value(v) for name, v in _PARAMETER.findall(function[2])}
-        )
+        arguments = {name.strip(): _value(value) for name, value in _PARAMETER.findall(function[2])}
+        return Asked(function[1].strip(), arguments)
     call = json.loads(body)
     if not isinstance(call, dict) or not isinstance(call.get("name"), str):
         return Asked("", {}, 'the call is not {"name": ..., "arguments": {...}}')
@@ -94,11 +93,6 @@ def _parsed(body: str) -> Asked:
     if not isinstance(arguments, dict):
         return Asked(call["name"], {}, "arguments is not an object")
     return Asked(call["name"], arguments)
-
-
-def _is_deep(value: Any, left: int = DEEPEST_CALL) -> bool:
-    parts = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
-    return left == 0 or any(_is_deep(part, left - 1) for part in parts)
 
 
 def _value(text: str) -> Any:

@@ -778,16 +778,17 @@ def _list_rows(text: str) -> Iterator[tuple[int, Any]]:
 
 def _sound(row: Any, text: str) -> Any:
     """Return the row parsed from `text`, or `Unreadable` if other programs could not read or write it."""
-    if text.count("[") + text.count("{") > _DEEPEST:
-        level = [row]
-        for _ in range(_DEEPEST):
-            inner = [value for value in level if isinstance(value, (list, dict))]
-            level = [one for each in inner for one in (each.values() if isinstance(each, dict) else each)]
-        if level:
-            return Unreadable(f"it is nested deeper than {_DEEPEST} levels")
+    if text.count("[") + text.count("{") > _DEEPEST and is_deep(row, _DEEPEST):
+        return Unreadable(f"it is nested deeper than {_DEEPEST} levels")
     if "\\u" in text and _SURROGATE.search(text):
         try:
             json.dumps(row, ensure_ascii=False).encode()
         except UnicodeEncodeError:
             return Unreadable("it has half a character (a lone surrogate, \\ud800 to \\udfff)")
     return row
+
+
+def is_deep(value: Any, levels: int) -> bool:
+    """Return whether lists and objects are nested in more than so many levels."""
+    parts = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    return levels == 0 or any(is_deep(part, levels - 1) for part in parts)

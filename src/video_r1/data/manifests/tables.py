@@ -35,7 +35,6 @@ if TYPE_CHECKING:
 ENDING = ".parquet"
 MEDIA_KINDS = ("image", "video")
 _TABLES_AT_A_TIME = 8
-_ROWS_PER_BATCH = 1000  # of a dataset in memory
 # Of Parquet files. Rows are limited to so many times the file's bytes; fewer are always read.
 _LARGEST_RATIO, _LEAST_LIMIT, _ROW_BYTES = 100, 1 << 28, 200
 _BATCH_BYTES, _LEAST_ROWS, _MOST_ROWS = 1 << 29, 4, 64  # of a batch, in which each cell may be a whole column
@@ -317,11 +316,5 @@ def dataset_rows(dataset: Any, split: str) -> Iterator[tuple[int, Any]]:
             "needed (or drop the columns: remove_columns)"
         )
     stand_ins = {name: InTable(name, kind, None) for name, (kind, _) in held.items()}
-    batches = dataset.remove_columns(list(held)).with_format(None).iter(_ROWS_PER_BATCH)
-    rows = (
-        dict(zip(batch, values, strict=True))
-        for batch in cast("Iterator[dict[str, list]]", batches)
-        for values in zip(*batch.values(), strict=True)
-    )
-    for number, row in enumerate(rows, start=1):
-        yield number, {**row, **stand_ins}
+    for number, row in enumerate(dataset.remove_columns(list(held)).with_format(None), start=1):
+        yield number, {**cast("dict[str, Any]", row), **stand_ins}

@@ -148,10 +148,9 @@ def _sample(number: int, row: Any, folder: Path, places: MediaPaths) -> tuple[Sa
     if sample is None:
         return None, found
     extra = {name: value for name, value in row.items() if name not in MEDIA_COLUMNS and value is not None}
-    solution = sample.solution if answer else NO_ANSWER
+    known = {} if answer else {"problem_type": problem_type, "solution": NO_ANSWER}
     problem_id = row.get("problem_id", row.get("id", number))
-    sample = replace(sample, problem_id=problem_id, solution=solution, extra={**extra, PROMPT: said})
-    return replace(sample, problem_type=problem_type), []
+    return replace(sample, problem_id=problem_id, extra={**extra, PROMPT: said}, **known), []
 
 
 def _chat(prompt: Any, columns: list[Held]) -> tuple[Any, list[Held], tuple[Mapping[str, str], ...]]:
