@@ -65,7 +65,7 @@ class Fleet:
     tokens: float = cost(400, "assumed: mean length of a completion")
     longest: float = cost(768, "recipe: max_completion_length; a step waits for its longest completion")
     ordered: int = cost(8, "recipe: num_generations")
-    shuffled: int = cost(4, "recipe: num_shuffled_generations")
+    shuffled: int = cost(4, "recipe: num_contrast_generations")
     tflops: float = cost(400, "model: bf16 on an H100, 40 % of its peak")
     memory_gb_s: float = cost(2000, "model: an H100's memory, 60 % of its peak")
     link_gb_s: float = cost(300, "model: between two GPUs of a machine")

@@ -86,7 +86,7 @@ PARTS = {
     "micro-batches": Part(world={"sizes": [1, 1]}),
 }
 ELSEWHERE = {
-    "samples": "num_generations num_shuffled_generations num_generations_eval max_completion_length "
+    "samples": "num_generations num_contrast_generations num_generations_eval max_completion_length "
     "temperature",
     "chooses the contrast clip": "temporal_contrast contrast_unit",
     "a bound of a part": "epsilon sapo_temperature_pos sapo_temperature_neg correct_threshold teacher_frames "

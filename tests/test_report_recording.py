@@ -51,7 +51,7 @@ def test_recorded_group(tmp_path: Path) -> None:
         wrong | {"rewards": {"accuracy": 0.0}, "total": 0.0, "advantage": -0.7},
     ]
     assert line["shuffled"] == [wrong | {"text": "C", "tokens": 2, "rewards": {"accuracy": 0.0}}]
-    assert (line["p"], line["p_shuffled"]) == (0.5, 0.0)
+    assert (line["p"], line["p_contrast"]) == (0.5, 0.0)
     # The strip holds the ordered frames, although the shuffled prompt has its own media.
     picture = Image.open(tmp_path / "frames/10-7.jpg")
     assert [picture.getpixel((28 * i + 14, 14)) for i in range(3)] == [(v, v, v) for v in (10, 120, 240)]

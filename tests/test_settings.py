@@ -66,7 +66,7 @@ def test_a_value_of_the_wrong_type_is_refused_with_the_type_in_words(text: Any, 
 @pytest.mark.parametrize(("kind", "values", "names"), [
     (TGRPOSettings, {"num_generations": 1}, ["num_generations"]),
     (TGRPOSettings, {"num_generations": "8"}, ["num_generations"]),
-    (TGRPOSettings, {"temporal_rule": "margin", "num_shuffled_generations": 0}, ["num_shuffled_generations"]),
+    (TGRPOSettings, {"temporal_rule": "margin", "num_contrast_generations": 0}, ["num_contrast_generations"]),
     (TGRPOSettings, {"temperature": 0.0}, ["temperature"]),
     (TGRPOSettings, {"contrast_unit": "patch", "temporal_contrast": "frozen"}, ["contrast_unit"]),
     (TGRPOSettings, {"epsilon": 0.2, "epsilon_high": 0.1}, ["epsilon_high"]),

@@ -258,7 +258,7 @@ def test_a_step_with_a_users_reward_function(checkpoint: Path, manifest: Path, t
 
     trainer = make_trainer(
         checkpoint, str(manifest), tmp_path, rewards=["accuracy", "temporal", mine],
-        reward_weights={"mine": 0.5}, temperature=0.6, num_shuffled_generations=3,
+        reward_weights={"mine": 0.5}, temperature=0.6, num_contrast_generations=3,
     )  # fmt: skip
     batches, _ = first_step(trainer)
     batch = batches[0]["batch"]

@@ -38,7 +38,7 @@ def test_logged_series(finished: TGRPOTrainer) -> None:
     expected = {
         *("epoch", "time", "loss", "learning_rate", "grad_norm"),
         *("reward/accuracy", "reward/format", "reward/temporal", "reward/many_tokens", "reward/total"),
-        *("temporal/p", "temporal/p_shuffled", "temporal/gap", "temporal/share_ordered_better"),
+        *("temporal/p", "temporal/p_contrast", "temporal/gap", "temporal/share_ordered_better"),
         *(f"credit/{name}" for name in ("accuracy", "format", "temporal", "many_tokens")),
         *("completion/length", "completion/truncated", "completion/self_reflection"),
         *("policy/clip_ratio", "policy/kl", "policy/entropy", "groups/no_variance"),
@@ -63,7 +63,7 @@ def test_run_folder(finished: TGRPOTrainer) -> None:
         assert len(line["ordered"]) == 4
         assert len(line["shuffled"]) == (2 if line["data_type"] == "video" else 0)
         alone = line["data_type"] == "image"
-        assert all((line[name] is None) == alone for name in ("p_shuffled", "permutation", "contrast"))
+        assert all((line[name] is None) == alone for name in ("p_contrast", "permutation", "contrast"))
         assert (line["frames"]["count"] == 1) == alone
 
 

@@ -148,7 +148,7 @@ class TGRPOSettings(TrainingSettings):
         "a teacher alone",
     )
     num_generations: int = setting(8, "G: completions per question with its frames in order")
-    num_shuffled_generations: int | None = setting(None, "completions with shuffled frames (default: G/2)")
+    num_contrast_generations: int | None = setting(None, "completions of the contrast clip (default: G/2)")
     num_generations_eval: int | None = setting(
         None, "sampled answers per validation question (default: 1)", above=0
     )
@@ -177,8 +177,8 @@ class TGRPOSettings(TrainingSettings):
     num_iterations: int = setting(1, "updates on each batch of rollouts", above=0)
     temporal_rule: TemporalRule = setting(
         "margin",
-        "pays for the frame order: the paper's margin alpha·(p − p_shuffled), or threshold alpha when p ≥ "
-        "mu·p_shuffled; likelihood_gate multiplies accuracy and length by 1 − alpha·exp(−Δ), Δ the log-prob "
+        "pays for the frame order: the paper's margin alpha·(p − p_contrast), or threshold alpha when p ≥ "
+        "mu·p_contrast; likelihood_gate multiplies accuracy and length by 1 − alpha·exp(−Δ), Δ the log-prob "
         "contrast of each response with the contrast clip; off",
     )
     temporal_contrast: Contrast | None = setting(
@@ -220,8 +220,8 @@ class TGRPOSettings(TrainingSettings):
         if self.num_generations < 2:
             yield "num_generations", f"is {self.num_generations}; a group needs at least 2 completions"
         if self.paid_rule in get_args(SampledRule) and self.contrast_generations < 1:
-            said = f"is {self.num_shuffled_generations} while temporal_rule is {self.temporal_rule}"
-            yield "num_shuffled_generations", f"{said}; use at least 1, or temporal_rule off"
+            said = f"is {self.num_contrast_generations} while temporal_rule is {self.temporal_rule}"
+            yield "num_contrast_generations", f"{said}; use at least 1, or temporal_rule off"
         if self.temporal_rule == "likelihood_gate" and self.alpha > 1:
             said = f"is {self.alpha:g}, which would make a right answer cost something"
             yield "temporal_alpha", f"{said}; a gate takes 0 to 1"
@@ -310,6 +310,6 @@ class TGRPOSettings(TrainingSettings):
         """Completions per video question with the contrast clip; 0 if the rule samples none."""
         if self.paid_rule not in get_args(SampledRule):
             return 0
-        if self.num_shuffled_generations is not None:
-            return self.num_shuffled_generations
+        if self.num_contrast_generations is not None:
+            return self.num_contrast_generations
         return max(1, self.num_generations // 2)

@@ -96,7 +96,7 @@ def describe_groups(
                 meter.add(f"reward_std/{term}", float(values[values.isfinite()].std()))
         if correct.p_contrast is not None:
             meter.add("temporal/p", correct.p)
-            meter.add("temporal/p_shuffled", correct.p_contrast)
+            meter.add("temporal/p_contrast", correct.p_contrast)
             meter.add("temporal/gap", correct.p - correct.p_contrast)
             meter.add("temporal/share_ordered_better", correct.p > correct.p_contrast)
         if (contrasts := group.rollouts.token_contrasts) is not None:

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from video_r1.availability import imported
+from video_r1.settings.training import TGRPOSettings
 from video_r1.settings.vllm import ImportanceMode
 
 ImportanceLevel = Literal["token", "sequence"]
@@ -169,6 +170,15 @@ def objective_of(loss_type: str) -> Objective:
         return OBJECTIVES[loss_type]
     found = imported(loss_type, "loss_type")
     return found if isinstance(found, Objective) else Objective(found)
+
+
+def trains_all(settings: TGRPOSettings) -> bool:
+    """Whether groups of equal rewards matter although their advantages are 0: for a KL or entropy term, a
+    teacher, the mean over a micro-batch (bnpo), or where entropies are ranked.
+    """
+    own_terms = settings.beta != 0 or settings.entropy_coef != 0 or settings.teacher.model_name_or_path
+    averaged = objective_of(settings.loss_type).average == "micro_batch"
+    return bool(own_terms) or averaged or settings.top_entropy_quantile < 1
 
 
 def importance_weights(

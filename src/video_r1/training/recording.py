@@ -98,7 +98,7 @@ def record_group(
         "ordered": ordered,
         "shuffled": _completions(rollouts.contrast, rewards.contrast_terms, f"{name}-shuffled"),
         "p": rewards.correct.p,
-        "p_shuffled": rewards.correct.p_contrast,
+        "p_contrast": rewards.correct.p_contrast,
     }
     append_line(run_dir / "rollouts.jsonl", line)
 
@@ -110,7 +110,7 @@ def skipped_facts(sample: Sample, rewards: Rewards) -> dict[str, Any]:
         **{name: getattr(sample, name) for name in names},
         "problem": sample.problem[:PROBLEM],
         "accuracy": _number(rewards.correct.p),
-        "p_shuffled": rewards.correct.p_contrast,
+        "p_contrast": rewards.correct.p_contrast,
         "reward": _number(rewards.total[0]),
     }
 

@@ -21,11 +21,10 @@ Deviations from the paper and its code:
  2. p and p̃ belong to one question. The reference code computes them over the batch (one prompt a device).
  3. Both kinds of completions are sampled alike, without top-p: the sampled distribution is scored.
  4. The shuffled order is never the identity, and the sampling rate of the frames reaches the model.
- 5. Equal numbers are equal however they are written (data/answers.py).
- 6. The loss is normalised over the optimizer step: a question counts the same in any micro-batch and rank.
- 7. The update skips groups of equal rewards, unless another term of the loss needs them (`trains_all`).
- 8. Another question replaces one whose media cannot be used; a question is never shown other media.
- 9. With vLLM, a token's policy loss is weighted by π_old ÷ π_vLLM (capped), which differ by rounding, and
+ 5. The loss is normalised over the optimizer step: a question counts the same in any micro-batch and rank.
+ 6. The update skips groups of equal rewards, unless another term of the loss needs them (`trains_all`).
+ 7. Another question replaces one whose media cannot be used; a question is never shown other media.
+ 8. With vLLM, a token's policy loss is weighted by π_old ÷ π_vLLM (capped), which differ by rounding, and
     with async_rollouts by one update.
 """
 
@@ -65,8 +64,8 @@ from video_r1.training.objective import (
     entropy_sum,
     high_entropy,
     loss_normaliser,
-    objective_of,
     surrogate_loss,
+    trains_all,
 )
 
 # ---- Rollouts
@@ -130,8 +129,7 @@ def score(
     A temporal rule adds a term r_it to right answers, or multiplies what is paid for them by a gate g_i
     (rewards/temporal.py). The other arguments and errors are those of `score_terms`.
     """
-    rule, is_paid = rule_of(settings), "temporal" in terms.built_in
-    rewards = []
+    rule, is_paid, rewards = rule_of(settings), "temporal" in terms.built_in, []
     scores = score_terms(rollouts, terms, settings, question_text, judge)
     for one, (own, contrast_terms, correct) in zip(rollouts, scores, strict=True):
         gate, deviation = None, 0.0
@@ -274,15 +272,6 @@ def micro_batches(groups: Sequence[Group], sizes: Sequence[int], settings: TGRPO
     normaliser = loss_normaliser(settings.loss_type, responses, tokens, settings.max_completion_length)
     entropy_tokens = max(1.0, tokens * settings.top_entropy_quantile)
     return Step(batches, normaliser / process_count(), entropy_tokens / process_count())
-
-
-def trains_all(settings: TGRPOSettings) -> bool:
-    """Whether groups of equal rewards matter although their advantages are 0: for a KL or entropy term, a
-    teacher, the mean over a micro-batch (bnpo), or where entropies are ranked.
-    """
-    own_terms = settings.beta != 0 or settings.entropy_coef != 0 or settings.teacher.model_name_or_path
-    averaged = objective_of(settings.loss_type).average == "micro_batch"
-    return bool(own_terms) or averaged or settings.top_entropy_quantile < 1
 
 
 def logprobs_of(
