@@ -160,13 +160,6 @@ class MemoryPlan:
             return None
         return self.peak <= self.gpu_memory and (self.vllm is None or self.vllm.questions > 0)
 
-    @property
-    def fits_awake(self) -> bool:
-        """Whether a vLLM that sleeps during updates would fit beside them."""
-        sleeps = self.vllm is not None and self.recipe.section(EngineSettings).vllm.enable_sleep_mode
-        others = max(self.phases["update"], self.phases["optimizer step"])
-        return bool(sleeps and self.fits and others + self.parts["vLLM"] <= (self.gpu_memory or 0))
-
 
 def memory_plan(
     config: PreTrainedConfig,

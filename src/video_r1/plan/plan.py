@@ -120,8 +120,6 @@ def memory_lines(plan: MemoryPlan) -> Iterator[str]:
         if not beside.questions:
             least = math.ceil(100 * beside.least / plan.gpu_memory) / 100
             yield f"vLLM's share is too small: set vllm_gpu_memory_utilization to {least:.2f}"
-        if plan.fits_awake:
-            yield "vLLM fits awake: --vllm_enable_sleep_mode false saves about a second a step"
     verdict = "fits" if plan.fits else "does not fit"
     yield f"\n{verdict}: {plan.peak / unit:,.2f} of {plan.gpu_memory / unit:,.2f} {name_of_unit}"
 

@@ -144,7 +144,7 @@ def flat(values: Mapping[str, Any], types: Mapping[str, Any]) -> dict[str, Any]:
         if isinstance(value, types[name]):
             value = {entry: getattr(value, entry) for entry in known}
         elif not isinstance(value, Mapping):
-            pairs = pairs_of(value)
+            pairs = pairs_of(value) or {}
             value = pairs if pairs.keys() & known.keys() else {next(iter(known)): value}
         found |= {f"{name}_{entry}": one for entry, one in value.items()}
     return found

@@ -123,7 +123,9 @@ def _parse_one(value: Any, hint: Any) -> Any:
         return [parse(item, *arguments or (Any,)) for item in _items(value)]
     if origin is dict:
         key_type, value_type = arguments or (Any, Any)
-        return {parse(k, key_type): parse(v, value_type) for k, v in _pairs(value, wrong).items()}
+        if (pairs := pairs_of(value)) is None:
+            raise wrong
+        return {parse(k, key_type): parse(v, value_type) for k, v in pairs.items()}
     for choice in _choices(hint):
         # YAML reads a bare `off` or `no` as false.
         if value == choice or text == str(choice) or (value is False and choice in ("off", "no")):
@@ -161,24 +163,14 @@ def _items(value: Any) -> list[Any]:
     return list(value) if isinstance(value, list | tuple) else [value]
 
 
-def _pairs(value: Any, wrong: ValueError) -> Mapping[Any, Any]:
+def pairs_of(value: Any) -> Mapping[Any, Any] | None:
+    """Return the mapping that a value or its text (`a=1,b=2` or `{a: 1}`) is; None for others."""
     if isinstance(value, str) and not value.strip().startswith("{"):
         pairs = [item.partition("=") for item in value.split(",") if item.strip()]
-        if not pairs or not all(name.strip() and equals for name, equals, _ in pairs):
-            raise wrong
-        return {name.strip(): text.strip() for name, _, text in pairs}
+        whole = pairs and all(name.strip() and equals for name, equals, _ in pairs)
+        return {name.strip(): text.strip() for name, _, text in pairs} if whole else None
     value = _flow(value) if isinstance(value, str) else value
-    if not isinstance(value, Mapping):
-        raise wrong
-    return value
-
-
-def pairs_of(value: Any) -> Mapping[Any, Any]:
-    """Return the mapping that a value or its text is; {} for others."""
-    try:
-        return _pairs(value, ValueError())
-    except ValueError:
-        return {}
+    return value if isinstance(value, Mapping) else None
 
 
 def _flow(text: str) -> Any:
