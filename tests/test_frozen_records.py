@@ -26,6 +26,7 @@ OWNERS = {
     "parameter",
     "weight",
     "plugin",
+    "hooks",
 }
 
 
