@@ -42,8 +42,10 @@ def overview(names: Iterable[str]) -> str:
 def command_help(name: str, everything: bool = False) -> str:
     """Return usage, examples and the usual settings of one command, or every setting by section."""
     command = COMMANDS[name]
-    usual = [*dict.fromkeys([*command.required, *(word for word in USUAL if word in command.types())])][:20]
-    others = command.types().keys() - usual
+    types = command.types()
+    common = (word for word in USUAL if word in types and not is_group(types[word]))
+    usual = [*dict.fromkeys([*command.required, *common])][:20]
+    others = types.keys() - usual
     lines = [f"usage: {usage(name)}", "", command.summary, ""]
     lines += ["examples:", *(f"  video-r1 {example}" for example in command.examples), ""]
     if command.plans_training:
