@@ -10,7 +10,7 @@ import torch
 from video_r1.data.prompts import Prompt
 from video_r1.data.rollouts import Rollout
 from video_r1.data.tools import Asked
-from video_r1.rollout.engine import OnToken, RolloutEngine, SamplingSettings
+from video_r1.rollout.engine import Counts, Groups, OnToken, Prompts, RolloutEngine, SamplingSettings
 from video_r1.rollout.episodes import Episode, ToolEngine
 
 
@@ -39,12 +39,8 @@ class ScriptedEngine(RolloutEngine):
         return [sampling.seed for sampling in self.sampled]
 
     def sample(
-        self,
-        prompts: Sequence[Prompt],
-        sampling: SamplingSettings,
-        counts: Sequence[int] | None = None,
-        on_token: OnToken | None = None,
-    ) -> list[list[Rollout]]:
+        self, prompts: Prompts, sampling: SamplingSettings, counts: Counts = None, on_token: OnToken = None
+    ) -> Groups:
         assert counts is None  # an evaluation asks for `sampling.n` completions of every prompt
         if self.calls_left == 0:
             raise KeyboardInterrupt

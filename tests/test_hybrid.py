@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers.models.qwen3_5 import modeling_qwen3_5
 
 from video_r1.models import gated_delta
-from video_r1.models.attention import fork_layout
+from video_r1.models.attention import fork_layout, group_spans
 from video_r1.models.group_forward import group_logprobs
 from video_r1.rollout.engine import SamplingSettings
 from video_r1.rollout.transformers import TransformersEngine
@@ -27,7 +27,7 @@ def test_fork_layout_by_hand() -> None:
     token   0 1 2 3 4 5 6 7 8 9
             P P P c c d|Q Q e e
     """
-    layout = fork_layout([3, 2], [[2, 1], [2, 0]], 3, torch.device("cpu"))
+    layout = fork_layout(group_spans([3, 2], [[2, 1], [2, 0]]), 3, torch.device("cpu"))
     # The shorter prompt stands first and repeats its last token; its state belongs to group 1.
     assert [part.tolist() for part in layout.prompts] == [[[6, 7, 7], [0, 1, 2]]]
     assert [part.tolist() for part in layout.in_prompts] == [[[True, True, False], [True] * 3]]

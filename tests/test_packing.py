@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers.integrations.flex_attention import flex_attention_forward
 
 from video_r1.models import attention, group_forward
-from video_r1.models.attention import BLOCK, block_mask, groups_attention_forward, row_layout
+from video_r1.models.attention import BLOCK, block_mask, group_spans, groups_attention_forward, row_layout
 
 
 @pytest.mark.parametrize("rows", [1, 7])
@@ -66,7 +66,7 @@ ROWS = [([130, 300], [[5, 200, 0, 140], [64]]), ([260], [[30] * 5]), ([1, 1], [[
 def test_block_mask(prompts: list[int], completions: list[list[int]]) -> None:
     """Every pair of the rule is kept, pairs outside are masked, and blocks without any are skipped."""
     expected = visible_by_hand(prompts, completions)
-    mask = block_mask(prompts, completions, torch.device("cpu"))
+    mask = block_mask(group_spans(prompts, completions), torch.device("cpu"))
     indices = torch.arange(len(expected))
     rule = mask.mask_mod(torch.tensor(0), torch.tensor(0), indices[:, None], indices[None])
     assert torch.equal(rule, expected)
@@ -92,7 +92,7 @@ def test_flex_attention_agrees_with_the_pieces(prompts: list[int], completions: 
         q, k, v, attn_mask=visible_by_hand(prompts, completions), scale=0.3, enable_gqa=True
     )
     torch.testing.assert_close(pieces, expected.transpose(1, 2), atol=1e-5, rtol=0)
-    mask = block_mask(prompts, completions, torch.device("cpu"))
+    mask = block_mask(group_spans(prompts, completions), torch.device("cpu"))
     with torch.compiler.set_stance("force_eager"):
         flex, _ = flex_attention_forward(module, q, k, v, mask, scaling=0.3)
     torch.testing.assert_close(flex, pieces, atol=1e-5, rtol=0)
@@ -108,7 +108,7 @@ def test_without_a_compiler(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogC
     monkeypatch.setattr(attention, "flex_attention_forward", fails)
     prompts, completions = ROWS[0]
     layout = row_layout(prompts, completions, torch.device("cpu"))
-    on_gpu = replace(layout, block_mask=block_mask(prompts, completions, torch.device("cpu")))
+    on_gpu = replace(layout, block_mask=block_mask(group_spans(prompts, completions), torch.device("cpu")))
     states = q, k, v = [
         torch.randn(1, heads, layout.groups[-1].ends[-1], 16, requires_grad=True) for heads in (4, 2, 2)
     ]

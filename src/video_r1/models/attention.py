@@ -114,7 +114,7 @@ def row_layout(
     prompt_lengths: P of each group. completion_lengths: tokens of its completions that are in the row.
     kernel: K of the convolution in layers with a state; None for a model without such layers.
     """
-    groups = tuple(_groups(prompt_lengths, completion_lengths))
+    groups = group_spans(prompt_lengths, completion_lengths)
     # All completions except the first of each group
     others = [(a, b) for group in groups for a, b in itertools.pairwise(group.ends[1:]) if b > a]
     buckets, masks, row_indices = _buckets(others)
@@ -128,34 +128,27 @@ def row_layout(
         buckets=tuple(bucket.to(device) for bucket in buckets),
         bucket_masks=tuple(mask.to(device) for mask in masks),
         from_buckets=valid[order].to(device),
-        block_mask=block_mask(prompt_lengths, completion_lengths, device) if on_gpu else None,
-        forks=None if kernel is None else fork_layout(prompt_lengths, completion_lengths, kernel, device),
+        block_mask=block_mask(groups, device) if on_gpu else None,
+        forks=None if kernel is None else fork_layout(groups, kernel, device),
     )
 
 
-def _groups(
-    prompt_lengths: Sequence[int], completion_lengths: Sequence[Sequence[int]]
-) -> Iterator[GroupSpan]:
-    start = 0
-    for prompt, lengths in zip(prompt_lengths, completion_lengths, strict=True):
-        ends = list(itertools.accumulate(lengths, initial=start + prompt))
-        yield GroupSpan(start, ends)
-        start = ends[-1]
+def group_spans(prompts: Sequence[int], completions: Sequence[Sequence[int]]) -> tuple[GroupSpan, ...]:
+    """Return the spans of groups; arguments as for `row_layout`."""
+    spans, start = [], 0
+    for prompt, lengths in zip(prompts, completions, strict=True):
+        spans.append(GroupSpan(start, list(itertools.accumulate(lengths, initial=start + prompt))))
+        start = spans[-1].ends[-1]
+    return tuple(spans)
 
 
-def fork_layout(
-    prompt_lengths: Sequence[int],
-    completion_lengths: Sequence[Sequence[int]],
-    kernel: int,
-    device: torch.device,
-) -> ForkLayout:
-    """Build the layout for layers with a state; arguments as for `row_layout`."""
+def fork_layout(groups: Sequence[GroupSpan], kernel: int, device: torch.device) -> ForkLayout:
+    """Build the layout for layers with a state."""
     prompts: list[tuple[int, int]] = []
     completions: list[tuple[int, int]] = []
     inputs: list[Tensor] = []
-    total = sum(prompt_lengths) + sum(map(sum, completion_lengths))
-    nothing = torch.full((kernel - 1,), total)
-    for start, ends in _groups(prompt_lengths, completion_lengths):
+    nothing = torch.full((kernel - 1,), groups[-1].ends[-1])
+    for start, ends in groups:
         own = torch.cat([nothing, torch.arange(start, ends[0])])
         inputs.append(own)
         inputs += [torch.cat([own[1 - kernel :], torch.arange(a, b)]) for a, b in itertools.pairwise(ends)]
@@ -201,16 +194,14 @@ def _buckets(segments: Sequence[tuple[int, int]]) -> tuple[list[Tensor], list[Te
     return buckets, masks, torch.cat(kept) if kept else torch.empty(0, dtype=torch.long)
 
 
-def block_mask(
-    prompt_lengths: Sequence[int], completion_lengths: Sequence[Sequence[int]], device: torch.device
-) -> BlockMask:
+def block_mask(groups: Sequence[GroupSpan], device: torch.device) -> BlockMask:
     """Build FlexAttention's block mask of the row from its spans, without the [N, N] mask.
 
     A block of 128 × 128 is skipped if no pair in it is visible, and computed without a mask if all are.
     """
     spans: list[tuple[int, int, int, int]] = []  # start, end, start and end of the prompt
     prompt_numbers: list[int] = []  # index of each span's prompt
-    for start, ends in _groups(prompt_lengths, completion_lengths):
+    for start, ends in groups:
         prompt_numbers += [len(spans)] * len(ends)
         spans.append((start, ends[0], start, start))
         spans += [(a, b, start, ends[0]) for a, b in itertools.pairwise(ends)]

@@ -94,9 +94,13 @@ VisualFeatures = VisionFeatures | Encoded
 """Features of a known family, or of the general path."""
 Pieces = Sequence[Tensor | Prompt]
 """Tokens that the policy sampled, and prompts with visuals, in the order of a sequence."""
+Answers = Sequence[Sequence[Pieces]]
+"""Completions of each question."""
+Features = Sequence[VisualFeatures | None] | None
+"""The tower's output of each prompt, None for a prompt without visuals; or not yet computed."""
 
 
-def all_parts(prompts: Sequence[Prompt], pieces: Sequence[Sequence[Pieces]]) -> list[Prompt]:
+def all_parts(prompts: Sequence[Prompt], pieces: Answers) -> list[Prompt]:
     """Return each question's prompt, followed by the tool turns of its completions."""
     return [
         part
@@ -111,10 +115,10 @@ def group_logprobs(
     completions: Sequence[Sequence[Tensor]],
     temperature: float = 1.0,
     with_entropy: bool = False,
-    vision_features: Sequence[VisualFeatures | None] | None = None,
+    vision_features: Features = None,
     with_likeliest: bool = False,
     entropy_gradient: bool = False,
-    pieces: Sequence[Sequence[Pieces]] | None = None,
+    pieces: Answers | None = None,
 ) -> GroupLogprobs:
     """Return the log-probs of every completion's tokens after its prompt.
 
@@ -159,9 +163,7 @@ def encode_vision(model: nn.Module, prompts: Sequence[Prompt]) -> list[Any]:
     return through_wrapper(model, lambda: encode(inner, prompts))
 
 
-def encode_groups(
-    model: nn.Module, prompts: Sequence[Prompt], pieces: Sequence[Sequence[Pieces]]
-) -> list[list[Any]]:
+def encode_groups(model: nn.Module, prompts: Sequence[Prompt], pieces: Answers) -> list[list[Any]]:
     """Return `encode_vision` of each question's prompt and of its completions' tool turns (`all_parts`)."""
     parts = [all_parts([prompt], [group]) for prompt, group in zip(prompts, pieces, strict=True)]
     found = iter(encode_vision(model, list(itertools.chain(*parts))))
@@ -283,12 +285,7 @@ class Row(NamedTuple):
     after: list[list[int]]  # the position that follows each completion
 
 
-def row_of(
-    model: Any,
-    prompts: Sequence[Prompt],
-    answers: Sequence[Sequence[Pieces]],
-    vision_features: Sequence[VisualFeatures | None] | None = None,
-) -> Row:
+def row_of(model: Any, prompts: Sequence[Prompt], answers: Answers, vision_features: Features = None) -> Row:
     """Build the row of groups: every completion continues where its prompt ends.
 
     Raises ConfigError for a text model with sliding-window attention.
@@ -326,10 +323,7 @@ def _length(piece: Tensor | Prompt) -> int:
 
 
 def _predicting_states(
-    model: Any,
-    prompts: Sequence[Prompt],
-    answers: Sequence[Sequence[Pieces]],
-    vision_features: Sequence[VisualFeatures | None] | None,
+    model: Any, prompts: Sequence[Prompt], answers: Answers, vision_features: Features
 ) -> Tensor:
     """Return the last hidden states [N, d] at the positions that predict the policy's tokens."""
     inputs: list[list[Pieces]] = [
@@ -372,7 +366,7 @@ def embedded(
     return result
 
 
-def _predicting_positions(layout: RowLayout, answers: Sequence[Sequence[Pieces]]) -> Tensor:
+def _predicting_positions(layout: RowLayout, answers: Answers) -> Tensor:
     """Return row indices [N] of the tokens that predict the policy's, each first one by the prompt's last."""
     parts = [torch.empty(0, dtype=torch.long)]
     for (_, ends), group in zip(layout.groups, answers, strict=True):

@@ -25,7 +25,12 @@ from video_r1.settings.decoding import DecodingSettings
 
 MAX_SEQUENCES = 256  # completions decoded at once
 WEIGHTS_PER_THREAD = 2**21  # of the text model; with fewer, a CPU's threads wait for each other
-OnToken = Callable[[int, int, int], object]
+Prompts = Sequence[Prompt]
+Counts = Sequence[int] | None
+"""Completions of each prompt, in place of `SamplingSettings.n`."""
+Groups = list[list[Rollout]]
+"""Completions of each prompt."""
+OnToken = Callable[[int, int, int], object] | None
 """Called with the indices of prompt and completion, and a token id."""
 Then = Callable[[int, int, Rollout], "tuple[Prompt, SamplingSettings] | None"]
 """Called with the indices of prompt and completion, and the completion; returns the prompt and the settings
@@ -67,12 +72,8 @@ class RolloutEngine(ABC):
 
     @abstractmethod
     def sample(
-        self,
-        prompts: Sequence[Prompt],
-        sampling: SamplingSettings,
-        counts: Sequence[int] | None = None,
-        on_token: OnToken | None = None,
-    ) -> list[list[Rollout]]:
+        self, prompts: Prompts, sampling: SamplingSettings, counts: Counts = None, on_token: OnToken = None
+    ) -> Groups:
         """Sample `sampling.n` completions of each prompt, or `counts[q]` of prompt q: a list for each prompt.
 
         The seed of prompt q (see `prompt_seeds`) fixes its completions, whichever other prompts are in the
@@ -103,23 +104,15 @@ class ContinuingEngine(RolloutEngine):
         """
 
     def sample(
-        self,
-        prompts: Sequence[Prompt],
-        sampling: SamplingSettings,
-        counts: Sequence[int] | None = None,
-        on_token: OnToken | None = None,
-    ) -> list[list[Rollout]]:
+        self, prompts: Prompts, sampling: SamplingSettings, counts: Counts = None, on_token: OnToken = None
+    ) -> Groups:
         counts, ended = wanted_counts(prompts, sampling, counts), dict[tuple[int, int], Rollout]()
         self.follow((prompts, sampling, counts), lambda *given: ended.update({given[:2]: given[2]}))
         return [[ended[index, number] for number in range(count)] for index, count in enumerate(counts)]
 
 
 def follow_in_rounds(
-    engine: RolloutEngine,
-    asked: Asking,
-    then: Then,
-    on_token: OnToken | None = None,
-    anyone: Callable[[bool], bool] = bool,
+    engine: RolloutEngine, asked: Asking, then: Then, on_token: OnToken = None, anyone: Any = bool
 ) -> None:
     """Do as `ContinuingEngine.follow`, with one call of `sample` for all first turns, one for all second
     turns, and so on: for engines that read a prompt once a call, and ranks that have to make the same calls.
@@ -214,9 +207,7 @@ def as_rollouts(
     ]
 
 
-def wanted_counts(
-    prompts: Sequence[Prompt], sampling: SamplingSettings, counts: Sequence[int] | None
-) -> list[int]:
+def wanted_counts(prompts: Prompts, sampling: SamplingSettings, counts: Counts) -> list[int]:
     wanted = [sampling.n] * len(prompts) if counts is None else list(counts)
     if len(wanted) != len(prompts):
         raise ValueError(f"{len(prompts)} prompts but {len(wanted)} counts")

@@ -26,7 +26,10 @@ from video_r1.models.families import family_names
 from video_r1.rollout.engine import (
     Asking,
     ContinuingEngine,
+    Counts,
+    Groups,
     OnToken,
+    Prompts,
     RolloutEngine,
     SamplingSettings,
     Then,
@@ -120,12 +123,8 @@ class ToolEngine(RolloutEngine):
         return self.engine
 
     def sample(
-        self,
-        prompts: Sequence[Prompt],
-        sampling: SamplingSettings,
-        counts: Sequence[int] | None = None,
-        on_token: OnToken | None = None,
-    ) -> list[list[Rollout]]:
+        self, prompts: Prompts, sampling: SamplingSettings, counts: Counts = None, on_token: OnToken = None
+    ) -> Groups:
         """Sample as `RolloutEngine.sample` says. `max_tokens` bounds the policy's tokens of all turns."""
         asked, episodes, on_completion = self.begin(prompts, sampling, counts)
         if isinstance(self.engine, ContinuingEngine):
@@ -136,7 +135,7 @@ class ToolEngine(RolloutEngine):
         return [[episode.rollout for episode in answers] for answers in episodes]
 
     def begin(
-        self, prompts: Sequence[Prompt], sampling: SamplingSettings, counts: Sequence[int] | None = None
+        self, prompts: Prompts, sampling: SamplingSettings, counts: Counts = None
     ) -> tuple[Asking, list[list[Episode]], Then]:
         """Return prompts, settings and counts; an episode for each completion; and `then` of `follow`."""
         counts, seeds = wanted_counts(prompts, sampling, counts), prompt_seeds(sampling.seed, len(prompts))

@@ -11,14 +11,15 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
-from video_r1.data.prompts import Prompt
-from video_r1.data.rollouts import Rollout
 from video_r1.models.attention import replaced
 from video_r1.models.general_forward import encode_prompts, prompt_inputs, without_placeholders
 from video_r1.models.lora import merged_adapters
 from video_r1.rollout.engine import (
+    Counts,
+    Groups,
     InProcessEngine,
     OnToken,
+    Prompts,
     SamplingSettings,
     as_rollouts,
     draw,
@@ -36,16 +37,12 @@ class GeneralEngine(InProcessEngine):
 
     @torch.no_grad()
     def sample(
-        self,
-        prompts: Sequence[Prompt],
-        sampling: SamplingSettings,
-        counts: Sequence[int] | None = None,
-        on_token: OnToken | None = None,
-    ) -> list[list[Rollout]]:
+        self, prompts: Prompts, sampling: SamplingSettings, counts: Counts = None, on_token: OnToken = None
+    ) -> Groups:
         """Sample as `TransformersEngine.sample` does."""
         counts = wanted_counts(prompts, sampling, counts)
         numbers = uniform_numbers(counts, sampling)
-        results: list[list[Rollout]] = [[] for _ in prompts]
+        results: Groups = [[] for _ in prompts]
         device, chosen_from = self.model.device, without_placeholders(self.model)
         plain = GenerationConfig(  # the checkpoint's own may change probabilities (a penalty, say)
             max_new_tokens=sampling.max_tokens, do_sample=False, use_cache=True,

@@ -33,8 +33,11 @@ from video_r1.models.group_forward import (
 from video_r1.models.lora import merged_adapters
 from video_r1.models.onednn import onednn_linears
 from video_r1.rollout.engine import (
+    Counts,
+    Groups,
     InProcessEngine,
     OnToken,
+    Prompts,
     SamplingSettings,
     as_rollouts,
     draw,
@@ -103,12 +106,8 @@ class TransformersEngine(InProcessEngine):
 
     @torch.no_grad()
     def sample(
-        self,
-        prompts: Sequence[Prompt],
-        sampling: SamplingSettings,
-        counts: Sequence[int] | None = None,
-        on_token: OnToken | None = None,
-    ) -> list[list[Rollout]]:
+        self, prompts: Prompts, sampling: SamplingSettings, counts: Counts = None, on_token: OnToken = None
+    ) -> Groups:
         """Sample as `RolloutEngine.sample` says. `on_token(q, g, token_id)` gets each token at once.
 
         Log-probs at temperature 0 are the model's own. Completion g depends on its prompt's seed and g, not
@@ -129,7 +128,7 @@ class TransformersEngine(InProcessEngine):
             too_long = tokens > self.max_prefill_tokens  # their prefill is one row
             return self.max_sequences + 1 if too_long else sum(counts[index] for index in wave)
 
-        results: list[list[Rollout]] = [[] for _ in prompts]
+        results: Groups = [[] for _ in prompts]
         with eval_mode(self.model), merged_adapters(self.model):
             for wave in _cut(order, sequences, self.max_sequences):
                 numbers = [(index, completion) for index in wave for completion in range(counts[index])]
@@ -242,7 +241,7 @@ class TransformersEngine(InProcessEngine):
         numbers: Sequence[tuple[int, int]],
         uniform: Tensor,
         sampling: SamplingSettings,
-        on_token: OnToken | None,
+        on_token: OnToken,
     ) -> list[Rollout]:
         """Decode the S completions of one wave, sorted by prompt.
 

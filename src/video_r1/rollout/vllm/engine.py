@@ -24,7 +24,6 @@ import numpy
 import torch
 from transformers import AutoConfig, GenerationConfig
 
-from video_r1.data.prompts import Prompt
 from video_r1.data.rollouts import Rollout
 from video_r1.errors import ConfigError, VideoR1Error
 from video_r1.models.group_forward import vision_language_model
@@ -33,7 +32,10 @@ from video_r1.rollout.engine import (
     MAX_SEQUENCES,
     Asking,
     ContinuingEngine,
+    Counts,
+    Groups,
     OnToken,
+    Prompts,
     SamplingSettings,
     Then,
     follow_in_rounds,
@@ -165,12 +167,8 @@ class VLLMEngine(ContinuingEngine):
 
     @without_autocast()
     def sample(
-        self,
-        prompts: Sequence[Prompt],
-        sampling: SamplingSettings,
-        counts: Sequence[int] | None = None,
-        on_token: OnToken | None = None,
-    ) -> list[list[Rollout]]:
+        self, prompts: Prompts, sampling: SamplingSettings, counts: Counts = None, on_token: OnToken = None
+    ) -> Groups:
         """Sample as `RolloutEngine.sample` says. A prompt is prefilled once.
 
         Raises RequestError for a prompt that leaves no room for `sampling.max_tokens`. An engine of a model
@@ -181,7 +179,7 @@ class VLLMEngine(ContinuingEngine):
         own = slice(None)
         if self._neighbours is not None:
             requests, own = gather_lists(requests, self._neighbours)
-        results: list[list[Rollout]] = [[] for _ in prompts]
+        results: Groups = [[] for _ in prompts]
         for each, output in zip(asked, self._outputs(requests)[own], strict=True):
             results[each.index] = each.filled([self._rollout(completion) for completion in output.outputs])
         return results

@@ -14,7 +14,14 @@ from torch import Tensor
 from video_r1.data.prompts import Prompt
 from video_r1.data.rollouts import Rollout
 from video_r1.errors import RequestError, VideoR1Error
-from video_r1.rollout.engine import SamplingSettings, prompt_seed, prompt_seeds, wanted_counts
+from video_r1.rollout.engine import (
+    Counts,
+    Prompts,
+    SamplingSettings,
+    prompt_seed,
+    prompt_seeds,
+    wanted_counts,
+)
 
 PIXELS = ("pixel_values", "pixel_values_videos")  # vLLM's names are those of Prompt.features
 
@@ -44,11 +51,7 @@ class PromptRequest(NamedTuple):
 
 
 def prompt_requests(
-    prompts: Sequence[Prompt],
-    sampling: SamplingSettings,
-    counts: Sequence[int] | None,
-    limit: int,
-    stop_ids: list[int],
+    prompts: Prompts, sampling: SamplingSettings, counts: Counts, limit: int, stop_ids: list[int]
 ) -> list[PromptRequest]:
     """Return a request for each prompt of which completions are wanted: `sampling.n`, or `counts[q]`.
 
