@@ -64,43 +64,30 @@ class GroupSpan(NamedTuple):
 class ForkLayout:
     """Layout for layers with a state: prompts, then completions, which start from the prompts' states.
 
-    `prompts`, `completions`: buckets as in RowLayout. `in_prompts`: [n, L] bool a bucket of `prompts`, False
-    for repeated tokens. `states`: [groups], index of each group's prompt state among those of all `prompts`
-    buckets. `forks`: [n] a bucket of `completions`, their groups. `back`: [N], index of each token in the
-    flattened prompts and completions.
-
-    A convolution over K tokens runs over a row in which the K - 1 preceding tokens are before every segment:
-    `inputs`: [M] token indices of that row, N for none; `outputs`: [N], index of each token in that row.
+    A convolution over K tokens runs over a row of M tokens, where each segment follows the K - 1 before it.
     """
 
-    prompts: tuple[Tensor, ...]
-    in_prompts: tuple[Tensor, ...]
-    completions: tuple[Tensor, ...]
-    states: Tensor
-    forks: tuple[Tensor, ...]
-    back: Tensor
-    inputs: Tensor
-    outputs: Tensor
+    prompts: tuple[Tensor, ...]  # buckets, as in RowLayout
+    in_prompts: tuple[Tensor, ...]  # of each: [n, L] bool, False for repeated tokens
+    completions: tuple[Tensor, ...]  # buckets
+    states: Tensor  # [groups], index of each group's prompt state among those of all `prompts` buckets
+    forks: tuple[Tensor, ...]  # of each bucket of `completions`: [n], their groups
+    back: Tensor  # [N], index of each token in the flattened prompts and completions
+    inputs: Tensor  # [M], token indices of the convolution's row, N for none
+    outputs: Tensor  # [N], index of each token in the convolution's row
 
 
 @dataclass(frozen=True, slots=True)
 class RowLayout:
-    """Visibility of the N tokens of a row; built once a row and used by every layer.
-
-    `groups`: the spans of the groups in order. `others`: [C] row indices of the tokens of all completions
-    except each group's first. `buckets`: [n, L] row indices of those completions, similar lengths together;
-    short ones repeat their last token. `bucket_masks`: [n * L] bool, False for repeated tokens.
-    `from_buckets`: [C], index of each of `others` in the flattened, concatenated buckets. `block_mask`: the
-    same rule for FlexAttention; None on the CPU. `forks`: for models with a state, else None.
-    """
+    """Visibility of the N tokens of a row; built once a row and used by every layer."""
 
     groups: tuple[GroupSpan, ...]
-    others: Tensor
-    buckets: tuple[Tensor, ...]
-    bucket_masks: tuple[Tensor, ...]
-    from_buckets: Tensor
-    block_mask: BlockMask | None
-    forks: ForkLayout | None = None
+    others: Tensor  # [C], indices of the tokens of all completions except each group's first
+    buckets: tuple[Tensor, ...]  # of these: [n, L] indices, similar lengths together, the last token repeated
+    bucket_masks: tuple[Tensor, ...]  # [n * L] bool, False for repeated tokens
+    from_buckets: Tensor  # [C], index of each of `others` in the flattened, concatenated buckets
+    block_mask: BlockMask | None  # the same rule for FlexAttention; None on the CPU
+    forks: ForkLayout | None = None  # for models with a state
 
 
 def row_layout(

@@ -19,29 +19,20 @@ FEED_FORWARD = ("gate_proj", "up_proj", "down_proj")
 
 @dataclass(frozen=True, slots=True)
 class Family:
-    """Facts about a model family.
+    """Facts about a model family."""
 
-    name: display name.
-    timestamp_tokens: approximate tokens of text before each temporal patch of a video; 0 if the patches of a
-        video are one block.
-    text_linear: last part of the names of the text model's linear layers, which LoRA adapts.
-    tower_linear: regular expression for the names of the tower's linear layers.
-    windows: whether layers of the tower attend within windows of a frame.
-    resampled_positions: whether the tower resamples learnt positions to each frame's grid.
-    transposed_experts: whether the experts' tensors of published checkpoints are the transposes of
-        transformers' own; vLLM reads the published layout.
-    state_functions: transformers' module with the functions of layers with a recurrent state
-        (models/gated_delta.py); None for other models.
-    """
-
-    name: str
-    tower_linear: str
-    text_linear: tuple[str, ...] = (*ATTENTION, *FEED_FORWARD)
-    timestamp_tokens: int = 0
-    windows: bool = False
-    resampled_positions: bool = False
+    name: str  # for messages
+    tower_linear: str  # regular expression for the names of the tower's linear layers
+    text_linear: tuple[str, ...] = (
+        *ATTENTION,
+        *FEED_FORWARD,
+    )  # ends of the text's linear layers' names
+    timestamp_tokens: int = 0  # of text before each temporal patch, about; 0: a video is one block
+    windows: bool = False  # layers of the tower attend within windows of a frame
+    resampled_positions: bool = False  # the tower resamples learnt positions to each frame's grid
+    # Published checkpoints hold the transposes of transformers' own expert tensors; vLLM reads the former.
     transposed_experts: bool = False
-    state_functions: str | None = None
+    state_functions: str | None = None  # transformers' module with the functions of layers with a state
 
     @property
     def text_layers(self) -> str:

@@ -39,40 +39,29 @@ LEAST_ROWS = 64  # tokens of a chunk at least: the backward pass adds a gradient
 
 
 class TokenScores(NamedTuple):
-    """Scores of N given tokens: `logprobs` [N] float32, nats.
+    """Scores of N given tokens; those besides the log-probs on request."""
 
-    On request: `entropy` [N] float32, nats, of each token's distribution; `likeliest` [N] bool, whether the
-    token is the arg max.
-    """
-
-    logprobs: Tensor
-    entropy: Tensor | None = None
-    likeliest: Tensor | None = None
+    logprobs: Tensor  # [N] float32, nats
+    entropy: Tensor | None = None  # [N] float32, nats, of each token's distribution
+    likeliest: Tensor | None = None  # [N] bool, whether the token is the arg max
 
 
 @dataclass(slots=True)
 class GroupLogprobs:
-    """TokenScores of all completion tokens of a batch of groups in order, and each completion's length.
-
-    lengths: [completions] int64; torch.split(logprobs, lengths.tolist()) gives each completion's log-probs.
-    """
+    """TokenScores of all completion tokens of a batch of groups, in order."""
 
     logprobs: Tensor
-    lengths: Tensor
+    lengths: Tensor  # [completions] int64: logprobs.split(lengths.tolist()) are those of each completion
     entropy: Tensor | None = None
     likeliest: Tensor | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class VisionFeatures:
-    """The vision tower's output for one prompt.
+    """The vision tower's output for one prompt."""
 
-    `embeddings`: [V, d] in the order of the prompt's visual placeholders. `deepstack`: features [V, d] that
-    are added after the first decoder layers, for models that have them (Qwen3-VL); else empty.
-    """
-
-    embeddings: Tensor
-    deepstack: tuple[Tensor, ...] = ()
+    embeddings: Tensor  # [V, d] in the order of the prompt's visual placeholders
+    deepstack: tuple[Tensor, ...] = ()  # [V, d] each, added after the first decoder layers (Qwen3-VL)
 
     def permuted(self, patches: Tensor, grids: Tensor) -> VisionFeatures:
         """Return the features of a prompt that shows this prompt's temporal patches in another order.

@@ -28,18 +28,13 @@ IMPLEMENTATION = "video_r1_vision_flash"
 
 @dataclass(frozen=True, slots=True)
 class Segments:
-    """Parts of a row of S patches that attend only to themselves: frames, or windows of frames.
+    """Parts of a row of S patches that attend only to themselves: frames, or windows of frames."""
 
-    `starts`: [count + 1] int32 on the device. `longest`: patches of the longest segment. `buckets`:
-    (segments, patches of each) for every length, in the order of the row. `order`, `back`: [S] int64 on the
-    device, the permutation that puts equal lengths side by side and its inverse; None if they are so already.
-    """
-
-    starts: Tensor
-    longest: int
-    buckets: tuple[tuple[int, int], ...]
-    order: Tensor | None
-    back: Tensor | None
+    starts: Tensor  # [count + 1] int32, on the device
+    longest: int  # patches
+    buckets: tuple[tuple[int, int], ...]  # (segments, patches of each) for every length, in the row's order
+    order: Tensor | None  # [S] int64, on the device: puts equal lengths side by side; None if they are so
+    back: Tensor | None  # its inverse
 
     @classmethod
     def of(cls, starts: Tensor, device: torch.device) -> Segments:
