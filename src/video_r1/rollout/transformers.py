@@ -166,21 +166,18 @@ class TransformersEngine(InProcessEngine):
         device = self._text.device
         rows = torch.arange(len(prompts), device=device)
         lengths = torch.tensor([len(prompt.input_ids) for prompt in prompts], device=device)
-        input_ids = pad_sequence([prompt.input_ids for prompt in prompts], batch_first=True).to(device)
-        in_prompt = torch.arange(input_ids.shape[1], device=device) < lengths[:, None]
+        input_ids = pad_sequence([prompt.input_ids for prompt in prompts], batch_first=True)
+        in_prompt, shown = torch.zeros_like(input_ids, dtype=torch.bool), list[Prompt]()
+        for row, prompt in enumerate(prompts):  # tokens of the policy keep their own embeddings
+            for first, part in prompt.parts or ((0, prompt),):
+                in_prompt[row, first : first + len(part.input_ids)] = True
+                shown.append(part)
         parts, following = zip(*(prompt_positions(self.model, prompt) for prompt in prompts), strict=True)
         positions = pad_sequence([part.T for part in parts]).permute(2, 1, 0)  # [3, R, P]
-        given = [part for prompt in prompts for part in (prompt.parts or ((0, prompt),))]
-        for row, prompt in enumerate(prompts):
-            if prompt.parts:  # the policy's tokens keep their own embeddings
-                in_prompt[row] = False
-                for first, part in prompt.parts:
-                    in_prompt[row, first : first + len(part.input_ids)] = True
-        shown = [part for _, part in given]
         features = visual_features(self.model, shown)
         cache: Any = DynamicCache(config=self._text_config)
         hidden = self._text(
-            **embedded(self.model, shown, features, input_ids, in_prompt),
+            **embedded(self.model, shown, features, input_ids.to(device), in_prompt.to(device)),
             position_ids=positions.to(device),
             **with_cache(self._text, cache),
         ).last_hidden_state
