@@ -236,16 +236,10 @@ def summary_table(summary: Mapping[str, Any]) -> str:
         lines = [f"{frames} frames", table(head, rows), _order_table(figures)]
         if overlaps := _overlap_rows(figures):
             lines.append(table(("overlap with the truth", "questions", "mean", *OVERLAP_SHARES), overlaps))
-        if "look_gap" in figures:
-            gap = cell(figures["look_gap"], "gap")
-            lines.append(f"look gap (accuracy minus that with looks elsewhere in the clip): {gap}")
         if same := figures.get("no_control"):
             lines.append(
-                f"not counted in it: {same} questions whose looks left no other half of their window"
+                f"elsewhere: {same} questions not counted: their looks left no other half of the clip"
             )
-        if "no_look_gap" in figures:
-            gap = cell(figures["no_look_gap"], "gap")
-            lines.append(f"accuracy minus that without the tool, with as many frames: {gap}")
         lines += [_gain_line(order, gain) for order, gain in figures.get("reasoning_gains", {}).items()]
         for kind, group in figures.get("by_type", {}).items():
             if "warning" in group.get("ordered", {}):

@@ -333,6 +333,21 @@ function chart(spec, title, options) {
   return { node, redraw, point, update, spec: () => spec };
 }
 
+/** Means on a line from 0 to 1, with their intervals. lanes: {score, tint, hollow} from top to bottom. */
+function dotPlot(lanes) {
+  const [width, edge, lane] = [260, 5, 9];
+  const height = 8 + lane * lanes.length;
+  const x = (value) => edge + Math.max(0, Math.min(1, value)) * (width - 2 * edge);
+  const marks = [0, 0.25, 0.5, 0.75, 1].map((v) => draw("line", { class: "grid", x1: x(v), x2: x(v), y1: 0, y2: height }));
+  lanes.forEach(({ score, tint, hollow }, i) => {
+    if (!score) return;
+    const [y, paint] = [8 + lane * i, `var(--${tint})`];
+    if (score.low !== null && score.high !== null) marks.push(draw("line", { class: "bar", stroke: paint, x1: x(score.low), x2: x(score.high), y1: y, y2: y }));
+    marks.push(draw("circle", { cx: x(score.mean), cy: y, r: 3.6, stroke: paint, "stroke-width": 1.6, fill: hollow ? "var(--paper)" : paint }));
+  });
+  return draw("svg", { class: "dotplot", viewBox: `0 0 ${width} ${height}`, "aria-hidden": "true" }, ...marks);
+}
+
 /** A piece of a line. */
 const swatch = ({ colour, dash }) => draw("svg", { class: "swatch", width: 20, height: 8, "aria-hidden": "true" },
   draw("line", { x1: 0, x2: 20, y1: 4, y2: 4, stroke: colour, "stroke-width": 2, "stroke-dasharray": dash || null }));

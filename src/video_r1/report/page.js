@@ -69,26 +69,11 @@ const tintOf = (order) => (order === "ordered" ? "ordered" : "shuffled");
 const many = askedOrders.length > 3; // narrow columns
 const gapName = (order) => (!many && { shuffled: "temporal gap", elsewhere: "look gap" }[order]) || "gap";
 
-/** Means in order (filled) and with each contrast (hollow) on a line from 0 to 1, with their intervals. */
-function dotPlot({ orders }) {
-  const [width, edge, lane] = [260, 5, 9];
-  const height = 8 + lane * askedOrders.length;
-  const x = (value) => edge + Math.max(0, Math.min(1, value)) * (width - 2 * edge);
-  const marks = [0, 0.25, 0.5, 0.75, 1].map((v) => draw("line", { class: "grid", x1: x(v), x2: x(v), y1: 0, y2: height }));
-  askedOrders.forEach((order, i) => {
-    const score = orders[order];
-    if (!score) return;
-    const [y, paint] = [8 + lane * i, `var(--${tintOf(order)})`];
-    if (score.low !== null && score.high !== null) marks.push(draw("line", { class: "bar", stroke: paint, x1: x(score.low), x2: x(score.high), y1: y, y2: y }));
-    marks.push(draw("circle", { cx: x(score.mean), cy: y, r: 3.6, stroke: paint, "stroke-width": 1.6, fill: order === "ordered" ? paint : "var(--paper)" }));
-  });
-  return draw("svg", { class: "dotplot", viewBox: `0 0 ${width} ${height}`, "aria-hidden": "true" }, ...marks);
-}
-
 const rangeOf = ({ low, high }) => (low === null ? "" : ` ${show(low, 2)} to ${show(high, 2)}`);
 
 function scoreCells({ orders, gaps }) {
-  return [make("td", { class: "picture" }, dotPlot({ orders })), ...askedOrders.map((order) => (!orders[order] ? make("td", {}, "–")
+  const lanes = askedOrders.map((order) => ({ score: orders[order], tint: tintOf(order), hollow: order !== "ordered" }));
+  return [make("td", { class: "picture" }, dotPlot(lanes)), ...askedOrders.map((order) => (!orders[order] ? make("td", {}, "–")
     : make("td", {}, make("b", {}, show(orders[order].mean, 2)), make("small", {}, rangeOf(orders[order])),
       gaps[order] ? make("div", { class: "gap" }, make("small", {}, `${gapName(order)} `), signed(gaps[order].mean), make("small", {}, rangeOf(gaps[order]))) : "")))];
 }

@@ -48,7 +48,13 @@ def _row(name: str, figures: Mapping[str, Any]) -> dict[str, Any]:
         "format": finite(as_table(figures.get("ordered")).get("format_rate")),
         "about": "videos" if mixed else "",
         "overlaps": _overlaps(as_table(figures.get("by_type"))),
-        "by": {field: _parts(as_table(figures.get(field))) for field in BREAKDOWNS},
+        "by": {
+            field: [
+                {"name": part} | _figures(as_table(group))
+                for part, group in list(as_table(figures.get(field)).items())[:MAX_PARTS]
+            ]
+            for field in BREAKDOWNS
+        },
     }
 
 
@@ -99,10 +105,6 @@ def _score(figure: Mapping[str, Any], name: str) -> dict[str, Any] | None:
         return None
     low, high = (finite(end) for end in (as_list(figure.get("interval95")) + [None, None])[:2])
     return {"mean": mean, "low": low, "high": high, "n": finite(figure.get("questions"))}
-
-
-def _parts(groups: Mapping[str, Any]) -> list[dict[str, Any]]:
-    return [{"name": name} | _figures(as_table(value)) for name, value in list(groups.items())[:MAX_PARTS]]
 
 
 def _overlaps(types: Mapping[str, Any]) -> list[dict[str, Any]]:

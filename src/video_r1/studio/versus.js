@@ -119,7 +119,7 @@ function versusTable(answer, [left, right], own, list) {
     make("thead", {}, make("tr", {}, make("th", { scope: "col" }, ""), heads.map(([name, style, short]) => make("th", { scope: "col", class: style, dir: "auto", "data-short": short }, style === "picture" ? make("span", { class: "ends" }, ["0", "0.5", "1"].map((end) => make("span", {}, end))) : name)))),
     [...groups.values()].map((rows) => make("tbody", {},
       rows[0].group || rows[0].benchmark ? make("tr", { class: "part" }, make("th", { scope: "rowgroup", colspan: 8, dir: "auto" }, [rows[0].benchmark, GROUP_NAMES[rows[0].group]].filter(Boolean).join(" · "))) : "",
-      rows.map((row) => make("tr", {}, make("th", { scope: "row", dir: "auto" }, rowName(row, own)), make("td", {}, show(row.questions)), make("td", { class: "picture" }, pairPlot(row, TINTS[+own])),
+      rows.map((row) => make("tr", {}, make("th", { scope: "row", dir: "auto" }, rowName(row, own)), make("td", {}, show(row.questions)), make("td", { class: "picture" }, dotPlot(["left", "right"].map((side, i) => ({ score: row[side], tint: TINTS[+own][i] })))),
         side(row, 0), side(row, 1), cell(signed, row.difference, longer(row.tokens)), count(row, "left", row.left_wins), count(row, "right", row.right_wins))))))));
 }
 
@@ -127,15 +127,6 @@ const orderName = (name) => (name === "ordered" ? "in order" : name);
 const rowName = (row, own) => (row.group === "order" ? orderName(row.name) : row.name || `${own ? "asked in both orders" : "answered by both"}, ${row.frames} frames`);
 const gainWords = ({ mean, low, high }, what) => `${what} ${signed(mean)}${low === null ? "" : ` (${signed(low)} to ${signed(high)})`}`;
 const tokenWords = (count) => (count === null ? "" : `${show(Math.round(count))} tokens`);
-
-/** Both scores with their intervals on a line from 0 to 1. */
-function pairPlot(row, tints) {
-  const [width, height, edge] = [200, 24, 5];
-  const x = (value) => edge + Math.max(0, Math.min(1, value)) * (width - 2 * edge);
-  const marks = [["left", 7], ["right", 17]].flatMap(([side, y], i) => [
-    row[side].low === null ? "" : draw("line", { class: "bar", stroke: `var(--${tints[i]})`, x1: x(row[side].low), x2: x(row[side].high), y1: y, y2: y }), draw("circle", { cx: x(row[side].mean), cy: y, r: 3.4, fill: `var(--${tints[i]})` })]);
-  return draw("svg", { class: "dotplot", viewBox: `0 0 ${width} ${height}`, "aria-hidden": "true" }, [0, 0.5, 1].map((v) => draw("line", { class: "grid", x1: x(v), x2: x(v), y1: 0, y2: height })), ...marks);
-}
 
 function questionNode(item, left, right, tints) {
   const row = item.row;

@@ -90,9 +90,6 @@ class Benchmark:
             return list(self.find_places(row, self.tables))
         return [Place(template.format_map(row)) for template in self.places]
 
-    def task_in_reference(self, row: Row) -> str:
-        return self.find_task(row, self.tables) if self.find_task else filled(self.reference_task, row)
-
 
 def filled(template: str, row: Row) -> str:
     """Fill a template with the row's fields; return "" if one of them is missing or null."""
@@ -152,7 +149,8 @@ def reference_rows(benchmark: Benchmark, file: Path) -> Iterator[Row]:
     """
     root = file.parent
     for row in json_or_parquet(file):
-        task = benchmark.task_in_reference(row)
+        find_task = benchmark.find_task
+        task = find_task(row, benchmark.tables) if find_task else filled(benchmark.reference_task, row)
         parts = [part for part in str(row["path"]).split("/") if part != "."]
         inner = parts[1:] if parts[0] == "Evaluation" else parts
         own = [benchmark.name, *inner[1:]]
