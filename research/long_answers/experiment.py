@@ -203,11 +203,11 @@ VIEWS = {"lying": "test-lying", "ordered": "test"}
 """Views after RL and their tests: wrong captions, and none."""
 
 
-def answers(model: Path, out: Path, seed: int, test: str, to: Path, **options: Any) -> list[dict[str, Any]]:
-    """Evaluate a checkpoint on a test of a seed; return the records in the test's order."""
+def answers(model: Path, out: Path, data: int, test: str, to: Path, **options: Any) -> list[dict[str, Any]]:
+    """Evaluate a checkpoint on a test of data-DATA; return the records in the test's order."""
     options = {"order": "ordered", "max_new_tokens": TOKENS, "limit": TEST, **options}
     video_r1(
-        "eval", "lab-eval", model=model, manifest=out / f"data-{seed}/test/{test}.json", out=to, **options
+        "eval", "lab-eval", model=model, manifest=out / f"data-{data}/test/{test}.json", out=to, **options
     )
     return sorted(predictions(to), key=index_of)
 
