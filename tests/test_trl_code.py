@@ -110,6 +110,74 @@ def test_code_for_trl_runs_with_another_import(checkpoint: Path, tmp_path: Path)
     assert "Think within" not in text  # the prompt is the table's own, without this project's template
 
 
+HEAD = "from trl import GRPOConfig, GRPOTrainer\n"
+SCRIPTS = {
+    "own reward": """
+def short(completions, **kwargs):
+    return [-float(len(each[0]["content"])) for each in completions]
+
+args = GRPOConfig(num_generations=2, max_completion_length=6, beta=0.0, **common)
+GRPOTrainer(model_id, short, args, chats).train()
+""",
+    "weights": """
+def first(completions, **kwargs):
+    return [float(n % 2) for n, _ in enumerate(completions)]
+
+def second(prompts, completions, solution, **kwargs):
+    return [float(len(each)) for each in solution]
+
+args = GRPOConfig(num_generations=2, max_completion_length=6, reward_weights=[1.0, 0.5], **common)
+trainer = GRPOTrainer(model=model_id, reward_funcs=[first, second], args=args, train_dataset=chats)
+trainer.train()
+""",
+    "LoRA": """
+from peft import LoraConfig
+
+args = GRPOConfig(num_generations=2, max_completion_length=6, scale_rewards=False, **common)
+adapters = LoraConfig(r=2, target_modules=["q_proj", "v_proj"])
+right = lambda completions, **kwargs: [1.0 for _ in completions]
+trainer = GRPOTrainer(model_id, right, args, chats, peft_config=adapters)
+trainer.train()
+trainer.save_model(args.output_dir)
+""",
+    "image table": """
+dataset = images.map(lambda row: {"prompt": [{"role": "user", "content": row["problem"]}]})
+
+async def near(completions, image=None, **kwargs):
+    return [0.5 for _ in completions]
+
+args = GRPOConfig(num_generations=2, max_completion_length=6, loss_type="dapo", **common)
+GRPOTrainer(model=model_id, reward_funcs=near, args=args, train_dataset=dataset).train()
+""",
+    "streaming": """
+def reward(completions, **kwargs):
+    return [1.0 for _ in completions]
+
+stream = chats.to_iterable_dataset()
+args = GRPOConfig(num_generations=2, max_completion_length=6, log_completions=True, **common)
+GRPOTrainer(model_id, reward_funcs=[reward], args=args, train_dataset=stream).train()
+""",
+}
+
+
+@pytest.mark.parametrize("style", SCRIPTS)
+def test_scripts_of_five_styles_run_with_another_import(style: str, checkpoint: Path, tmp_path: Path) -> None:
+    chats = [{"prompt": [{"role": "user", "content": f"Is {n} even?"}], "solution": str(n)} for n in range(3)]
+    common = training_arguments(tmp_path / "run", max_steps=1, preflight_questions=0)
+    changes = {"num_generations", "max_completion_length", "beta", "scale_rewards", "loss_type"}
+    names = {
+        "model_id": str(checkpoint),
+        "chats": datasets.Dataset.from_list(chats),
+        "images": table(),
+        "common": {name: value for name, value in common.items() if name not in changes},
+    }
+    changed = "from video_r1 import TGRPOConfig as GRPOConfig, TGRPOTrainer as GRPOTrainer\n"
+    exec(compile((HEAD + SCRIPTS[style]).replace(HEAD, changed), style, "exec"), names)
+    (line,) = read_lines(tmp_path / "run" / "metrics.jsonl")
+    assert {"loss", "reward/total"} <= line.keys()
+    assert (tmp_path / "run" / "adapter_config.json").exists() == (style == "LoRA")
+
+
 def test_an_optimizer_and_its_schedule_are_used(checkpoint: Path, manifest: Path, tmp_path: Path) -> None:
     plain = make_trainer(checkpoint, str(manifest), tmp_path / "plain")
     model, processor = policy_of(plain), cast(Any, plain.processing_class)
