@@ -30,7 +30,7 @@ from video_r1.data.reading import Clips, Question, build_question
 from video_r1.data.rollouts import Group, Rollout, Rollouts
 from video_r1.data.tools import overview
 from video_r1.errors import ConfigError, ManifestError, VideoR1Error
-from video_r1.evaluation.validation import temporal_accuracy
+from video_r1.evaluation.validation import ShortcutWatch, temporal_accuracy
 from video_r1.files import append_line, tolerated
 from video_r1.models.families import vision_parameters
 from video_r1.models.group_forward import GroupLogprobs, VisualFeatures, encode_groups, vision_language_model
@@ -158,7 +158,7 @@ class TGRPOTrainer(QuestionTrainer):
             args = copy(args)
             args.temporal_rule = "off"
         self.rule = rule_of(args)
-        self.ledger = Ledger()
+        self.ledger, self.watch = Ledger(), ShortcutWatch()
         warn_of_cancelled_bonus(terms.names, terms.weights, args)
         judged = ["judge"] if "judge" in terms.names else []
         total = {"reward": "reward/total"} if terms.names else {}  # without rewards it is always 0
@@ -426,7 +426,9 @@ class TGRPOTrainer(QuestionTrainer):
         if self.ahead is not None:
             self.ahead.exception()  # waits: the engine samples; `answer` raises its error
         with self.synced_engine():
-            return temporal_accuracy(self.engine, samples, self.reader, self.builder, self.settings)
+            return temporal_accuracy(
+                self.engine, samples, self.reader, self.builder, self.settings, self.watch
+            )
 
     def record_groups(self) -> None:
         """Record some groups of the last step, once for all updates on them."""
