@@ -119,7 +119,8 @@ def load_model(
 
 
 def _finite(weight: Tensor) -> bool:
-    if weight.is_meta or not weight.numel() or weight.dtype not in _PLAIN_FORMATS:  # of ZeRO-3, of 4 bits
+    packed = hasattr(weight, "quant_state") or weight.dtype not in _PLAIN_FORMATS  # 4 bits, in any format
+    if packed or weight.is_meta or not weight.numel():  # empty: of ZeRO-3
         return True
     return bool(torch.stack(weight.detach().aminmax()).isfinite().all())
 
