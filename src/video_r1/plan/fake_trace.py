@@ -278,7 +278,8 @@ SMALLEST = 4096  # weights of a tensor whose states are in 8 bits; smaller ones 
 
 
 def four_bit_bytes(count: int) -> int:
-    return math.ceil(count * (0.5 + (1 + 4 / GROUP) / BLOCK))
+    scales = math.ceil(count / BLOCK)
+    return math.ceil(count / 2) + scales + 4 * math.ceil(scales / GROUP)
 
 
 def eight_bit_states(model: nn.Module) -> int:
@@ -286,4 +287,5 @@ def eight_bit_states(model: nn.Module) -> int:
     embeddings = {module.weight for module in model.modules() if isinstance(module, nn.Embedding)}
     trained = [weight for weight in model.parameters() if weight.requires_grad]
     exact = {weight for weight in trained if weight.numel() < SMALLEST or weight in embeddings}
-    return int(sum(2 * each.numel() * (4 if each in exact else 1 + 4 / GROUP) for each in trained))
+    sizes = [(each.numel(), each in exact) for each in trained]
+    return sum(2 * (4 * n if in_full else n + 4 * math.ceil(n / GROUP)) for n, in_full in sizes)
