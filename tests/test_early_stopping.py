@@ -10,17 +10,20 @@ import os
 import shutil
 import signal
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from distributed_process import SERVER, write_into
 from resume_runs import any_format, comparable, write_recipe
 from tiny_questions import read_lines
+from transformers import EarlyStoppingCallback, TrainerState
 
 from video_r1.cli import main
 from video_r1.rewards import scoring
 from video_r1.studio.folders import Found
 from video_r1.studio.overview import overview
+from video_r1.training.run_trainer import RunTrainer
 from video_r1.training.tgrpo import TGRPOTrainer
 
 #             step 0    1    2    3    4    5    6    7    8
@@ -146,3 +149,21 @@ def test_a_best_checkpoint_between_updates_on_the_same_rollouts_is_refused(
     words = ["rl", str(recipe), "--output_dir", str(tmp_path / "run"), "--num_iterations", "2"]
     assert main(words) == 2
     assert "eval_steps" in (said := capsys.readouterr().err) and "no multiple of num_iterations (2)" in said
+
+
+@pytest.mark.parametrize(
+    ("best", "shown"), [(0.0, "accuracy 0 of step 3"), (0.25, "accuracy 0.25 of step 3")]
+)
+def test_the_best_figure_is_named_also_if_it_is_zero(
+    best: float, shown: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    logged: list[dict[str, float]] = []
+    stop = EarlyStoppingCallback(2)
+    stop.early_stopping_patience_counter = 2
+    trainer: Any = SimpleNamespace(
+        callback_of=lambda kind: stop, folder="runs/x", log=logged.append,
+        args=SimpleNamespace(metric_for_best_model="accuracy"),
+        state=TrainerState(global_step=9, max_steps=20, best_metric=best, best_global_step=3),
+    )  # fmt: skip
+    RunTrainer.report_early_stop(trainer)
+    assert logged == [{"stopped_early": 2.0}] and shown in caplog.text

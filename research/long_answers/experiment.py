@@ -14,7 +14,6 @@ continued (also on another machine) and extended. The design is in README.md.
 import argparse
 import json
 import multiprocessing
-import os
 import shutil
 import signal
 import sys
@@ -43,7 +42,7 @@ from research.long_answers.lab import (
     question_of,
 )
 from research.long_answers.variants import OPENINGS, variant
-from research.temporal_credit.experiment import index_of, made_with, predictions, read_rows, video_r1
+from research.temporal_credit.experiment import index_of, made_with, predictions, read_rows, video_r1, work
 from video_r1.data.answers import LETTERS
 from video_r1.files import replace_json
 
@@ -283,23 +282,6 @@ def make_run(out: Path, cell: Cell) -> None:
             file.unlink()
 
 
-def work(out: Path, cell: Cell) -> str:
-    """Make one run in a process of one thread, with a log beside its folder. Return its error, or ""."""
-    import torch
-
-    torch.set_num_threads(1)
-    log = Path(f"{cell.folder(out)}.log")
-    log.parent.mkdir(parents=True, exist_ok=True)
-    with log.open("ab") as file:
-        os.dup2(file.fileno(), 1)
-        os.dup2(file.fileno(), 2)
-    try:
-        make_run(out, cell)
-    except Exception as error:  # of any kind: it is reported, and the other runs go on
-        return f"{type(error).__name__}: {error} (see {log})"
-    return ""
-
-
 def main() -> int:
     parser = argparse.ArgumentParser(description="Temporal credit in long answers, on the lab.")
     parser.add_argument("out", type=Path)
@@ -317,7 +299,7 @@ def main() -> int:
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(1, mp_context=context, max_tasks_per_child=1) as pool:
         for cell in jobs:
-            error = pool.submit(work, given.out, cell).result()
+            error = pool.submit(work, make_run, given.out, cell).result()
             failed[cell.arm] += bool(error)
             print(f"{cell.folder(given.out)}: {error or 'done'}", flush=True)
     return min(failed.total(), 1)

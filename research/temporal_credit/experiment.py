@@ -24,7 +24,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -450,7 +450,7 @@ def made_with() -> dict[str, str]:
 # ---- The command
 
 
-def work(out: Path, cell: Cell) -> str:
+def work(make_run: Callable[[Path, Any], None], out: Path, cell: Any) -> str:
     """Make one run in a process of one thread, with a log beside its folder. Return its error, or ""."""
     import torch
 
@@ -484,7 +484,7 @@ def main() -> int:
     failed = 0
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(given.workers, mp_context=context, max_tasks_per_child=1) as pool:
-        for cell, result in [(cell, pool.submit(work, given.out, cell)) for cell in jobs]:
+        for cell, result in [(cell, pool.submit(work, make_run, given.out, cell)) for cell in jobs]:
             error = result.result()
             failed += bool(error)
             print(f"{cell.folder(given.out)}: {error or 'done'}", flush=True)

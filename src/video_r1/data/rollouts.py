@@ -145,7 +145,7 @@ class Rewards:
 
 @dataclass(frozen=True, slots=True)
 class Group:
-    """What one question teaches: its rollouts, rewards and advantages."""
+    """A question's rollouts, rewards and advantages, which the update trains on."""
 
     rollouts: Rollouts
     rewards: Rewards

@@ -1,4 +1,4 @@
-"""What a run writes into its folder beside checkpoints: config.yaml and metrics.jsonl."""
+"""config.yaml and metrics.jsonl of a run folder, and the lines that a resumed run removes."""
 
 import math
 import time

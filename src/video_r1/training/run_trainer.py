@@ -302,7 +302,8 @@ class RunTrainer(Trainer):
         stop, state = self.callback_of(EarlyStoppingCallback), self.state
         count = 0 if stop is None else stop.early_stopping_patience_counter
         if stop is not None and count >= stop.early_stopping_patience:
-            best, step = state.best_metric or math.nan, state.best_global_step
+            step = state.best_global_step
+            best = math.nan if state.best_metric is None else state.best_metric
             logger.warning(
                 "%s: stopped early, after step %d of %d: %d validations in a row were not better than %s "
                 "%.4g of step %d",

@@ -1,8 +1,8 @@
-"""One optimizer step of T-GRPO (arXiv 2503.21776), in the paper's order: functions of frozen records.
+"""The optimizer step of T-GRPO (arXiv 2503.21776), in the paper's order: functions of frozen records.
 
     rollouts = sample(engine, questions, settings)            # o_i with the clip in order, õ_j without
     rollouts = compare(policy, rollouts, settings)            # d_it, for rules that score the contrast
-    rewards  = score(rollouts, terms, settings)               # R_i
+    rewards  = score(rollouts, terms, settings, question_text)    # R_i
     groups   = advantages(rollouts, rewards, settings)        # A_i
     step     = micro_batches(groups, sizes, settings)         # and the loss's normaliser
     result   = policy_loss(logprobs, batch, references, step, settings)    # of one micro-batch
@@ -238,8 +238,8 @@ class Step:
 
 @dataclass(frozen=True, slots=True)
 class References:
-    """What all updates on a micro-batch share, each [N]: log-probs before the first update, of the reference
-    model and of the teacher, the teacher's share of the advantages, and the weights π_old ÷ π_vLLM.
+    """Values that all updates on a micro-batch share, each [N]: log-probs before the first update, of the
+    reference model and of the teacher, the teacher's share of the advantages, and the weights π_old ÷ π_vLLM.
     """
 
     old_logprobs: Tensor

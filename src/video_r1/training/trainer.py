@@ -1,11 +1,10 @@
 """Base of both trainers: `transformers.Trainer` over questions whose media are prefetched."""
 
-import logging
 from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, TypeVar, cast
+from typing import Any, cast
 
 import torch
 from torch.utils.data import DataLoader
@@ -42,9 +41,6 @@ from video_r1.training.runs import (
     as_samples,
     given_model,
 )
-
-logger = logging.getLogger(__name__)
-Kind = TypeVar("Kind", bound=TrainerCallback)
 
 
 class QuestionTrainer(RunTrainer, ABC):
