@@ -189,6 +189,8 @@ def test_every_problem_is_reported_at_once_with_its_place(tmp_path: Path) -> Non
         ("eval_strategy", "sometimes", "no | steps | epoch"),
         ("warmup_steps", "few", "float"),
         ("waarmup_steps", "5", "did you mean warmup_steps?"),
+        ("num_shuffled_generations", "4", "its name is num_contrast_generations"),
+        ("self_reflection_phrases", "wait", "the phrases that are counted are fixed: remove it"),
     ],
 )
 def test_fields_of_training_arguments_are_checked_too(name: str, value: str, said: str) -> None:

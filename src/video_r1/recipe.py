@@ -197,7 +197,11 @@ USUAL_NAMES = {
 """Settings that a common name can mean, by that name."""
 
 
-REMOVED = {"self_reflection_phrases": "the phrases that are counted are fixed: remove it"}
+REMOVED = {
+    "num_shuffled_generations": "its name is num_contrast_generations",
+    "self_reflection_phrases": "the phrases that are counted are fixed: remove it",
+}
+"""Settings of earlier versions, and what to do instead."""
 
 
 def unknown_setting(command: str, name: str, known: Collection[str]) -> str:
